@@ -1,0 +1,63 @@
+"""YAML plus dotted overrides to a frozen dataclass; unknown keys and wrong types are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from featinv_diffusion.errors import InputError
+
+T = TypeVar("T")
+
+
+def load_config(cls: type[T], path: str | Path | None = None, overrides: Sequence[str] = ()) -> T:
+    """Builds `cls` from its defaults, then the YAML file, then overrides such as `optim.lr=1e-4`.
+
+    Raises:
+        InputError: unknown key (the nearest is named), wrong type, unreadable file.
+    """
+    config = OmegaConf.structured(cls)
+    if path is not None:
+        config = _merge(config, _read_yaml(Path(path)), f"config file {path}")
+    for override in overrides:
+        if "=" not in override:
+            raise InputError(f"An override must read key=value, but {override!r} came.")
+        config = _merge(config, OmegaConf.from_dotlist([override]), f"override {override!r}")
+    try:
+        return OmegaConf.to_object(config)  # pyright: ignore[reportReturnType]
+    except OmegaConfBaseException as error:
+        raise InputError(f"The configuration is incomplete: {_first_line(error)}") from error
+
+
+def to_yaml(config: Any) -> str:
+    """Returns the YAML that `load_config` reads back to an equal object."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        loaded = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise InputError(f"A config file must exist at {path}, but nothing is there.") from None
+    except Exception as error:
+        raise InputError(f"{path} must be valid YAML: {_first_line(error)}") from error
+    if not OmegaConf.is_dict(loaded):
+        raise InputError(f"{path} must hold `key: value` lines at its top level.")
+    return loaded
+
+
+def _merge(config: Any, update: Any, source: str) -> Any:
+    try:
+        return OmegaConf.merge(config, update)
+    except OmegaConfBaseException as error:
+        raise InputError(f"In the {source}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines()
+    key = next((line.split(":", 1)[1].strip() for line in lines if "full_key" in line), None)
+    return lines[0] + (f" (key: {key})" if key else "")

@@ -1,0 +1,55 @@
+"""The noise-prediction objective that the UNet and the ControlNet are trained with."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from diffusers import DDPMScheduler, SchedulerMixin
+from diffusers.configuration_utils import ConfigMixin
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+PUBLISHED_PROMPT = "a high-quality, detailed, and professional image"
+"""The one prompt of the paper's training and sampling (section 2, "Approach")."""
+
+
+def make_noise_scheduler(scheduler: SchedulerMixin | ConfigMixin) -> DDPMScheduler:
+    """The training counterpart of a sampling scheduler: same betas and prediction type."""
+    return DDPMScheduler.from_config(scheduler.config)  # pyright: ignore
+
+
+def prediction_target(
+    scheduler: DDPMScheduler,
+    latents: Float[Tensor, "b c h w"],
+    noise: Float[Tensor, "b c h w"],
+    timesteps: Int[Tensor, " b"],
+) -> Float[Tensor, "b c h w"]:
+    """What the UNet must predict: ε (Ho et al. 2020, equation 14) or v (Salimans & Ho 2022)."""
+    if scheduler.config["prediction_type"] == "epsilon":
+        return noise
+    if scheduler.config["prediction_type"] == "v_prediction":
+        return scheduler.get_velocity(latents, noise, timesteps)  # pyright: ignore[reportArgumentType]
+    raise ValueError(
+        f"prediction_type must be epsilon or v_prediction, but the scheduler has "
+        f"{scheduler.config['prediction_type']!r}."
+    )
+
+
+def draw_dropout(
+    uniform: Float[Tensor, "b 2"], probability: float, kind: Literal["joint", "independent"]
+) -> tuple[Bool[Tensor, " b"], Bool[Tensor, " b"]]:
+    """Returns (keep features, keep prompt).
+
+    `joint` drops both together, as published; `independent` drops each on its own, so that both
+    guidance conventions meet conditions that training has seen.
+    """
+    keep = uniform >= probability
+    return keep[:, 0], keep[:, 0 if kind == "joint" else 1]
+
+
+def gaussian_floor(scheduler: DDPMScheduler) -> float:
+    """Mean over t of ᾱ_t: the ε-loss of the best guess for white unit-variance latents.
+
+    A loss near this floor means that the network has learned nothing about the images.
+    """
+    return float(scheduler.alphas_cumprod.mean())

@@ -1,0 +1,58 @@
+"""What every training run is told, whichever network it trains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its schedule; `batch_size` is per process and per accumulated micro-batch.
+
+    Args:
+        epochs: passes over the data; `max_steps` optimizer steps end the run earlier.
+        schedule: after `warmup_steps` of linear warm-up, to zero by a cosine, a line, or constant.
+        ema_decay: keep an exponential moving average of the weights, and save that.
+    """
+
+    lr: float = 1e-5
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    max_grad_norm: float = 1.0
+    epochs: int = 3
+    max_steps: int | None = None
+    warmup_steps: int = 0
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    ema_decay: float | None = None
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run writes, how often, and on what it runs; none of it changes the result.
+
+    Args:
+        output: folder for checkpoints, the loss log, tracker files and the final weights.
+        resume: continue from the newest checkpoint in `output`; False refuses to touch one.
+        allow_changed_config: resume although the data, optimizer or model settings changed.
+        checkpoints_total_limit: keep this many, delete older ones.
+        validate_every: optimizer steps between reconstructions of the fixed validation images.
+        dry_run: print the config, parameter counts, memory and batch shapes, then stop.
+    """
+
+    output: str = "outputs/train"
+    resume: bool = True
+    allow_changed_config: bool = False
+    checkpoint_every: int = 500
+    checkpoints_total_limit: int = 2
+    validate_every: int = 500
+    n_validation_images: int = 16
+    log_every: int = 10
+    tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    gradient_checkpointing: bool = False
+    channels_last: bool = False
+    cpu: bool = False
+    dry_run: bool = False

@@ -1,0 +1,353 @@
+"""Trains a FeatureControlNet on a frozen text-to-image UNet and a frozen backbone (FeatInv)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
+from transformers import CLIPTextModel, CLIPTokenizer, TimmWrapperForImageClassification
+
+from featinv_diffusion.backbones import Backbone, load_backbone, wrap_model
+from featinv_diffusion.config import to_yaml
+from featinv_diffusion.data import CropDataset, DataConfig, load_records, to_images
+from featinv_diffusion.diffusion.featinv_controlnet import FeatureControlNet
+from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
+from featinv_diffusion.diffusion.objective import (
+    PUBLISHED_PROMPT,
+    draw_dropout,
+    make_noise_scheduler,
+    prediction_target,
+)
+from featinv_diffusion.errors import InputError
+from featinv_diffusion.metrics.features import feature_cosine, shuffled_cosine, top_k_match
+from featinv_diffusion.seeds import derive_seed, make_generator
+from featinv_diffusion.training.config import OptimConfig, RunConfig
+from featinv_diffusion.training.entry import load_component, make_datasets, stack_images
+from featinv_diffusion.training.latents import (
+    CacheConfig,
+    CachedCropDataset,
+    encode_posterior,
+    fill_cache,
+)
+from featinv_diffusion.training.loop import fit
+from featinv_diffusion.training.noise import SampleNoise
+
+
+@dataclass(frozen=True)
+class ControlNetModelConfig:
+    """What is joined, and what the ControlNet is told.
+
+    Args:
+        base: folder or Hub id of a Stable Diffusion 1.x model in diffusers layout.
+        backbone: name for `load_backbone`, or a folder of a transformers timm wrapper.
+        standardise: measure mean and std per channel on `statistics_images` images and keep them
+            in the checkpoint; the paper feeds raw features.
+        dropout: probability of hiding the condition; `joint` hides features and prompt together
+            (published), `independent` each on its own.
+        warm_start: folder of another backbone's ControlNet; all but the feature encoder is read.
+    """
+
+    base: str = "lambdalabs/miniSD-diffusers"
+    backbone: str = "convnext"
+    layer: str = "last"
+    feature_hidden_channels: int = 512
+    pooled: bool = False
+    standardise: bool = True
+    statistics_images: int = 2048
+    dropout: float = 0.15
+    dropout_kind: Literal["joint", "independent"] = "joint"
+    prompt: str = PUBLISHED_PROMPT
+    warm_start: str | None = None
+    attention: Literal["native", "xformers"] = "native"
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """How the fixed validation images are sampled while training."""
+
+    num_inference_steps: int = 20
+    guidance_scale: float = 1.75
+    guidance: Literal["text", "features"] = "text"
+
+
+@dataclass(frozen=True)
+class ControlNetConfig:
+    seed: int = 0
+    data: DataConfig = field(default_factory=lambda: DataConfig(held_back_per_class=1))
+    model: ControlNetModelConfig = field(default_factory=ControlNetModelConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+@dataclass
+class FrozenParts:
+    """The networks that are never trained; `prompt_embeds` holds the prompt's and the empty one's."""
+
+    backbone: Backbone
+    vae: AutoencoderKL
+    unet: UNet2DConditionModel
+    scheduler: DDIMScheduler
+    prompt_embeds: Tensor
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images the latents stand for, 256 for MiniSD."""
+        factor = 2 ** (len(self.vae.config["block_out_channels"]) - 1)
+        return self.unet.config["sample_size"] * factor
+
+
+class ControlNetTask:
+    """ε-prediction through the frozen UNet with the ControlNet's residuals added.
+
+    Args:
+        validation: images `[n, 3, h, w]` in [0, 1] that are reconstructed again and again.
+    """
+
+    def __init__(
+        self,
+        controlnet: FeatureControlNet,
+        parts: FrozenParts,
+        config: ControlNetConfig,
+        validation: Tensor,
+    ):
+        self.module: nn.Module = controlnet
+        self.parts, self.config, self.validation = parts, config, validation
+        self.noise_scheduler = make_noise_scheduler(parts.scheduler)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.parts.backbone.to(device)
+        self.parts.vae.to(device)
+        self.parts.unet.to(device, dtype)
+        self.parts.prompt_embeds = self.parts.prompt_embeds.to(device, dtype)
+
+    def loss(self, module: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        images = to_images(batch["pixels"])
+        with torch.no_grad():
+            features = self.parts.backbone.features(images)
+        mean, std = self._posterior(images, batch)
+        draw = SampleNoise(batch["seed"], images.device)
+        latents = (mean + std * draw.normal(*mean.shape[1:])) * self.parts.vae.config[
+            "scaling_factor"
+        ]
+        noise = draw.normal(*mean.shape[1:])
+        timesteps = draw.timesteps(len(self.noise_scheduler.alphas_cumprod))
+        model = self.config.model
+        keep_features, keep_prompt = draw_dropout(
+            draw.uniform(2), model.dropout, model.dropout_kind
+        )
+        noisy = self.noise_scheduler.add_noise(latents, noise, timesteps)  # pyright: ignore[reportArgumentType]
+        prompt = self.parts.prompt_embeds[(~keep_prompt).long()]
+        predicted = self._predict(module, noisy, timesteps, prompt, features, keep_features)
+        target = prediction_target(self.noise_scheduler, latents, noise, timesteps)
+        return F.mse_loss(predicted.float(), target), {}
+
+    def _posterior(self, images: Tensor, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        if "latent_mean" in batch:
+            return batch["latent_mean"], batch["latent_std"]
+        return encode_posterior(self.parts.vae, images, self.parts.image_size)
+
+    def _predict(
+        self,
+        module: nn.Module,
+        noisy: Tensor,
+        timesteps: Tensor,
+        prompt: Tensor,
+        features: Tensor,
+        keep: Tensor,
+    ) -> Tensor:
+        dtype = self.parts.unet.dtype
+        down, middle = module(
+            noisy, timesteps, prompt.to(noisy.dtype), features, keep=keep, return_dict=False
+        )
+        return self.parts.unet(
+            noisy.to(dtype),
+            timesteps,
+            prompt,
+            down_block_additional_residuals=tuple(x.to(dtype) for x in down),
+            mid_block_additional_residual=middle.to(dtype),
+            return_dict=False,
+        )[0]
+
+    def validate(self, module: nn.Module) -> tuple[dict[str, float], dict[str, Image.Image]]:
+        device = self.parts.unet.device
+        images = self.validation.to(device)
+        features, logits = self.parts.backbone.features_and_logits(images)
+        samples = self._sample(module, features)
+        again, logits_again = self.parts.backbone.features_and_logits(samples)
+        scalars = {
+            "cosine": float(feature_cosine(features, again).mean()),
+            "cosine_shuffled": float(
+                shuffled_cosine(features, again, make_generator(self.config.seed)).mean()
+            ),
+        }
+        if logits is not None and logits_again is not None:
+            for k in (1, 5):
+                matches = top_k_match(logits, logits_again, k)
+                scalars[f"top{k}_match"] = float(matches.float().mean())
+        size = samples.shape[-1]
+        originals = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+        pairs = torch.stack([originals, samples], 1).flatten(0, 1).float().cpu()
+        return scalars, {"reconstructions": to_pil_image(make_grid(pairs, nrow=8, padding=1))}
+
+    def _sample(self, module: nn.Module, features: Tensor) -> Tensor:
+        controlnet: Any = module
+        pipeline = FeatInvPipeline(
+            vae=self.parts.vae,
+            text_encoder=None,
+            tokenizer=None,
+            unet=self.parts.unet,
+            controlnet=controlnet,
+            scheduler=self.parts.scheduler,
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        n, settings = len(features), self.config.validation
+        images = pipeline(
+            features=features,
+            prompt_embeds=self.parts.prompt_embeds[:1],
+            negative_prompt_embeds=self.parts.prompt_embeds[1:],
+            num_inference_steps=settings.num_inference_steps,
+            guidance_scale=settings.guidance_scale,
+            guidance=settings.guidance,
+            generator=[make_generator(self.config.seed, "validation", i) for i in range(n)],
+            output_type="pt",
+        ).images
+        return images.float()
+
+    def save(self, module: nn.Module, folder: Path) -> None:
+        controlnet: Any = module
+        controlnet.save_pretrained(folder / "controlnet")
+
+    def load(self, module: nn.Module, folder: Path) -> None:
+        loaded = FeatureControlNet.from_pretrained(folder / "controlnet")
+        module.load_state_dict(loaded.state_dict())
+
+
+def load_frozen_parts(config: ControlNetModelConfig) -> FrozenParts:
+    """Loads backbone, VAE, UNet and scheduler, and encodes the two prompts once."""
+    tokenizer = _load_sub(CLIPTokenizer, config.base, "tokenizer")
+    text_encoder = _load_sub(CLIPTextModel, config.base, "text_encoder")
+    ids = tokenizer(
+        [config.prompt, ""], padding="max_length", truncation=True, return_tensors="pt"
+    ).input_ids
+    with torch.no_grad():
+        prompt_embeds = text_encoder(ids)[0]
+    unet = _load_sub(UNet2DConditionModel, config.base, "unet").eval().requires_grad_(False)
+    if config.attention == "xformers":
+        unet.enable_xformers_memory_efficient_attention()
+    return FrozenParts(
+        backbone=load_training_backbone(config.backbone, config.layer),
+        vae=_load_sub(AutoencoderKL, config.base, "vae").eval().requires_grad_(False),
+        unet=unet,
+        scheduler=_load_sub(DDIMScheduler, config.base, "scheduler"),
+        prompt_embeds=prompt_embeds,
+    )
+
+
+def load_training_backbone(name: str, layer: str) -> Backbone:
+    """Loads a backbone by name, or from the folder of a transformers timm wrapper."""
+    if Path(name).is_dir():
+        wrapper = load_component(TimmWrapperForImageClassification, name)
+        return wrap_model(wrapper, name=wrapper.config.architecture, layer=layer)
+    return load_backbone(name, layer)
+
+
+def _load_sub(component_class: Any, base: str, subfolder: str) -> Any:
+    try:
+        return component_class.from_pretrained(base, subfolder=subfolder)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"model.base must be a Stable Diffusion 1.x folder or Hub id in diffusers layout, but "
+            f"{subfolder} of {base!r} could not be loaded: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def make_controlnet(config: ControlNetModelConfig, parts: FrozenParts) -> FeatureControlNet:
+    """Copies the UNet's encoder, or another backbone's ControlNet, behind a new feature encoder."""
+    spec = parts.backbone.spec
+    controlnet = FeatureControlNet.from_unet(
+        parts.unet,
+        feature_channels=spec.channels,
+        feature_hidden_channels=config.feature_hidden_channels,
+        feature_pooled=config.pooled,
+        feature_spec=asdict(spec),
+    ).float()
+    if config.warm_start:
+        other = load_component(FeatureControlNet, config.warm_start)
+        weights = {
+            name: weight
+            for name, weight in other.state_dict().items()
+            if not name.startswith("feature_encoder.")
+        }
+        controlnet.load_state_dict(weights, strict=False)
+    return controlnet.train()
+
+
+@torch.no_grad()
+def set_feature_statistics(
+    controlnet: FeatureControlNet,
+    backbone: Backbone,
+    dataset: CropDataset,
+    n_images: int,
+    batch_size: int = 64,
+) -> None:
+    """Measures mean and std per channel over cells of `n_images` crops and stores them."""
+    images, _ = stack_images(dataset, n_images)
+    count = 0
+    total = square = torch.zeros(backbone.spec.channels, dtype=torch.float64)
+    for batch in images.split(batch_size):
+        cells = backbone.features(batch).double().movedim(1, -1).flatten(0, -2)
+        count += len(cells)
+        total = total + cells.sum(0)
+        square = square + cells.square().sum(0)
+    mean = total / count
+    std = (square / count - mean.square()).clamp_min(0).sqrt()
+    controlnet.feature_encoder.feature_mean.copy_(mean)
+    controlnet.feature_encoder.feature_std.copy_(std.clamp_min(1e-3 * std.max()))
+
+
+def train_controlnet(config: ControlNetConfig) -> Path:
+    """Trains to the end and returns the folder that holds `controlnet/`."""
+    torch.manual_seed(derive_seed(config.seed, "initial weights"))
+    parts = load_frozen_parts(config.model)
+    records = load_records(config.data)
+    train, held = make_datasets(records, config.data, config.seed)
+    if not len(held):
+        raise InputError("Validation images are needed: set data.held_back_per_class to 1 or more.")
+    controlnet = make_controlnet(config.model, parts)
+    if config.model.standardise and not config.run.dry_run:
+        set_feature_statistics(controlnet, parts.backbone, train, config.model.statistics_images)
+    if config.run.gradient_checkpointing:
+        controlnet.enable_gradient_checkpointing()
+        parts.unet.enable_gradient_checkpointing()
+    task = ControlNetTask(
+        controlnet, parts, config, stack_images(held, config.run.n_validation_images)[0]
+    )
+    dataset = train if config.run.dry_run else _cached(config, parts, train)
+    return fit(task, dataset, config.optim, config.run, to_yaml(config))
+
+
+def _cached(config: ControlNetConfig, parts: FrozenParts, train: CropDataset) -> CropDataset:
+    if config.cache.folder is None:
+        return train
+    accelerator = Accelerator(cpu=config.run.cpu)
+    cache = fill_cache(
+        train,
+        parts.vae.to(accelerator.device),
+        config.cache.folder,
+        config.cache.n_crops,
+        parts.image_size,
+        accelerator,
+    )
+    return CachedCropDataset(train, cache)

@@ -1,0 +1,208 @@
+"""Latent cache: posterior mean and std of several crops per image, with the crops themselves."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL
+from rich.progress import track
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.functional import pil_to_tensor
+
+from featinv_diffusion.data import Crop, CropDataset, draw_crop, to_images
+from featinv_diffusion.errors import InputError
+from featinv_diffusion.seeds import derive_seed, make_generator
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """Where latents are kept, and how many crops of each image; no folder, no cache."""
+
+    folder: str | None = None
+    n_crops: int = 2
+
+
+def encode_posterior(vae: AutoencoderKL, images: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Mean and std `[b, c, size/f, size/f]` of the posterior of images in [0, 1], unscaled.
+
+    Images are resized to `size` (bilinear, antialiased) and encoded in the VAE's own precision,
+    outside any autocast: SD's VAE overflows in fp16.
+    """
+    if images.shape[-1] != size:
+        images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+    with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+        posterior = vae.encode((images * 2 - 1).to(vae.dtype)).latent_dist  # pyright: ignore[reportAttributeAccessIssue]
+    return posterior.mean.float(), posterior.std.float()
+
+
+class LatentCache:
+    """Memory-mapped arrays `mean`, `std` fp16 `[n, crops, c, h, w]`, `box` and `flip`.
+
+    Filling is resumable and shared among processes: each writes its own images and marks them.
+    """
+
+    def __init__(self, folder: Path, shape: tuple[int, ...], fingerprint: str):
+        self.folder, self.fingerprint = folder, fingerprint
+        self.shape = shape
+        n, crops = shape[:2]
+        self.layout = {
+            "mean": (shape, np.float16),
+            "std": (shape, np.float16),
+            "box": ((n, crops, 4), np.int32),
+            "flip": ((n, crops, 2), np.bool_),
+            "done": ((n,), np.bool_),
+        }
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(int(np.prod(s)) * np.dtype(d).itemsize for s, d in self.layout.values())
+
+    def create(self) -> None:
+        """Makes the files, or keeps them where they belong to the same data, crops and VAE."""
+        marker = self.folder / "cache.json"
+        if marker.exists():
+            found = json.loads(marker.read_text())["fingerprint"]
+            if found == self.fingerprint:
+                return
+            raise InputError(
+                f"{self.folder} holds latents of other data, crops or another VAE. "
+                "Delete it or set another cache.folder."
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.folder).free
+        if free < self.n_bytes:
+            raise InputError(
+                f"The latent cache needs {self.n_bytes / 2**30:.1f} GiB in {self.folder}, but "
+                f"{free / 2**30:.1f} GiB are free. Lower cache.n_crops or set cache.folder."
+            )
+        for name, (shape, dtype) in self.layout.items():
+            np.lib.format.open_memmap(
+                self.folder / f"{name}.npy", mode="w+", dtype=dtype, shape=shape
+            ).flush()
+        marker.write_text(json.dumps({"fingerprint": self.fingerprint}))
+
+    def open(self, mode: str = "r") -> dict[str, np.ndarray]:
+        return {name: np.load(self.folder / f"{name}.npy", mmap_mode=mode) for name in self.layout}  # pyright: ignore[reportArgumentType]
+
+
+class _CacheCrops(Dataset):
+    """All crops of the images still missing from a cache."""
+
+    def __init__(self, source: CropDataset, positions: Sequence[int], n_crops: int):
+        self.source, self.positions, self.n_crops = source, positions, n_crops
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        position = self.positions[i]
+        index = self.source.indices[position]
+        image = self.source.records.image(index)
+        config = self.source.config
+        crops = [
+            draw_crop(config, *image.size, make_generator(self.source.seed, "cache", k, index))
+            for k in range(self.n_crops)
+        ]
+        return {
+            "position": position,
+            "pixels": torch.stack([pil_to_tensor(c.apply(image, config.size)) for c in crops]),
+            "box": torch.tensor([c.box for c in crops]),
+            "flip": torch.tensor([(c.hflip, c.vflip) for c in crops]),
+        }
+
+
+class CachedCropDataset(CropDataset):
+    """Crops drawn from a cache: items hold `latent_mean`, `latent_std` and the identical pixels."""
+
+    def __init__(self, source: CropDataset, cache: LatentCache, with_pixels: bool = True):
+        super().__init__(source.records, source.indices, source.config, source.seed)
+        self.cache, self.with_pixels = cache, with_pixels
+        self.arrays: dict[str, np.ndarray] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "arrays": None}  # a memory map is opened again in each worker
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        if self.arrays is None:
+            self.arrays = self.cache.open()
+        index = self.indices[position]
+        generator = make_generator(self.seed, self.epoch, index)
+        k = int(torch.randint(0, self.cache.shape[1], (), generator=generator))
+        item = {
+            "latent_mean": torch.from_numpy(self.arrays["mean"][position, k].astype(np.float32)),
+            "latent_std": torch.from_numpy(self.arrays["std"][position, k].astype(np.float32)),
+            "label": self.records.labels[index],
+            "index": index,
+            "seed": int(torch.randint(0, 2**62, (1,), generator=generator)),
+        }
+        if self.with_pixels:
+            top, left, height, width = self.arrays["box"][position, k].tolist()
+            hflip, vflip = self.arrays["flip"][position, k].tolist()
+            crop = Crop((top, left, height, width), hflip, vflip)
+            image = crop.apply(self.records.image(index), self.config.size)
+            item["pixels"] = pil_to_tensor(image)
+        return item
+
+
+def fill_cache(
+    dataset: CropDataset,
+    vae: AutoencoderKL,
+    folder: str | Path,
+    n_crops: int,
+    size: int,
+    accelerator: Accelerator,
+    batch_size: int = 32,
+) -> LatentCache:
+    """Encodes `n_crops` crops of every image of `dataset` at `size` pixels, once.
+
+    Prints the disk size before it begins.
+    """
+    factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
+    shape = (len(dataset), n_crops, vae.config["latent_channels"], size // factor, size // factor)
+    cache = LatentCache(Path(folder), shape, _fingerprint(dataset, vae, n_crops, size))
+    accelerator.print(f"Latent cache in {folder}: {cache.n_bytes / 2**30:.2f} GiB")
+    if accelerator.is_main_process:
+        cache.create()
+    accelerator.wait_for_everyone()
+    arrays = cache.open("r+")
+    mine = range(accelerator.process_index, len(dataset), accelerator.num_processes)
+    missing = [i for i in mine if not arrays["done"][i]]
+    loader = DataLoader(
+        _CacheCrops(dataset, missing, n_crops),
+        batch_size=max(1, batch_size // n_crops),
+        num_workers=dataset.config.num_workers,
+    )
+    hidden = not accelerator.is_main_process or not missing
+    for batch in track(loader, "encoding latents", disable=hidden):
+        images = to_images(batch["pixels"].flatten(0, 1).to(accelerator.device))
+        mean, std = encode_posterior(vae, images, size)
+        rows = batch["position"].numpy()
+        arrays["mean"][rows] = mean.half().cpu().numpy().reshape(len(rows), *shape[1:])
+        arrays["std"][rows] = std.half().cpu().numpy().reshape(len(rows), *shape[1:])
+        arrays["box"][rows], arrays["flip"][rows] = batch["box"].numpy(), batch["flip"].numpy()
+        arrays["done"][rows] = True
+    for array in arrays.values():
+        array.flush()  # pyright: ignore[reportAttributeAccessIssue]
+    accelerator.wait_for_everyone()
+    return cache
+
+
+def _fingerprint(dataset: CropDataset, vae: AutoencoderKL, n_crops: int, size: int) -> str:
+    weights = hashlib.sha256()
+    for parameter in vae.encoder.parameters():
+        weights.update(parameter.detach().float().cpu().numpy().tobytes())
+    ids = [dataset.records.id(i) for i in dataset.indices]
+    crop = (dataset.config.crop, dataset.config.scale, dataset.config.shift, dataset.config.hflip)
+    identity = (weights.hexdigest(), dataset.seed, n_crops, size, dataset.config.size, crop)
+    return f"{derive_seed(*identity, dataset.config.vflip, *ids):016x}"

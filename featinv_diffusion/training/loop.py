@@ -1,0 +1,376 @@
+"""One training loop for every network: accelerate, exact resume, tracker, validation pictures."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from featinv_diffusion.data import CropDataset
+from featinv_diffusion.errors import InputError
+from featinv_diffusion.seeds import derive_seed
+from featinv_diffusion.training.checkpoint import (
+    Progress,
+    check_resumable,
+    list_checkpoints,
+    save_checkpoint,
+)
+from featinv_diffusion.training.config import OptimConfig, RunConfig
+from featinv_diffusion.training.progress import TrainingBar
+
+
+class Task(Protocol):
+    """What a training run trains: one module with a loss, frozen companions and a file format."""
+
+    module: nn.Module
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Moves the frozen companions; `dtype` is the reduced precision they may run in."""
+        ...
+
+    def loss(self, module: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the loss to minimise and scalars to log; randomness comes from `batch["seed"]`."""
+        ...
+
+    def validate(self, module: nn.Module) -> tuple[dict[str, float], dict[str, Image.Image]]:
+        """Returns scalars and pictures from the fixed validation images."""
+        ...
+
+    def save(self, module: nn.Module, folder: Path) -> None: ...
+
+    def load(self, module: nn.Module, folder: Path) -> None: ...
+
+
+def fit(
+    task: Task, dataset: CropDataset, optim: OptimConfig, run: RunConfig, config_text: str
+) -> Path:
+    """Trains `task` to the end, resuming from the newest checkpoint, and returns `output/final`.
+
+    A run that is killed and started again gives the same sample order, losses and weights as one
+    that was never interrupted: every random number derives from (seed, epoch, index) or from
+    (seed, step, rank), never from the state of a global generator.
+    """
+    return _Run(task, dataset, optim, run, config_text).train()
+
+
+def learning_rate(config: OptimConfig, step: int, n_steps: int) -> float:
+    """The learning rate of optimizer step `step` (counted from 0) of `n_steps`."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    share = (step - config.warmup_steps) / max(1, n_steps - config.warmup_steps)
+    if config.schedule == "cosine":
+        return config.lr * 0.5 * (1 + math.cos(math.pi * share))
+    return config.lr * (1 - share) if config.schedule == "linear" else config.lr
+
+
+class _Run:
+    def __init__(
+        self,
+        task: Task,
+        dataset: CropDataset,
+        optim: OptimConfig,
+        run: RunConfig,
+        config_text: str,
+    ):
+        self.task, self.dataset, self.optim, self.run = task, dataset, optim, run
+        self.config_text, self.output, self.progress = config_text, Path(run.output), Progress()
+        self.accelerator = _make_accelerator(optim, run, dataset.seed)
+        task.to(self.accelerator.device, _frozen_dtype(run))
+        if run.channels_last:
+            task.module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self._prepare()
+        self.batches_per_epoch = len(self.loader)
+        if self.batches_per_epoch == 0:
+            raise InputError(
+                f"The data must fill one batch per process, but {len(dataset)} images came for "
+                f"batches of {optim.batch_size}. Lower optim.batch_size."
+            )
+        per_epoch = math.ceil(self.batches_per_epoch / optim.gradient_accumulation_steps)
+        self.n_steps = min(optim.max_steps or 10**12, optim.epochs * per_epoch)
+
+    def _prepare(self) -> None:
+        parameters = _trainable(self.task.module)
+        optimizer = torch.optim.AdamW(
+            parameters,
+            lr=self.optim.lr,
+            betas=self.optim.betas,
+            weight_decay=self.optim.weight_decay,
+        )
+        loader = DataLoader(
+            self.dataset,
+            batch_size=self.optim.batch_size,
+            shuffle=True,
+            drop_last=True,
+            num_workers=self.dataset.config.num_workers,
+        )
+        self.module, self.optimizer, self.loader = self.accelerator.prepare(
+            self.task.module, optimizer, loader
+        )
+        self.ema = None
+        if self.optim.ema_decay is not None:
+            self.ema = EMAModel(parameters, decay=self.optim.ema_decay)
+            self.ema.to(self.accelerator.device)
+            self.accelerator.register_for_checkpointing(self.ema)
+        self.accelerator.register_for_checkpointing(self.progress)
+        self.accelerator.register_save_state_pre_hook(self._save_hook)
+        self.accelerator.register_load_state_pre_hook(self._load_hook)
+
+    def _save_hook(self, models: list[nn.Module], weights: list[Any], folder: str) -> None:
+        if self.accelerator.is_main_process:
+            self.task.save(self.accelerator.unwrap_model(models[0]), Path(folder))
+        weights.clear()  # else accelerate writes a second copy
+
+    def _load_hook(self, models: list[nn.Module], folder: str) -> None:
+        self.task.load(self.accelerator.unwrap_model(models.pop()), Path(folder))
+
+    def train(self) -> Path:
+        if self.run.dry_run:
+            return self._dry_run()
+        final = self.output / "final"
+        self.accelerator.print(f"world size {self.accelerator.num_processes}")
+        self._resume()
+        self._start_tracker()
+        self.log = _LossLog(self.output / "losses.jsonl", self.progress.step)
+        bar = TrainingBar(
+            self.n_steps,
+            self.progress.step,
+            self.optim.batch_size
+            * self.optim.gradient_accumulation_steps
+            * self.accelerator.num_processes,
+            enabled=self.accelerator.is_main_process,
+        )
+        with bar:
+            for batch in self._batches():
+                self._micro_step(batch, bar)
+        self._checkpoint()
+        self._validate()
+        if self.accelerator.is_main_process:
+            partial = self.output / "final-partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            with self._averaged_weights():
+                self.task.save(self.accelerator.unwrap_model(self.module), partial)
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+        return final
+
+    def _batches(self) -> Iterator[dict[str, Any]]:
+        while self.progress.step < self.n_steps:
+            self.loader.set_epoch(self.progress.epoch)
+            skipped = self.accelerator.skip_first_batches(self.loader, self.progress.batch)
+            for batch in skipped if self.progress.batch else self.loader:
+                self.progress.batch += 1
+                self.progress.micro_step += 1
+                yield batch
+                if self.progress.step >= self.n_steps:
+                    return
+            self.progress.epoch += 1
+            self.progress.batch = 0
+
+    def _micro_step(self, batch: dict[str, Any], bar: TrainingBar) -> None:
+        rank = self.accelerator.process_index
+        # Dropout draws from the global generator, so it is set anew at each step.
+        torch.manual_seed(derive_seed(self.dataset.seed, self.progress.micro_step, rank))
+        if self.run.channels_last:
+            batch["pixels"] = batch["pixels"].contiguous(memory_format=torch.channels_last)
+        lr = learning_rate(self.optim, self.progress.step, self.n_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.module.train()
+        with self.accelerator.accumulate(self.module):
+            with self.accelerator.autocast():
+                loss, scalars = self.task.loss(self.module, batch)
+            if not bool(loss.isfinite()):
+                raise InputError(
+                    f"The loss must be finite, but is {loss.item()} at step {self.progress.step}. "
+                    "Lower optim.lr, or use run.mixed_precision=bf16 or no instead of fp16."
+                )
+            self.accelerator.backward(loss)
+            if self.accelerator.sync_gradients:
+                self.accelerator.clip_grad_norm_(self.module.parameters(), self.optim.max_grad_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        self.log.add(self.accelerator, loss, scalars, batch["index"])
+        if self.accelerator.sync_gradients:
+            self._after_step(lr, bar)
+
+    def _after_step(self, lr: float, bar: TrainingBar) -> None:
+        self.progress.step += 1
+        if self.ema is not None:
+            self.ema.step(_trainable(self.accelerator.unwrap_model(self.module)))
+        values = self.log.write(self.progress.step, lr, main=self.accelerator.is_main_process)
+        bar.update(self.progress.step, values["loss"])
+        if self.progress.step % self.run.log_every == 0:
+            self.accelerator.log({**values, "lr": lr}, step=self.progress.step)
+        if self.progress.step == self.n_steps:
+            return
+        if self.progress.step % self.run.checkpoint_every == 0:
+            self._checkpoint()
+        if self.progress.step % self.run.validate_every == 0:
+            self._validate()
+
+    def _checkpoint(self) -> None:
+        save_checkpoint(
+            self.accelerator,
+            self.output,
+            self.progress.step,
+            self.config_text,
+            self.run.checkpoints_total_limit,
+        )
+
+    def _resume(self) -> None:
+        checkpoints = list_checkpoints(self.output)
+        if not checkpoints:
+            return
+        if not self.run.resume:
+            raise InputError(
+                f"{self.output} holds checkpoints and run.resume is false. Choose a new run.output."
+            )
+        check_resumable(
+            checkpoints[-1],
+            self.config_text,
+            self.accelerator.num_processes,
+            self.run.allow_changed_config,
+        )
+        self.accelerator.load_state(str(checkpoints[-1]))
+        self.accelerator.print(f"Resumed from {checkpoints[-1]}")
+
+    def _start_tracker(self) -> None:
+        if self.run.tracker == "none":
+            return
+        options = {"tensorboard": {"purge_step": self.progress.step}}
+        self.accelerator.init_trackers(
+            "tracker", init_kwargs=options if self.run.tracker == "tensorboard" else {}
+        )
+
+    def _averaged_weights(self):
+        return _swapped_in(self.ema, self.accelerator.unwrap_model(self.module))
+
+    def _validate(self) -> None:
+        if self.accelerator.is_main_process:
+            module = self.accelerator.unwrap_model(self.module)
+            module.eval()
+            with torch.no_grad(), self._averaged_weights():
+                scalars, pictures = self.task.validate(module)
+            self.accelerator.log(
+                {f"validation/{k}": v for k, v in scalars.items()}, step=self.progress.step
+            )
+            listing = ", ".join(f"{k} {v:.4f}" for k, v in scalars.items())
+            self.accelerator.print(f"step {self.progress.step}: {listing}")
+            with (self.output / "validation.jsonl").open("a") as file:
+                file.write(json.dumps({"step": self.progress.step, **scalars}) + "\n")
+            for name, picture in pictures.items():
+                self._log_picture(name, picture)
+        self.accelerator.wait_for_everyone()
+
+    def _log_picture(self, name: str, picture: Image.Image) -> None:
+        folder = self.output / "validation"
+        folder.mkdir(exist_ok=True)
+        picture.save(folder / f"{name}-{self.progress.step:08d}.png")
+        if self.run.tracker == "tensorboard":
+            from torchvision.transforms.functional import pil_to_tensor
+
+            writer = self.accelerator.get_tracker("tensorboard", unwrap=True)
+            writer.add_image(name, pil_to_tensor(picture), self.progress.step)
+
+    def _dry_run(self) -> Path:
+        batch = next(iter(self.loader))
+        trainable = sum(p.numel() for p in _trainable(self.task.module))
+        copies = 4 + (self.ema is not None)  # weights, gradient and two Adam moments, in fp32
+        self.accelerator.print(self.config_text)
+        self.accelerator.print(
+            f"trainable parameters: {trainable:,}\n"
+            f"weights, gradients and optimizer state: {trainable * 4 * copies / 2**30:.2f} GiB\n"
+            f"processes: {self.accelerator.num_processes}, images: {len(self.dataset):,}, "
+            f"optimizer steps: {self.n_steps:,}"
+        )
+        for key, value in batch.items():
+            self.accelerator.print(f"batch[{key!r}]: {tuple(value.shape)} {value.dtype}")
+        return self.output
+
+
+class _LossLog:
+    """`losses.jsonl`: one line per optimizer step, with a checksum of the sample order."""
+
+    def __init__(self, path: Path, step: int):
+        self.path, self.pending, self.order = path, [], []
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():  # lines after the checkpoint are computed again
+            lines = [x for x in path.read_text().splitlines() if x.endswith("}")]
+            kept = [x for x in lines if json.loads(x)["step"] <= step]
+            path.write_text("".join(x + "\n" for x in kept))
+
+    def add(
+        self, accelerator: Accelerator, loss: Tensor, scalars: dict[str, Tensor], index: Tensor
+    ) -> None:
+        names = ["loss", *scalars]
+        values = torch.stack([x.detach().float() for x in (loss, *scalars.values())])
+        self.pending.append((names, accelerator.reduce(values, "mean")))
+        self.order += accelerator.gather(index).tolist()
+
+    def write(self, step: int, lr: float, main: bool) -> dict[str, float]:
+        names = self.pending[0][0]
+        values = torch.stack([v for _, v in self.pending]).mean(0).tolist()
+        record = dict(zip(names, values, strict=True))
+        if main:
+            line = {"step": step, **record, "lr": lr, "order": f"{derive_seed(*self.order):016x}"}
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        self.pending, self.order = [], []
+        return record
+
+
+class _swapped_in:
+    """Context in which `module` holds the averaged weights; does nothing without an average."""
+
+    def __init__(self, ema: EMAModel | None, module: nn.Module):
+        self.ema, self.parameters = ema, _trainable(module)
+
+    def __enter__(self) -> None:
+        if self.ema is not None:
+            self.ema.store(self.parameters)
+            self.ema.copy_to(self.parameters)
+
+    def __exit__(self, *_: object) -> None:
+        if self.ema is not None:
+            self.ema.restore(self.parameters)
+
+
+def _trainable(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+def _frozen_dtype(run: RunConfig) -> torch.dtype:
+    table = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return table[run.mixed_precision]
+
+
+def _make_accelerator(optim: OptimConfig, run: RunConfig, seed: int) -> Accelerator:
+    accelerator = Accelerator(
+        mixed_precision=run.mixed_precision,
+        gradient_accumulation_steps=optim.gradient_accumulation_steps,
+        cpu=run.cpu,
+        log_with=None if run.tracker == "none" else run.tracker,
+        project_config=ProjectConfiguration(project_dir=run.output),
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed),
+    )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise InputError(
+            f"{launched} processes were launched but accelerate formed a group of "
+            f"{accelerator.num_processes}. On a machine without GPUs set ACCELERATE_USE_CPU=true."
+        )
+    return accelerator

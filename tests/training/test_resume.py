@@ -1,0 +1,157 @@
+"""A run killed by SIGKILL and started again ends with the bits of one that was never interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from tests import tiny
+
+ROOT = Path(__file__).parents[2]
+N_STEPS = 9
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Stable Diffusion folder, a backbone folder and a folder of images, all tiny."""
+    folder = tmp_path_factory.mktemp("base")
+    for name, build in (
+        ("vae", tiny.make_vae),
+        ("unet", tiny.make_unet),
+        ("text_encoder", tiny.make_text_encoder),
+        ("tokenizer", tiny.make_tokenizer),
+        ("scheduler", tiny.make_scheduler),
+        ("backbone", tiny.make_backbone),
+    ):
+        build().save_pretrained(str(folder / name))
+    random = np.random.default_rng(0)
+    for label in range(2):
+        (folder / f"images/train/class{label}").mkdir(parents=True)
+        for i in range(7):
+            pixels = random.integers(0, 256, (72, 80, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"images/train/class{label}/{i}.png")
+    return folder
+
+
+def command(base: Path, output: Path, n_processes: int, extra: list[str]) -> list[str]:
+    launcher = [sys.executable]
+    if n_processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(n_processes)]
+        launcher += ["--master_port", str(29600 + os.getpid() % 300)]
+    settings = {
+        "data.root": base / "images",
+        "data.size": 64,
+        "data.held_back_per_class": 1,
+        "data.num_workers": 1,
+        "model.base": base,
+        "model.backbone": base / "backbone",
+        "model.feature_hidden_channels": 16,
+        "model.statistics_images": 8,
+        "optim.lr": 1e-3,
+        "optim.batch_size": 2,
+        "optim.gradient_accumulation_steps": 2 if n_processes == 1 else 1,
+        "optim.epochs": 50,
+        "optim.max_steps": N_STEPS,
+        "optim.ema_decay": 0.9,
+        "run.output": output,
+        "run.checkpoint_every": 2,
+        "run.validate_every": 1000,
+        "run.n_validation_images": 2,
+        "run.tracker": "none",
+        "run.cpu": True,
+        "validation.num_inference_steps": 1,
+        "cache.folder": base / f"latents{n_processes}",
+    }
+    arguments = [f"{key}={value}" for key, value in settings.items()]
+    return [*launcher, str(ROOT / "train/controlnet.py"), *arguments, *extra]
+
+
+def environment() -> dict[str, str]:
+    return {
+        **os.environ,
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+def run(arguments: list[str]) -> str:
+    done = subprocess.run(arguments, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def run_and_kill(arguments: list[str], log: Path, n_lines: int) -> None:
+    """Starts a run and kills its whole process group once `n_lines` steps are logged."""
+    process = subprocess.Popen(
+        arguments,
+        env=environment(),
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 240
+    while not (log.exists() and log.read_text().count("\n") >= n_lines):
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.parametrize("n_processes", [1, 2])
+def test_killed_run_ends_bit_identical(base: Path, tmp_path: Path, n_processes: int) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    printed = run(command(base, whole, n_processes, []))
+    assert f"world size {n_processes}" in printed
+    print(f"world size {n_processes}")
+
+    log = killed / "losses.jsonl"
+    run_and_kill(command(base, killed, n_processes, []), log, n_lines=5)
+    assert 5 <= log.read_text().count("\n") < N_STEPS
+    assert not (killed / "final").exists()
+    resumed = run(command(base, killed, n_processes, []))
+    assert "Resumed from" in resumed
+
+    assert log.read_text() == (whole / "losses.jsonl").read_text()
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert steps == list(range(1, N_STEPS + 1))
+    name = "final/controlnet/diffusion_pytorch_model.safetensors"
+    expected, weights = load_file(whole / name), load_file(killed / name)
+    assert expected.keys() == weights.keys()
+    differing = [key for key in expected if not torch.equal(expected[key], weights[key])]
+    assert differing == []
+    initial = tiny.make_unet().state_dict()["conv_in.weight"]
+    assert not torch.equal(weights["conv_in.weight"], initial), "the run did not train"
+
+
+def test_checkpoints_rotate_and_record_their_origin(base: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    run(command(base, output, 1, ["optim.max_steps=5", "run.checkpoints_total_limit=2"]))
+    names = sorted(path.name for path in (output / "checkpoints").iterdir())
+    assert names == ["step-00000004", "step-00000005"]
+    record = json.loads((output / "checkpoints/step-00000005/environment.json").read_text())
+    assert record["n_processes"] == 1
+    assert torch.__version__.startswith(record["versions"]["torch"].split("+")[0])
+    changed = subprocess.run(
+        command(base, output, 1, ["optim.max_steps=5", "optim.lr=0.5"]),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert changed.returncode == 2
+    assert "optim.lr: 0.001 → 0.5" in changed.stderr
+    assert "Traceback" not in changed.stderr
