@@ -26,7 +26,7 @@ from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
 from featinv_diffusion.training import controlnet as training
 from featinv_diffusion.training.classifier import ClassifierModelConfig, make_classifier
 from featinv_diffusion.training.entry import make_datasets
-from featinv_diffusion.training.loop import fit
+from featinv_diffusion.training.loop import fit, make_accelerator
 from featinv_diffusion.training.tokenizer import make_tokenizer
 
 ASSETS = Path(training.__file__).parents[1] / "assets/sd15"
@@ -90,7 +90,8 @@ def main() -> None:
         print(f"{name}: {sum(p.numel() for p in network.parameters()) / 1e6:.1f} M parameters")
 
     task = _Timed(controlnet, parts, config)
-    fit(task, train, config.optim, config.run, "run: {}")
+    accelerator = make_accelerator(config.optim, config.run, config.seed)
+    fit(task, train, accelerator, config.optim, config.run, "run: {}")
     print(f"one optimizer step, batch 1: {task.starts[1] - task.starts[0]:.1f} s")
 
     pipeline = FeatInvPipeline(

@@ -6,16 +6,16 @@ processes does not matter and a resumed run sees the same pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as TF
@@ -39,6 +39,9 @@ class DataConfig:
         crop: `random_resized` (area `scale`, aspect 3/4 to 4/3), `shift` (by up to `shift`
             pixels, edges reflected) or `center`.
         in_memory: decode once and keep the pixels; needs images of one size.
+        streaming: read a Hub data set or tar shards in passing, shuffled within a buffer of
+            `shuffle_buffer` images. Such a run needs `optim.max_steps`, has no latent cache, and
+            resumes by reading again, and dropping, what it has already used.
     """
 
     root: str | None = None
@@ -52,9 +55,12 @@ class DataConfig:
     hflip: bool = True
     vflip: bool = False
     in_memory: bool = False
+    streaming: bool = False
+    shuffle_buffer: int = 1000
     num_workers: int = 2
 
 
+@runtime_checkable
 class Records(Protocol):
     """Decoded images with labels and stable ids."""
 
@@ -120,11 +126,7 @@ class TableRecords:
 
     def __init__(self, table: Any, name: str):
         self.name = name
-        columns = table.column_names
-        self.image_column = next((c for c in ("image", "jpg", "jpeg", "png") if c in columns), None)
-        if self.image_column is None:
-            raise InputError(f"{name} must have an `image` column, but has {columns}.")
-        label_column = next((c for c in ("label", "cls") if c in columns), None)
+        self.image_column, label_column = _image_and_label_columns(table.column_names, name)
         self.table = table
         self.labels = list(table[label_column]) if label_column else [0] * len(table)
         feature = table.features[label_column] if label_column else None
@@ -140,6 +142,13 @@ class TableRecords:
 
     def image(self, index: int) -> Image.Image:
         return self.table[index][self.image_column].convert("RGB")
+
+
+def _image_and_label_columns(columns: Sequence[str], name: str) -> tuple[str, str | None]:
+    image_column = next((c for c in ("image", "jpg", "jpeg", "png") if c in columns), None)
+    if image_column is None:
+        raise InputError(f"{name} must have an `image` column, but has {list(columns)}.")
+    return image_column, next((c for c in ("label", "cls") if c in columns), None)
 
 
 class MemoryRecords:
@@ -186,13 +195,12 @@ def load_records(config: DataConfig) -> Records:
 def _load_table(config: DataConfig) -> Any:
     from datasets import load_dataset
 
-    root = str(config.root)
+    root, streaming = str(config.root), config.streaming
     try:
-        if root.endswith(".parquet"):
-            return load_dataset("parquet", data_files=root, split="train")
-        if root.endswith(".tar"):
-            return load_dataset("webdataset", data_files=root, split="train")
-        return load_dataset(root, split=config.split)
+        for suffix, builder in ((".parquet", "parquet"), (".tar", "webdataset")):
+            if root.endswith(suffix):
+                return load_dataset(builder, data_files=root, split="train", streaming=streaming)
+        return load_dataset(root, split=config.split, streaming=streaming)
     except Exception as error:
         raise InputError(
             f"data.root must be a folder, parquet file, tar pattern or reachable Hub data set, "
@@ -312,6 +320,47 @@ class CropDataset(Dataset):
         return {
             "pixels": TF.pil_to_tensor(crop.apply(image, self.config.size)),
             "label": self.records.labels[index],
+            "index": index,
+            "seed": int(torch.randint(0, 2**62, (1,), generator=generator)),
+        }
+
+
+class StreamedCrops(IterableDataset):
+    """The items of `CropDataset` from a `datasets.IterableDataset`, in its shuffled order.
+
+    `index` counts the images of the stream; the first `n_skipped` are left to validation.
+    """
+
+    def __init__(self, config: DataConfig, seed: int, n_skipped: int = 0):
+        self.config, self.seed, self.epoch = config, seed, 0
+        stream = _load_table(config)
+        columns = stream.column_names or list(next(iter(stream)))
+        self.columns = _image_and_label_columns(columns, str(config.root))
+        self.held = stream.take(n_skipped)
+        self.stream = stream.skip(n_skipped).shuffle(seed=seed, buffer_size=config.shuffle_buffer)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+        self.stream.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for index, row in enumerate(self.stream):
+            yield self._item(row, index, self.config)
+
+    def held_back_images(self) -> Tensor:
+        """Central crops of the skipped images as `Images`."""
+        central = replace(self.config, crop="center")
+        items = [self._item(row, i, central)["pixels"] for i, row in enumerate(self.held)]
+        return to_images(torch.stack(items))
+
+    def _item(self, row: dict[str, Any], index: int, config: DataConfig) -> dict[str, Any]:
+        image_column, label_column = self.columns
+        generator = make_generator(self.seed, self.epoch, index)
+        image = row[image_column].convert("RGB")
+        crop = draw_crop(config, *image.size, generator)
+        return {
+            "pixels": TF.pil_to_tensor(crop.apply(image, config.size)),
+            "label": row[label_column] if label_column else 0,
             "index": index,
             "seed": int(torch.randint(0, 2**62, (1,), generator=generator)),
         }

@@ -19,7 +19,7 @@ from featinv_diffusion.config import to_yaml
 from featinv_diffusion.data import DataConfig, load_records, to_images
 from featinv_diffusion.training.config import OptimConfig, RunConfig
 from featinv_diffusion.training.entry import load_component, make_datasets, stack_images
-from featinv_diffusion.training.loop import fit
+from featinv_diffusion.training.loop import fit, make_accelerator
 from featinv_diffusion.training.noise import SampleNoise
 
 
@@ -179,9 +179,10 @@ def make_autoencoder(config: AutoencoderModelConfig, size: int) -> AutoencoderKL
 
 def train_autoencoder(config: AutoencoderConfig) -> Path:
     """Trains to the end and returns the folder that holds `vae/`."""
+    accelerator = make_accelerator(config.optim, config.run, config.seed)
     torch.manual_seed(config.seed)
     records = load_records(config.data)
     train, held = make_datasets(records, config.data, config.seed)
     vae = make_autoencoder(config.model, config.data.size)
     task = AutoencoderTask(vae, config.model, stack_images(held, 250)[0])
-    return fit(task, train, config.optim, config.run, to_yaml(config))
+    return fit(task, train, accelerator, config.optim, config.run, to_yaml(config))

@@ -66,8 +66,8 @@ def check_resumable(
     saved = json.loads((checkpoint / "environment.json").read_text())
     if saved["n_processes"] != n_processes:
         raise InputError(
-            f"{checkpoint} was written by {saved['n_processes']} processes and resumes exactly only "
-            f"with as many, but {n_processes} run. Start {saved['n_processes']} or use a new "
+            f"{checkpoint} was written by {saved['n_processes']} processes and resumes exactly "
+            f"only with as many, but {n_processes} run. Start {saved['n_processes']} or use a new "
             "run.output."
         )
     before = _flatten((checkpoint / "config.yaml").read_text())

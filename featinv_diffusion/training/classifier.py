@@ -17,7 +17,7 @@ from featinv_diffusion.config import to_yaml
 from featinv_diffusion.data import DataConfig, load_records, read_class_titles, to_images
 from featinv_diffusion.training.config import OptimConfig, RunConfig
 from featinv_diffusion.training.entry import make_datasets, stack_images
-from featinv_diffusion.training.loop import fit
+from featinv_diffusion.training.loop import fit, make_accelerator
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,7 @@ def make_classifier(
 
 def train_classifier(config: ClassifierConfig) -> Path:
     """Trains to the end and returns the folder that holds `classifier/`."""
+    accelerator = make_accelerator(config.optim, config.run, config.seed)
     torch.manual_seed(config.seed)
     records = load_records(config.data)
     train, held = make_datasets(records, config.data, config.seed)
@@ -117,4 +118,4 @@ def train_classifier(config: ClassifierConfig) -> Path:
     names = [titles.get(name, name) for name in records.class_names]
     wrapper = make_classifier(config.model, names, config.data.size)
     task = ClassifierTask(wrapper, config.model.label_smoothing, stack_images(held))
-    return fit(task, train, config.optim, config.run, to_yaml(config))
+    return fit(task, train, accelerator, config.optim, config.run, to_yaml(config))

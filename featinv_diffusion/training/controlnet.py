@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,13 @@ from transformers import CLIPTextModel, CLIPTokenizer, TimmWrapperForImageClassi
 
 from featinv_diffusion.backbones import Backbone, load_backbone, wrap_model
 from featinv_diffusion.config import to_yaml
-from featinv_diffusion.data import CropDataset, DataConfig, load_records, to_images
+from featinv_diffusion.data import (
+    CropDataset,
+    DataConfig,
+    StreamedCrops,
+    load_records,
+    to_images,
+)
 from featinv_diffusion.diffusion.featinv_controlnet import FeatureControlNet
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
 from featinv_diffusion.diffusion.objective import (
@@ -39,7 +46,7 @@ from featinv_diffusion.training.latents import (
     encode_posterior,
     fill_cache,
 )
-from featinv_diffusion.training.loop import fit
+from featinv_diffusion.training.loop import fit, make_accelerator
 from featinv_diffusion.training.noise import SampleNoise
 
 
@@ -50,6 +57,7 @@ class ControlNetModelConfig:
     Args:
         base: folder or Hub id of a Stable Diffusion 1.x model in diffusers layout.
         backbone: name for `load_backbone`, or a folder of a transformers timm wrapper.
+        backbone_name: what a backbone from a folder is called in the checkpoint.
         standardise: measure mean and std per channel on `statistics_images` images and keep them
             in the checkpoint; the paper feeds raw features.
         dropout: probability of hiding the condition; `joint` hides features and prompt together
@@ -59,6 +67,7 @@ class ControlNetModelConfig:
 
     base: str = "lambdalabs/miniSD-diffusers"
     backbone: str = "convnext"
+    backbone_name: str | None = None
     layer: str = "last"
     feature_hidden_channels: int = 512
     pooled: bool = False
@@ -93,7 +102,7 @@ class ControlNetConfig:
 
 @dataclass
 class FrozenParts:
-    """The networks that are never trained; `prompt_embeds` holds the prompt's and the empty one's."""
+    """The networks that are never trained; prompt_embeds: the prompt, the empty one."""
 
     backbone: Backbone
     vae: AutoencoderKL
@@ -247,7 +256,7 @@ def load_frozen_parts(config: ControlNetModelConfig) -> FrozenParts:
     if config.attention == "xformers":
         unet.enable_xformers_memory_efficient_attention()
     return FrozenParts(
-        backbone=load_training_backbone(config.backbone, config.layer),
+        backbone=load_training_backbone(config),
         vae=_load_sub(AutoencoderKL, config.base, "vae").eval().requires_grad_(False),
         unet=unet,
         scheduler=_load_sub(DDIMScheduler, config.base, "scheduler"),
@@ -255,12 +264,13 @@ def load_frozen_parts(config: ControlNetModelConfig) -> FrozenParts:
     )
 
 
-def load_training_backbone(name: str, layer: str) -> Backbone:
+def load_training_backbone(config: ControlNetModelConfig) -> Backbone:
     """Loads a backbone by name, or from the folder of a transformers timm wrapper."""
-    if Path(name).is_dir():
-        wrapper = load_component(TimmWrapperForImageClassification, name)
-        return wrap_model(wrapper, name=wrapper.config.architecture, layer=layer)
-    return load_backbone(name, layer)
+    if not Path(config.backbone).is_dir():
+        return load_backbone(config.backbone, config.layer)
+    wrapper = load_component(TimmWrapperForImageClassification, config.backbone)
+    name = config.backbone_name or wrapper.config.architecture
+    return wrap_model(wrapper, name=name, layer=config.layer)
 
 
 def _load_sub(component_class: Any, base: str, subfolder: str) -> Any:
@@ -296,14 +306,9 @@ def make_controlnet(config: ControlNetModelConfig, parts: FrozenParts) -> Featur
 
 @torch.no_grad()
 def set_feature_statistics(
-    controlnet: FeatureControlNet,
-    backbone: Backbone,
-    dataset: CropDataset,
-    n_images: int,
-    batch_size: int = 64,
+    controlnet: FeatureControlNet, backbone: Backbone, images: Tensor, batch_size: int = 64
 ) -> None:
-    """Measures mean and std per channel over cells of `n_images` crops and stores them."""
-    images, _ = stack_images(dataset, n_images)
+    """Measures mean and std per channel over the cells of `images` and stores them."""
     count = 0
     total = square = torch.zeros(backbone.spec.channels, dtype=torch.float64)
     for batch in images.split(batch_size):
@@ -319,29 +324,45 @@ def set_feature_statistics(
 
 def train_controlnet(config: ControlNetConfig) -> Path:
     """Trains to the end and returns the folder that holds `controlnet/`."""
+    accelerator = make_accelerator(config.optim, config.run, config.seed)
     torch.manual_seed(derive_seed(config.seed, "initial weights"))
     parts = load_frozen_parts(config.model)
-    records = load_records(config.data)
-    train, held = make_datasets(records, config.data, config.seed)
-    if not len(held):
-        raise InputError("Validation images are needed: set data.held_back_per_class to 1 or more.")
+    train, validation = _open_data(config)
     controlnet = make_controlnet(config.model, parts)
     if config.model.standardise and not config.run.dry_run:
-        set_feature_statistics(controlnet, parts.backbone, train, config.model.statistics_images)
+        images = _first_images(train, config.model.statistics_images)
+        set_feature_statistics(controlnet, parts.backbone, images)
     if config.run.gradient_checkpointing:
         controlnet.enable_gradient_checkpointing()
         parts.unet.enable_gradient_checkpointing()
-    task = ControlNetTask(
-        controlnet, parts, config, stack_images(held, config.run.n_validation_images)[0]
-    )
-    dataset = train if config.run.dry_run else _cached(config, parts, train)
-    return fit(task, dataset, config.optim, config.run, to_yaml(config))
+    task = ControlNetTask(controlnet, parts, config, validation)
+    if isinstance(train, CropDataset) and config.cache.folder and not config.run.dry_run:
+        train = _cached(config, parts, train, accelerator)
+    return fit(task, train, accelerator, config.optim, config.run, to_yaml(config))
 
 
-def _cached(config: ControlNetConfig, parts: FrozenParts, train: CropDataset) -> CropDataset:
-    if config.cache.folder is None:
-        return train
-    accelerator = Accelerator(cpu=config.run.cpu)
+def _open_data(config: ControlNetConfig) -> tuple[CropDataset | StreamedCrops, Tensor]:
+    n = config.run.n_validation_images
+    if config.data.streaming:
+        if config.cache.folder:
+            raise InputError("A latent cache needs random access: unset cache.folder or streaming.")
+        stream = StreamedCrops(config.data, config.seed, n_skipped=n)
+        return stream, stream.held_back_images()
+    train, held = make_datasets(load_records(config.data), config.data, config.seed)
+    if not len(held):
+        raise InputError("Validation images are needed: set data.held_back_per_class to 1 or more.")
+    return train, stack_images(held, n)[0]
+
+
+def _first_images(dataset: CropDataset | StreamedCrops, n: int) -> Tensor:
+    if isinstance(dataset, CropDataset):
+        return stack_images(dataset, n)[0]
+    return to_images(torch.stack([item["pixels"] for item in islice(dataset, n)]))
+
+
+def _cached(
+    config: ControlNetConfig, parts: FrozenParts, train: CropDataset, accelerator: Accelerator
+) -> CropDataset:
     cache = fill_cache(
         train,
         parts.vae.to(accelerator.device),

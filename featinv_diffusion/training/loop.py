@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator
@@ -16,9 +16,9 @@ from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
-from featinv_diffusion.data import CropDataset
+from featinv_diffusion.data import CropDataset, StreamedCrops
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.seeds import derive_seed
 from featinv_diffusion.training.checkpoint import (
@@ -31,6 +31,7 @@ from featinv_diffusion.training.config import OptimConfig, RunConfig
 from featinv_diffusion.training.progress import TrainingBar
 
 
+@runtime_checkable
 class Task(Protocol):
     """What a training run trains: one module with a loss, frozen companions and a file format."""
 
@@ -41,7 +42,7 @@ class Task(Protocol):
         ...
 
     def loss(self, module: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the loss to minimise and scalars to log; randomness comes from `batch["seed"]`."""
+        """Returns the loss and scalars to log; randomness comes from `batch["seed"]`."""
         ...
 
     def validate(self, module: nn.Module) -> tuple[dict[str, float], dict[str, Image.Image]]:
@@ -53,8 +54,32 @@ class Task(Protocol):
     def load(self, module: nn.Module, folder: Path) -> None: ...
 
 
+def make_accelerator(optim: OptimConfig, run: RunConfig, seed: int) -> Accelerator:
+    """The one accelerator of a run; refuses a launch that quietly became several runs of one."""
+    accelerator = Accelerator(
+        mixed_precision=run.mixed_precision,
+        gradient_accumulation_steps=optim.gradient_accumulation_steps,
+        cpu=run.cpu,
+        log_with=None if run.tracker == "none" else run.tracker,
+        project_config=ProjectConfiguration(project_dir=run.output),
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed),
+    )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise InputError(
+            f"{launched} processes were launched but accelerate formed a group of "
+            f"{accelerator.num_processes}. On a machine without GPUs set ACCELERATE_USE_CPU=true."
+        )
+    return accelerator
+
+
 def fit(
-    task: Task, dataset: CropDataset, optim: OptimConfig, run: RunConfig, config_text: str
+    task: Task,
+    dataset: CropDataset | StreamedCrops,
+    accelerator: Accelerator,
+    optim: OptimConfig,
+    run: RunConfig,
+    config_text: str,
 ) -> Path:
     """Trains `task` to the end, resuming from the newest checkpoint, and returns `output/final`.
 
@@ -62,7 +87,7 @@ def fit(
     that was never interrupted: every random number derives from (seed, epoch, index) or from
     (seed, step, rank), never from the state of a global generator.
     """
-    return _Run(task, dataset, optim, run, config_text).train()
+    return _Run(task, dataset, accelerator, optim, run, config_text).train()
 
 
 def learning_rate(config: OptimConfig, step: int, n_steps: int) -> float:
@@ -79,26 +104,20 @@ class _Run:
     def __init__(
         self,
         task: Task,
-        dataset: CropDataset,
+        dataset: CropDataset | StreamedCrops,
+        accelerator: Accelerator,
         optim: OptimConfig,
         run: RunConfig,
         config_text: str,
     ):
         self.task, self.dataset, self.optim, self.run = task, dataset, optim, run
         self.config_text, self.output, self.progress = config_text, Path(run.output), Progress()
-        self.accelerator = _make_accelerator(optim, run, dataset.seed)
+        self.accelerator = accelerator
         task.to(self.accelerator.device, _frozen_dtype(run))
         if run.channels_last:
             task.module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self._prepare()
-        self.batches_per_epoch = len(self.loader)
-        if self.batches_per_epoch == 0:
-            raise InputError(
-                f"The data must fill one batch per process, but {len(dataset)} images came for "
-                f"batches of {optim.batch_size}. Lower optim.batch_size."
-            )
-        per_epoch = math.ceil(self.batches_per_epoch / optim.gradient_accumulation_steps)
-        self.n_steps = min(optim.max_steps or 10**12, optim.epochs * per_epoch)
+        self.n_steps = self._count_steps()
 
     def _prepare(self) -> None:
         parameters = _trainable(self.task.module)
@@ -111,7 +130,7 @@ class _Run:
         loader = DataLoader(
             self.dataset,
             batch_size=self.optim.batch_size,
-            shuffle=True,
+            shuffle=not isinstance(self.dataset, IterableDataset),
             drop_last=True,
             num_workers=self.dataset.config.num_workers,
         )
@@ -126,6 +145,21 @@ class _Run:
         self.accelerator.register_for_checkpointing(self.progress)
         self.accelerator.register_save_state_pre_hook(self._save_hook)
         self.accelerator.register_load_state_pre_hook(self._load_hook)
+
+    def _count_steps(self) -> int:
+        if isinstance(self.dataset, IterableDataset):
+            if self.optim.max_steps is None:
+                raise InputError("data.streaming has no known length: set optim.max_steps.")
+            return self.optim.max_steps
+        if len(self.loader) == 0:
+            raise InputError(
+                f"The data must fill one batch per process, but {len(self.dataset)} images came "
+                f"for batches of {self.optim.batch_size}. Lower optim.batch_size."
+            )
+        per_epoch = math.ceil(len(self.loader) / self.optim.gradient_accumulation_steps)
+        return min(
+            self.optim.max_steps or self.optim.epochs * per_epoch, self.optim.epochs * per_epoch
+        )
 
     def _save_hook(self, models: list[nn.Module], weights: list[Any], folder: str) -> None:
         if self.accelerator.is_main_process:
@@ -184,8 +218,6 @@ class _Run:
         rank = self.accelerator.process_index
         # Dropout draws from the global generator, so it is set anew at each step.
         torch.manual_seed(derive_seed(self.dataset.seed, self.progress.micro_step, rank))
-        if self.run.channels_last:
-            batch["pixels"] = batch["pixels"].contiguous(memory_format=torch.channels_last)
         lr = learning_rate(self.optim, self.progress.step, self.n_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -294,8 +326,7 @@ class _Run:
         self.accelerator.print(
             f"trainable parameters: {trainable:,}\n"
             f"weights, gradients and optimizer state: {trainable * 4 * copies / 2**30:.2f} GiB\n"
-            f"processes: {self.accelerator.num_processes}, images: {len(self.dataset):,}, "
-            f"optimizer steps: {self.n_steps:,}"
+            f"processes: {self.accelerator.num_processes}, optimizer steps: {self.n_steps:,}"
         )
         for key, value in batch.items():
             self.accelerator.print(f"batch[{key!r}]: {tuple(value.shape)} {value.dtype}")
@@ -356,21 +387,3 @@ def _trainable(module: nn.Module) -> list[nn.Parameter]:
 def _frozen_dtype(run: RunConfig) -> torch.dtype:
     table = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     return table[run.mixed_precision]
-
-
-def _make_accelerator(optim: OptimConfig, run: RunConfig, seed: int) -> Accelerator:
-    accelerator = Accelerator(
-        mixed_precision=run.mixed_precision,
-        gradient_accumulation_steps=optim.gradient_accumulation_steps,
-        cpu=run.cpu,
-        log_with=None if run.tracker == "none" else run.tracker,
-        project_config=ProjectConfiguration(project_dir=run.output),
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed),
-    )
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != accelerator.num_processes:
-        raise InputError(
-            f"{launched} processes were launched but accelerate formed a group of "
-            f"{accelerator.num_processes}. On a machine without GPUs set ACCELERATE_USE_CPU=true."
-        )
-    return accelerator

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor, nn
@@ -27,7 +26,7 @@ from featinv_diffusion.diffusion.objective import (
 from featinv_diffusion.training.config import OptimConfig, RunConfig
 from featinv_diffusion.training.entry import load_component, make_datasets
 from featinv_diffusion.training.latents import CacheConfig, CachedCropDataset, fill_cache
-from featinv_diffusion.training.loop import fit
+from featinv_diffusion.training.loop import fit, make_accelerator
 from featinv_diffusion.training.noise import SampleNoise
 from featinv_diffusion.training.tokenizer import make_tokenizer
 
@@ -139,6 +138,7 @@ class TextToImageTask:
 
     def save(self, module: nn.Module, folder: Path) -> None:
         networks: Any = module
+        self.vae.save_pretrained(folder / "vae")  # the folder is a whole Stable Diffusion base
         networks.unet.save_pretrained(folder / "unet")
         networks.text_encoder.save_pretrained(folder / "text_encoder")
         self.tokenizer.save_pretrained(str(folder / "tokenizer"))
@@ -202,12 +202,12 @@ def make_text_encoder(config: TextToImageModelConfig, tokenizer: CLIPTokenizer) 
 
 
 def train_text_to_image(config: TextToImageConfig) -> Path:
-    """Trains to the end and returns the folder of `unet/`, `text_encoder/`, `tokenizer/`."""
+    """Trains to the end and returns a folder in Stable Diffusion's layout."""
+    accelerator = make_accelerator(config.optim, config.run, config.seed)
     torch.manual_seed(config.seed)
     records = load_records(config.data)
     train, _ = make_datasets(records, config.data, config.seed)
     vae = load_component(AutoencoderKL, config.model.vae)
-    accelerator = Accelerator(cpu=config.run.cpu)
     cache = fill_cache(
         train,
         vae.to(accelerator.device),
@@ -220,4 +220,4 @@ def train_text_to_image(config: TextToImageConfig) -> Path:
     titles = read_class_titles(config.data.classes)
     names = [titles.get(name, name) for name in records.class_names]
     task = TextToImageTask(config.model, names, vae)
-    return fit(task, dataset, config.optim, config.run, to_yaml(config))
+    return fit(task, dataset, accelerator, config.optim, config.run, to_yaml(config))

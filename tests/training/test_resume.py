@@ -1,4 +1,4 @@
-"""A run killed by SIGKILL and started again ends with the bits of one that was never interrupted."""
+"""A run killed by SIGKILL and started again ends with the bits of an uninterrupted one."""
 
 from __future__ import annotations
 

@@ -1,0 +1,88 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from featinv_diffusion.data import CropDataset, DataConfig, load_records, to_images
+from featinv_diffusion.errors import InputError
+from featinv_diffusion.training.latents import CachedCropDataset, encode_posterior, fill_cache
+from tests import tiny
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> CropDataset:
+    random = np.random.default_rng(0)
+    (tmp_path / "images/a").mkdir(parents=True)
+    for i in range(5):
+        pixels = random.integers(0, 256, (70, 90, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"images/a/{i}.png")
+    config = DataConfig(root=str(tmp_path / "images"), size=48, vflip=True, num_workers=0)
+    return CropDataset(load_records(config), range(5), config, seed=0)
+
+
+def fill(dataset: CropDataset, folder: Path, n_crops: int = 3, vae=None) -> CachedCropDataset:
+    cache = fill_cache(dataset, vae or tiny.make_vae(), folder, n_crops, 64, Accelerator(cpu=True))
+    return CachedCropDataset(dataset, cache)
+
+
+def test_cached_latents_are_those_of_the_very_pixels(dataset: CropDataset, tmp_path: Path) -> None:
+    vae = tiny.make_vae()
+    cached = fill(dataset, tmp_path / "cache")
+    seen = set()
+    for epoch in range(6):
+        cached.set_epoch(epoch)
+        for position in range(5):
+            item = cached[position]
+            mean, std = encode_posterior(vae, to_images(item["pixels"][None]), 64)
+            # Stored in fp16: relative error 2⁻¹¹.
+            torch.testing.assert_close(item["latent_mean"], mean[0], rtol=1e-3, atol=2e-3)
+            torch.testing.assert_close(item["latent_std"], std[0], rtol=1e-3, atol=2e-3)
+            seen.add((position, item["pixels"].sum().item()))
+    assert len(seen) > 10  # several crops of each of the five images
+    assert len({cached[0]["seed"], cached[1]["seed"]}) == 2
+
+
+def test_workers_read_the_same_cache(dataset: CropDataset, tmp_path: Path) -> None:
+    cached = fill(dataset, tmp_path / "cache")
+    loaded = next(iter(DataLoader(cached, batch_size=5, num_workers=1)))
+    expected = torch.stack([cached[i]["latent_mean"] for i in range(5)])
+    assert torch.equal(loaded["latent_mean"], expected)
+
+
+def test_filling_goes_on_where_it_stopped(dataset: CropDataset, tmp_path: Path) -> None:
+    first = fill(dataset, tmp_path / "cache")
+    whole = {name: array.copy() for name, array in first.cache.open().items()}
+    arrays = first.cache.open("r+")
+    arrays["mean"][2] = 0
+    arrays["done"][2] = False
+    arrays["mean"][3] = 7  # marked done: must be left alone
+    again = fill(dataset, tmp_path / "cache").cache.open()
+    assert np.array_equal(again["mean"][2], whole["mean"][2])
+    assert (again["mean"][3] == 7).all()
+    assert again["done"].all()
+
+
+def test_size_is_announced_and_another_vae_refused(
+    dataset: CropDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cached = fill(dataset, tmp_path / "cache")
+    # 5 images × 3 crops × (two maps 4×8×8 of fp16, 4 int32, 2 flips) + 5 marks
+    assert cached.cache.n_bytes == 5 * 3 * (2 * 256 * 2 + 16 + 2) + 5
+    assert "Latent cache" in capsys.readouterr().out
+    other = tiny.make_vae()
+    with torch.no_grad():
+        other.encoder.conv_in.weight.add_(1)
+    with pytest.raises(InputError, match="another VAE"):
+        fill(dataset, tmp_path / "cache", vae=other)
+
+
+def test_too_small_a_disk_is_said_before_anything_is_written(
+    dataset: CropDataset, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="GiB are free"):
+        fill(dataset, tmp_path / "cache", n_crops=10**9)
+    assert not list((tmp_path / "cache").glob("*.npy"))

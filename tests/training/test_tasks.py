@@ -1,0 +1,241 @@
+"""Every task trains through the one loop, lowers its loss and reads back what it wrote."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import TimmWrapperForImageClassification
+
+from featinv_diffusion.config import load_config
+from featinv_diffusion.diffusion.featinv_controlnet import FeatureControlNet
+from featinv_diffusion.errors import InputError
+from featinv_diffusion.training.autoencoder import AutoencoderConfig, train_autoencoder
+from featinv_diffusion.training.classifier import ClassifierConfig, train_classifier
+from featinv_diffusion.training.controlnet import (
+    ControlNetConfig,
+    load_frozen_parts,
+    make_controlnet,
+    set_feature_statistics,
+    train_controlnet,
+)
+from featinv_diffusion.training.text_to_image import TextToImageConfig, train_text_to_image
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten images of each of two flat colours with noise, and trained-size-zero tiny models."""
+    folder = tmp_path_factory.mktemp("tasks")
+    random = np.random.default_rng(0)
+    for label, colour in (("red", (200, 30, 30)), ("blue", (30, 30, 200))):
+        (folder / "images" / label).mkdir(parents=True)
+        for i in range(10):
+            pixels = random.normal(colour, 20, (64, 64, 3)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / f"images/{label}/{i}.png")
+    for name in ("vae", "unet", "text_encoder", "tokenizer", "scheduler", "backbone"):
+        getattr(tiny, f"make_{name}")().save_pretrained(str(folder / name))
+    return folder
+
+
+def settings(folder: Path, output: Path, steps: int, **more: Any) -> list[str]:
+    values = {
+        "data.root": folder / "images",
+        "data.size": 64,
+        "data.crop": "shift",
+        "data.held_back_per_class": 2,
+        "data.num_workers": 0,
+        "optim.lr": 3e-3,
+        "optim.batch_size": 8,
+        "optim.epochs": 1000,
+        "optim.max_steps": steps,
+        "run.output": output,
+        "run.tracker": "none",
+        "run.cpu": True,
+        **more,
+    }
+    return [f"{key}={value}" for key, value in values.items()]
+
+
+def losses(output: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (output / "losses.jsonl").read_text().splitlines()]
+
+
+def last_validation(output: Path) -> dict[str, float]:
+    return json.loads((output / "validation.jsonl").read_text().splitlines()[-1])
+
+
+def test_classifier_learns_two_colours_and_reloads(folder: Path, tmp_path: Path) -> None:
+    model = {
+        "model.arguments": "{depths:[1,1,1,1],dims:[8,16,24,32],output_stride:8,ls_init_value:1}"
+    }
+    config = load_config(ClassifierConfig, None, settings(folder, tmp_path, 12, **model))
+    final = train_classifier(config)
+    assert last_validation(tmp_path)["top1"] == 1.0
+    wrapper = TimmWrapperForImageClassification.from_pretrained(final / "classifier").eval()
+    assert wrapper.config.id2label == {0: "blue", 1: "red"}
+    statistics = wrapper.config.pretrained_cfg
+    mean, std = (torch.tensor(statistics[k])[:, None, None] for k in ("mean", "std"))
+    red = torch.tensor([200, 30, 30]).view(1, 3, 1, 1).expand(1, 3, 64, 64) / 255
+    assert int(wrapper((red - mean) / std).logits.argmax()) == 1
+
+
+def test_autoencoder_lowers_its_loss_and_measures_its_scale(folder: Path, tmp_path: Path) -> None:
+    from diffusers import AutoencoderKL
+
+    more = {
+        "model.block_out_channels": "[8,8,8,8]",
+        "model.latent_channels": 4,
+        "model.norm_num_groups": 4,
+        "model.perceptual_classifier": folder / "backbone",
+    }
+    config = load_config(AutoencoderConfig, None, settings(folder, tmp_path, 30, **more))
+    vae = AutoencoderKL.from_pretrained(train_autoencoder(config) / "vae").eval()
+    values = losses(tmp_path)
+    assert np.mean(values[-5:]) < 0.5 * values[0]
+    assert vae.config["scaling_factor"] not in (1.0, 0.18215)
+
+
+def test_text_to_image_lowers_its_loss_and_its_folder_is_stable_diffusion(
+    folder: Path, tmp_path: Path
+) -> None:
+    from featinv_diffusion.training.controlnet import ControlNetModelConfig
+
+    more = {
+        "model.vae": folder / "vae",
+        "model.block_out_channels": "[16,32]",
+        "model.norm_num_groups": 8,
+        "model.text_hidden_size": 32,
+        "optim.ema_decay": 0.5,
+    }
+    config = load_config(TextToImageConfig, None, settings(folder, tmp_path, 40, **more))
+    final = train_text_to_image(config)
+    values = losses(tmp_path)
+    assert np.mean(values[-10:]) < 0.9 * np.mean(values[:5])
+    assert list(tmp_path.glob("validation/samples-*.png"))
+    base = ControlNetModelConfig(base=str(final), backbone=str(folder / "backbone"))
+    parts = load_frozen_parts(base)
+    assert parts.image_size == 64
+    assert not torch.equal(parts.prompt_embeds[0], parts.prompt_embeds[1])
+
+
+def controlnet_config(folder: Path, output: Path, steps: int, *extra: str) -> ControlNetConfig:
+    more = {
+        "model.base": folder,
+        "model.backbone": folder / "backbone",
+        "model.feature_hidden_channels": 16,
+        "model.statistics_images": 8,
+        "validation.num_inference_steps": 2,
+        "run.n_validation_images": 2,
+    }
+    values = [*settings(folder, output, steps, **more), *extra]
+    return load_config(ControlNetConfig, None, values)
+
+
+def test_controlnet_trains_and_leaves_everything_else_bit_identical(
+    folder: Path, tmp_path: Path
+) -> None:
+    config = controlnet_config(folder, tmp_path, 3, "run.gradient_checkpointing=true")
+    final = train_controlnet(config)
+    record = last_validation(tmp_path)
+    assert {"cosine", "cosine_shuffled", "top1_match", "top5_match"} <= record.keys()
+    assert list(tmp_path.glob("validation/reconstructions-*.png"))
+    trained = FeatureControlNet.from_pretrained(final / "controlnet")
+    assert trained.config["feature_spec"]["channels"] == tiny.CHANNELS
+    assert bool(trained.feature_encoder.conv3.weight.any())
+    assert bool(trained.feature_encoder.feature_mean.any())
+    frozen = load_frozen_parts(config.model)
+    for name in ("unet", "vae"):
+        expected = getattr(tiny, f"make_{name}")().state_dict()
+        for key, value in getattr(frozen, name).state_dict().items():
+            assert torch.equal(value, expected[key])
+
+
+def test_warm_start_takes_all_but_the_feature_encoder(folder: Path, tmp_path: Path) -> None:
+    other = tiny.make_controlnet(feature_channels=7)
+    other.save_pretrained(tmp_path / "other")
+    config = controlnet_config(folder, tmp_path, 1, f"model.warm_start={tmp_path / 'other'}")
+    parts = load_frozen_parts(config.model)
+    controlnet = make_controlnet(config.model, parts)
+    expected = other.state_dict()
+    for key, value in controlnet.state_dict().items():
+        if not key.startswith("feature_encoder."):
+            assert torch.equal(value, expected[key])
+    assert not bool(controlnet.feature_encoder.conv3.weight.any())
+
+
+def test_feature_statistics_standardise_the_cells(folder: Path, tmp_path: Path) -> None:
+    from featinv_diffusion.data import load_records
+    from featinv_diffusion.training.entry import make_datasets, stack_images
+
+    config = controlnet_config(folder, tmp_path, 1)
+    parts = load_frozen_parts(config.model)
+    controlnet = make_controlnet(config.model, parts)
+    train, _ = make_datasets(load_records(config.data), config.data, 0)
+    images = stack_images(train, 16)[0]
+    set_feature_statistics(controlnet, parts.backbone, images)
+    features = parts.backbone.features(images)
+    cells = controlnet.feature_encoder.standardise(features).movedim(1, -1).flatten(0, -2)
+    torch.testing.assert_close(cells.mean(0), torch.zeros(tiny.CHANNELS), atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        cells.std(0, unbiased=False), torch.ones(tiny.CHANNELS), atol=1e-3, rtol=0
+    )
+
+
+def test_streaming_trains_needs_a_length_and_resumes_exactly(folder: Path, tmp_path: Path) -> None:
+    import tarfile
+
+    names = [f"{label}/{i}.png" for i in range(10) for label in ("red", "blue")]
+    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+        for i, name in enumerate(names):
+            tar.add(folder / "images" / name, f"{i:04d}.png")
+    stream = [f"data.root={tmp_path / 'shard.tar'}", "data.streaming=true", "data.shuffle_buffer=4"]
+    stream += ["optim.batch_size=4", "run.checkpoint_every=3"]
+    with pytest.raises(InputError, match=r"optim\.max_steps"):
+        train_controlnet(
+            controlnet_config(folder, tmp_path / "a", 1, *stream, "optim.max_steps=null")
+        )
+    with pytest.raises(InputError, match="latent cache"):
+        train_controlnet(controlnet_config(folder, tmp_path / "a", 1, *stream, "cache.folder=x"))
+    train_controlnet(controlnet_config(folder, tmp_path / "whole", 8, *stream))
+    train_controlnet(controlnet_config(folder, tmp_path / "parts", 3, *stream))
+    train_controlnet(
+        controlnet_config(folder, tmp_path / "parts", 8, *stream, "run.allow_changed_config=true")
+    )
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_dry_run_writes_nothing_and_names_the_shapes(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_controlnet(controlnet_config(folder, tmp_path / "run", 3, "run.dry_run=true"))
+    printed = capsys.readouterr().out
+    assert "trainable parameters" in printed
+    assert "batch['pixels']: (8, 3, 64, 64)" in printed
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("model.base=absent", "Stable Diffusion"),
+        ("data.held_back_per_class=0", "held_back_per_class"),
+        ("optim.batch_size=64", "16 images came"),
+    ],
+)
+def test_bad_settings_are_one_sentence(
+    folder: Path, tmp_path: Path, override: str, said: str
+) -> None:
+    with pytest.raises(InputError, match=said):
+        train_controlnet(controlnet_config(folder, tmp_path / "run", 3, override))
+
+
+def test_diverged_loss_stops_the_run(folder: Path, tmp_path: Path) -> None:
+    config = controlnet_config(folder, tmp_path, 50, "optim.lr=1e30", "optim.max_grad_norm=1e30")
+    with pytest.raises(InputError, match="loss must be finite"):
+        train_controlnet(config)
