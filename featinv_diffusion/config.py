@@ -26,7 +26,7 @@ def load_config(cls: type[T], path: str | Path | None = None, overrides: Sequenc
     for override in overrides:
         if "=" not in override:
             raise InputError(f"An override must read key=value, but {override!r} came.")
-        config = _merge(config, OmegaConf.from_dotlist([override]), f"override {override!r}")
+        config = _merge(config, _read_override(override), f"override {override!r}")
     try:
         return OmegaConf.to_object(config)  # pyright: ignore[reportReturnType]
     except OmegaConfBaseException as error:
@@ -48,6 +48,15 @@ def _read_yaml(path: Path) -> Any:
     if not OmegaConf.is_dict(loaded):
         raise InputError(f"{path} must hold `key: value` lines at its top level.")
     return loaded
+
+
+def _read_override(override: str) -> Any:
+    try:
+        return OmegaConf.from_dotlist([override])
+    except Exception as error:  # whatever the YAML of the value can raise
+        raise InputError(
+            f"The value of an override must be YAML, but {override!r} is not: {_first_line(error)}"
+        ) from error
 
 
 def _merge(config: Any, update: Any, source: str) -> Any:

@@ -17,11 +17,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 from torchvision.datasets import ImageFolder
-from torchvision.transforms import InterpolationMode, RandomResizedCrop
-from torchvision.transforms import functional as TF
+from torchvision.transforms import InterpolationMode, RandomResizedCrop, functional
 
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.seeds import make_generator
+
+TF: Any = functional  # torchvision annotates tensors only, and takes pictures too
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 
 
 def derive_seed(*parts: object) -> int:
-    """Hashes parts such as (seed, image id, sample number) to a 63-bit seed, the same everywhere."""
+    """Hashes parts such as (seed, image id, sample number) to 63 bits, the same everywhere."""
     text = "\x1f".join(map(str, parts)).encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1
 

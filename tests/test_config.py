@@ -38,6 +38,7 @@ def test_overrides_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) 
         ("inner.lr=fast", "fast"),
         ("inner.kind=c", "'a', 'b'"),
         ("inner.lr", "key=value"),
+        ("inner={lr:[1}", "YAML"),
     ],
 )
 def test_bad_override_is_one_sentence_that_names_it(override: str, said: str) -> None:

@@ -1,4 +1,4 @@
-"""Train a small timm classifier: `accelerate launch train/classifier.py --config FILE key=value`."""
+"""Train a small timm classifier: `accelerate launch train/classifier.py --config FILE`."""
 
 from featinv_diffusion.training.classifier import ClassifierConfig, train_classifier
 from featinv_diffusion.training.entry import run_script

@@ -93,8 +93,8 @@ class FeatureControlNet(ControlNetModel):
         **kwargs: the arguments of `ControlNetModel`.
     """
 
-    _repeated_blocks = ["BasicTransformerBlock"]
-    _no_split_modules = ["BasicTransformerBlock", "ResnetBlock2D"]
+    _repeated_blocks = ["BasicTransformerBlock"]  # noqa: RUF012
+    _no_split_modules = ["BasicTransformerBlock", "ResnetBlock2D"]  # noqa: RUF012
 
     @register_to_config
     def __init__(
@@ -116,7 +116,7 @@ class FeatureControlNet(ControlNetModel):
 
     @staticmethod
     def _get_init_keys(input_class: type) -> set[str]:
-        # diffusers drops config keys that are not named in the signature, and ours ends in **kwargs.
+        # diffusers drops config keys that the signature does not name, and ours ends in **kwargs.
         keys = set(inspect.signature(input_class.__init__).parameters)
         return keys | set(inspect.signature(ControlNetModel.__init__).parameters)
 
@@ -171,7 +171,7 @@ class FeatureControlNet(ControlNetModel):
 
         Args:
             sample: noisy latents `[b, 4, h, w]`.
-            controlnet_cond: feature maps `[b, c, h_f, w_f]`; not read where `encoded_cond` is given.
+            controlnet_cond: feature maps `[b, c, h_f, w_f]`; not read if `encoded_cond` is given.
             encoded_cond: what `encode_condition` returned.
             keep: bool `[b]`, False where the features are dropped.
         """

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
+from diffusers.models.resnet import ResnetBlock2D
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
@@ -71,8 +72,11 @@ class PerceptualDistance(nn.Module):
 
     def __init__(self, wrapper: TimmWrapperForImageClassification):
         super().__init__()
-        self.network = wrapper.timm_model.eval().requires_grad_(False)
-        statistics = wrapper.config.pretrained_cfg
+        network: Any = wrapper.timm_model
+        self.network = network.eval().requires_grad_(False)
+        statistics: Any = wrapper.config.pretrained_cfg
+        self.mean: Tensor
+        self.std: Tensor
         self.register_buffer("mean", torch.tensor(statistics["mean"])[:, None, None])
         self.register_buffer("std", torch.tensor(statistics["std"])[:, None, None])
 
@@ -86,7 +90,8 @@ class PerceptualDistance(nn.Module):
         return total / len(wanted)
 
     def _stages(self, images: Tensor) -> list[Tensor]:
-        maps = self.network.forward_intermediates(
+        network: Any = self.network
+        maps = network.forward_intermediates(
             (images - self.mean) / self.std, intermediates_only=True
         )
         return [nn.functional.normalize(x.float(), dim=1) for x in maps]
@@ -127,7 +132,8 @@ class AutoencoderTask:
         return loss, scalars
 
     def vae_of(self, module: nn.Module) -> AutoencoderKL:
-        return getattr(module, "module", module).vae
+        unwrapped: Any = getattr(module, "module", module)
+        return unwrapped.vae
 
     def validate(self, module: nn.Module) -> tuple[dict[str, float], dict[str, Image.Image]]:
         device = next(module.parameters()).device
@@ -165,7 +171,8 @@ class AutoencoderTask:
 def make_autoencoder(config: AutoencoderModelConfig, size: int) -> AutoencoderKL:
     """Builds an AutoencoderKL without attention for images of `size` pixels."""
     levels = len(config.block_out_channels)
-    return AutoencoderKL(
+    build: Any = AutoencoderKL  # its tuples are annotated as of length one
+    vae = build(
         block_out_channels=config.block_out_channels,
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
@@ -175,6 +182,10 @@ def make_autoencoder(config: AutoencoderModelConfig, size: int) -> AutoencoderKL
         mid_block_add_attention=False,
         sample_size=size,
     )
+    for module in vae.modules():  # residual blocks begin as the identity, which trains faster
+        if isinstance(module, ResnetBlock2D):
+            nn.init.zeros_(module.conv2.weight)
+    return vae
 
 
 def train_autoencoder(config: AutoencoderConfig) -> Path:

@@ -70,7 +70,7 @@ class ClassifierTask:
                 for x in images.split(250)
             ]
         )
-        top5 = logits.topk(5).indices
+        top5 = logits.topk(min(5, logits.shape[1])).indices
         return {
             "top1": float((top5[:, 0] == labels).float().mean()),
             "top5": float((top5 == labels[:, None]).any(1).float().mean()),
@@ -88,8 +88,9 @@ def make_classifier(
     config: ClassifierModelConfig, class_names: list[str], size: int
 ) -> TimmWrapperForImageClassification:
     """Builds the wrapper with preprocessing statistics of ImageNet and readable class names."""
+    make_config: Any = TimmWrapperConfig
     return TimmWrapperForImageClassification(
-        TimmWrapperConfig(
+        make_config(
             architecture=config.architecture,
             num_labels=len(class_names),
             id2label=dict(enumerate(class_names)),

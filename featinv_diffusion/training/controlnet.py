@@ -137,8 +137,10 @@ class ControlNetTask:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
         self.parts.backbone.to(device)
-        self.parts.vae.to(device)
-        self.parts.unet.to(device, dtype)
+        vae: Any = self.parts.vae
+        unet: Any = self.parts.unet
+        vae.to(device)
+        unet.to(device, dtype)
         self.parts.prompt_embeds = self.parts.prompt_embeds.to(device, dtype)
 
     def loss(self, module: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -222,7 +224,7 @@ class ControlNetTask:
         )
         pipeline.set_progress_bar_config(disable=True)
         n, settings = len(features), self.config.validation
-        images = pipeline(
+        result: Any = pipeline(
             features=features,
             prompt_embeds=self.parts.prompt_embeds[:1],
             negative_prompt_embeds=self.parts.prompt_embeds[1:],
@@ -231,8 +233,8 @@ class ControlNetTask:
             guidance=settings.guidance,
             generator=[make_generator(self.config.seed, "validation", i) for i in range(n)],
             output_type="pt",
-        ).images
-        return images.float()
+        )
+        return result.images.float()
 
     def save(self, module: nn.Module, folder: Path) -> None:
         controlnet: Any = module
@@ -318,8 +320,9 @@ def set_feature_statistics(
         square = square + cells.square().sum(0)
     mean = total / count
     std = (square / count - mean.square()).clamp_min(0).sqrt()
-    controlnet.feature_encoder.feature_mean.copy_(mean)
-    controlnet.feature_encoder.feature_std.copy_(std.clamp_min(1e-3 * std.max()))
+    encoder: Any = controlnet.feature_encoder
+    encoder.feature_mean.copy_(mean)
+    encoder.feature_std.copy_(std.clamp_min(1e-3 * std.max()))
 
 
 def train_controlnet(config: ControlNetConfig) -> Path:
@@ -337,7 +340,7 @@ def train_controlnet(config: ControlNetConfig) -> Path:
         parts.unet.enable_gradient_checkpointing()
     task = ControlNetTask(controlnet, parts, config, validation)
     if isinstance(train, CropDataset) and config.cache.folder and not config.run.dry_run:
-        train = _cached(config, parts, train, accelerator)
+        train = _cached(config, parts, train, config.cache.folder, accelerator)
     return fit(task, train, accelerator, config.optim, config.run, to_yaml(config))
 
 
@@ -361,12 +364,16 @@ def _first_images(dataset: CropDataset | StreamedCrops, n: int) -> Tensor:
 
 
 def _cached(
-    config: ControlNetConfig, parts: FrozenParts, train: CropDataset, accelerator: Accelerator
+    config: ControlNetConfig,
+    parts: FrozenParts,
+    train: CropDataset,
+    folder: str,
+    accelerator: Accelerator,
 ) -> CropDataset:
     cache = fill_cache(
         train,
-        parts.vae.to(accelerator.device),
-        config.cache.folder,
+        parts.vae.to(accelerator.device),  # pyright: ignore[reportCallIssue, reportArgumentType]
+        folder,
         config.cache.n_crops,
         parts.image_size,
         accelerator,

@@ -134,6 +134,9 @@ class _Run:
             drop_last=True,
             num_workers=self.dataset.config.num_workers,
         )
+        self.module: Any
+        self.optimizer: Any
+        self.loader: Any
         self.module, self.optimizer, self.loader = self.accelerator.prepare(
             self.task.module, optimizer, loader
         )
@@ -204,7 +207,7 @@ class _Run:
     def _batches(self) -> Iterator[dict[str, Any]]:
         while self.progress.step < self.n_steps:
             self.loader.set_epoch(self.progress.epoch)
-            skipped = self.accelerator.skip_first_batches(self.loader, self.progress.batch)
+            skipped: Any = self.accelerator.skip_first_batches(self.loader, self.progress.batch)
             for batch in skipped if self.progress.batch else self.loader:
                 self.progress.batch += 1
                 self.progress.micro_step += 1
@@ -315,7 +318,7 @@ class _Run:
         if self.run.tracker == "tensorboard":
             from torchvision.transforms.functional import pil_to_tensor
 
-            writer = self.accelerator.get_tracker("tensorboard", unwrap=True)
+            writer: Any = self.accelerator.get_tracker("tensorboard", unwrap=True)
             writer.add_image(name, pil_to_tensor(picture), self.progress.step)
 
     def _dry_run(self) -> Path:
@@ -350,7 +353,8 @@ class _LossLog:
         names = ["loss", *scalars]
         values = torch.stack([x.detach().float() for x in (loss, *scalars.values())])
         self.pending.append((names, accelerator.reduce(values, "mean")))
-        self.order += accelerator.gather(index).tolist()
+        gathered: Any = accelerator.gather(index)
+        self.order += gathered.tolist()
 
     def write(self, step: int, lr: float, main: bool) -> dict[str, float]:
         names = self.pending[0][0]

