@@ -7,7 +7,7 @@ are; it needs `pip install einops`. Modules that inference does not touch (pytor
 open_clip) are replaced by empty ones where they are not installed. Every layer that is zero at
 initialisation is randomised, else the control path would not matter.
 
-The last line says in how many tensors the checkpoint written back differs from the original's own.
+The last lines are about the way back, from the pipeline to a checkpoint and a YAML.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import io
 import sys
 import tempfile
 import types
-from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from featinv_diffusion.diffusion.convert_config import read_original_config, sd15_config
 from featinv_diffusion.diffusion.convert_from import Parts, from_original
 from featinv_diffusion.diffusion.convert_to import to_original
+from featinv_diffusion.diffusion.convert_yaml import to_original_config
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
 
 PROMPT = "a high-quality, detailed, and professional image"
@@ -53,27 +53,26 @@ def main() -> None:
     make_importable(args.checkout / "code")
     with tempfile.TemporaryDirectory() as folder:
         config_path = write_config(args.checkout / YAML, Path(folder), args.full_size)
-        with redirect_stdout(io.StringIO()):  # it reports each block it builds
-            original = importlib.import_module("cldm.model").create_model(str(config_path)).eval()
+        original = create(config_path)
         randomise_zeros(original)
         tensors = published_names(original.state_dict())
         parts = from_original(tensors, read_original_config(config_path))
         tokenizer = CLIPTokenizer.from_pretrained(Path(folder) / "clip")
-    pipeline = FeatInvPipeline(**vars(parts), tokenizer=tokenizer)
-    pipeline.set_progress_bar_config(disable=True)
-    n_parameters = sum(p.numel() for p in original.parameters())
-    print(f"{n_parameters / 1e6:.1f} M parameters, float32, torch {torch.__version__}")
-    print(f"{'':34}{'max |difference|':>18}{'max |original|':>18}")
-    compare(original, pipeline, args.steps)
-    report_reverse(tensors, parts)
+        pipeline = FeatInvPipeline(**vars(parts), tokenizer=tokenizer)
+        pipeline.set_progress_bar_config(disable=True)
+        n_parameters = sum(p.numel() for p in original.parameters())
+        print(f"{n_parameters / 1e6:.1f} M parameters, float32, torch {torch.__version__}")
+        print(f"{'':34}{'max |difference|':>18}{'max |original|':>18}")
+        compare(original, pipeline, args.steps)
+        compare_written_back(original, tensors, parts, config_path)
 
 
 def compare(original: Any, pipeline: FeatInvPipeline, n_steps: int) -> None:
     """Prints one line per quantity that the two codes compute from the same inputs."""
     generator = torch.Generator().manual_seed(1)
-    draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
     channels = pipeline.controlnet.config["feature_channels"]
-    features, latents = draw(2, channels, 9, 9), draw(2, 4, 32, 32)
+    features = torch.randn(2, channels, 9, 9, generator=generator)
+    latents = torch.randn(2, 4, 32, 32, generator=generator)
     text = original.get_learned_conditioning([PROMPT, ""])
     report("text embedding", pipeline.encode_prompt([PROMPT, ""]), text)
     hint = original.control_model.input_hint_block(features, emb=None, context=None)
@@ -102,17 +101,18 @@ def compare_sampling(
     # The original moves every buffer to CUDA.
     sampler_class.register_buffer = lambda self, name, value: setattr(self, name, value)
     sampler = sampler_class(original)
-    embed: Callable[[str], Tensor] = lambda text: original.get_learned_conditioning([text] * 2)  # noqa: E731
     with redirect_stdout(io.StringIO()):
         theirs, _ = sampler.sample(
             n_steps,
             2,
             (4, 32, 32),
-            condition(features, embed(PROMPT)),
+            condition(features, original.get_learned_conditioning([PROMPT] * 2)),
             verbose=False,
             x_T=noise,
             unconditional_guidance_scale=1.75,
-            unconditional_conditioning=condition(features, embed("")),
+            unconditional_conditioning=condition(
+                features, original.get_learned_conditioning([""] * 2)
+            ),
         )
     ours: Any = pipeline(
         features=features,
@@ -157,16 +157,31 @@ def report(name: str, ours: Tensor, theirs: Tensor) -> None:
     print(f"{name:34}{difference:>18.3g}{theirs.abs().max().item():>18.3g}", flush=True)
 
 
-def report_reverse(tensors: dict[str, Tensor], parts: Parts) -> None:
-    """Prints how the checkpoint written back differs from the original's own."""
-    back, _ = to_original(parts)
+def compare_written_back(
+    original: Any, tensors: dict[str, Tensor], parts: Parts, config_path: Path
+) -> None:
+    """Prints how the checkpoint written back differs, and loads it into a model of its own YAML."""
+    back, config = to_original(parts)
     only = sorted(tensors.keys() ^ back.keys())
-    unequal = [
-        name for name in tensors.keys() & back.keys() if not torch.equal(tensors[name], back[name])
-    ]
+    unequal = [name for name in tensors.keys() & back.keys() if not tensors[name].equal(back[name])]
     print(f"written back: {len(back)} tensors, {len(only)} names and {len(unequal)} values differ")
     for name in [*only, *unequal]:
         print(f"  {name}")
+    tree: Any = OmegaConf.create(to_original_config(config))
+    clip = OmegaConf.load(config_path).model.params.cond_stage_config
+    tree.model.params.cond_stage_config = clip
+    OmegaConf.save(tree, config_path)
+    again = create(config_path)
+    installed = dict(zip(published_names(again.state_dict()), again.state_dict(), strict=True))
+    again.load_state_dict({installed[name]: tensor for name, tensor in back.items()}, strict=True)
+    same = all(map(torch.equal, original.state_dict().values(), again.state_dict().values()))
+    print(f"loaded with strict=True into a model built from the YAML written back: equal {same}")
+
+
+def create(config_path: Path) -> Any:
+    """Builds the original model, without the lines it prints for each block."""
+    with redirect_stdout(io.StringIO()):
+        return importlib.import_module("cldm.model").create_model(str(config_path)).eval()
 
 
 def make_importable(code: Path) -> None:

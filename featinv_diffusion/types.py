@@ -10,7 +10,7 @@ from torch import Tensor
 
 from featinv_diffusion.errors import InputError
 
-Images = Float[Tensor, "b 3 h w"]
+Images = Float[Tensor, "b 3 height width"]
 """RGB in [0, 1]. Only `featinv_diffusion.images` knows other ranges and PIL."""
 
 Features = Float[Tensor, "b c h w"]

@@ -1,0 +1,51 @@
+"""The command line: `featinv COMMAND`, one module per command.
+
+The modules import torch and the like inside their functions, so that `featinv --help` is quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Annotated
+
+import typer
+
+from featinv_diffusion import __version__
+from featinv_diffusion.cli import exits
+
+COMMANDS = ("sample", "replay", "layers", "export", "push", "convert")
+
+app = typer.Typer(
+    help="Turn the feature maps of frozen vision models back into images.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for _name in COMMANDS:
+    app.command(_name)(getattr(import_module(f"featinv_diffusion.cli.{_name}"), _name))
+
+
+def main() -> None:
+    """Runs `featinv`; see `exits` for the exit codes."""
+    exits.run(app)
+
+
+def _print_version(asked: bool) -> bool:
+    if asked:
+        print(f"featinv {__version__}")
+        raise typer.Exit
+    return asked
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_print_version, help="Print the version and stop."
+        ),
+    ] = False,
+) -> None:
+    pass

@@ -1,0 +1,182 @@
+"""The pipelines inside the package: families of members that share one text-to-image model.
+
+    tiny/base/        a Stable Diffusion folder: unet, vae, text_encoder, tokenizer, scheduler
+    tiny/convnext/    controlnet, backbone, pipeline.json (the defaults of the pipeline)
+
+Weights are float16 on disk.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import nn
+from transformers import TimmWrapperForImageClassification
+
+from featinv_diffusion.diffusion.convert_files import new_folder
+from featinv_diffusion.diffusion.featinv_controlnet import FeatureControlNet
+from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline, tidy_saved_folder
+from featinv_diffusion.diffusion.model_card import CardInfo, write_model_card
+from featinv_diffusion.diffusion.pipeline_folder import INDEX, check_component, read_json
+from featinv_diffusion.errors import InputError, choices_hint
+from featinv_diffusion.files import write_text
+
+ASSETS = Path(__file__).parents[1] / "assets"
+BASE, DEFAULTS = "base", "pipeline.json"
+BASE_MODELS = ("unet", "vae", "text_encoder")
+MAX_FILE_MB = 16
+SHARD_SIZE = "15MB"
+
+
+def list_bundled() -> list[str]:
+    """Names that `load_pipeline` takes without a folder or a network, such as `tiny/convnext`."""
+    members = sorted(path.parent for path in ASSETS.glob(f"*/*/{DEFAULTS}"))
+    return [f"{member.parent.name}/{member.name}" for member in members]
+
+
+def bundled_folder(name: str) -> Path:
+    """The folder of a bundled pipeline, with `controlnet` and `backbone` in it."""
+    return ASSETS / name
+
+
+def load_bundled(name: str, torch_dtype: torch.dtype = torch.float32) -> FeatInvPipeline:
+    """Loads a pipeline of `list_bundled`.
+
+    Raises:
+        InputError: unknown name (the nearest is named), or a file of the installation is missing.
+    """
+    if name not in list_bundled():
+        hint = choices_hint(name, list_bundled())
+        raise InputError(f"No bundled pipeline is named {name!r}; {hint}")
+    member = bundled_folder(name)
+    base = member.parent / BASE
+    for component in BASE_MODELS:
+        library = read_json(base / INDEX)[component][0]
+        check_component(base / component, library)
+    check_component(member / "controlnet", "diffusers")
+    check_component(member / "backbone", "transformers")
+    return FeatInvPipeline.from_pretrained(
+        base,
+        controlnet=FeatureControlNet.from_pretrained(
+            member / "controlnet", torch_dtype=torch_dtype, use_safetensors=True
+        ),
+        backbone=TimmWrapperForImageClassification.from_pretrained(
+            member / "backbone", dtype=torch_dtype
+        ),
+        torch_dtype=torch_dtype,
+        use_safetensors=True,
+        **read_json(member / DEFAULTS),
+    )
+
+
+def write_bundled(
+    pipeline: FeatInvPipeline,
+    family: str | Path,
+    name: str,
+    info: CardInfo,
+    *,
+    replace_base: bool = False,
+) -> Path:
+    """Packs a trained pipeline as member `name` of a family folder and returns the member's folder.
+
+    An older member of that name is replaced. The base is written with the first member.
+
+    Args:
+        family: e.g. `featinv_diffusion/assets/tiny`.
+        replace_base: write the base anew, which breaks members that were trained on another.
+
+    Raises:
+        InputError: the base there is another one, a weight does not fit float16, a file is larger
+            than 16 MB, the disk refuses.
+    """
+    if pipeline.backbone is None:
+        raise InputError("A bundled pipeline must have its backbone, but this one has none.")
+    family = Path(family)
+    base, member = family / BASE, family / name
+    if replace_base or not base.exists():
+        stable_diffusion = _base_pipeline(pipeline)
+        _replace(base, lambda f: stable_diffusion.save_pretrained(f, max_shard_size=SHARD_SIZE))
+    else:
+        _check_same_base(pipeline, base)
+
+    def write(folder: Path) -> None:
+        to_half(pipeline.controlnet).save_pretrained(
+            folder / "controlnet", max_shard_size=SHARD_SIZE
+        )
+        to_half(pipeline.backbone).save_pretrained(folder / "backbone", max_shard_size=SHARD_SIZE)
+        defaults = {k: v for k, v in pipeline.parameters.items() if v is not None}
+        write_text(folder / DEFAULTS, json.dumps(defaults, indent=2, sort_keys=True) + "\n")
+        write_model_card(folder, pipeline, info, f"{family.name}/{name}")
+
+    _replace(member, write)
+    return member
+
+
+def to_half(module: nn.Module) -> Any:
+    """Returns a float16 copy.
+
+    Raises:
+        InputError: a value overflows, or a standard deviation or variance becomes zero.
+    """
+    half = deepcopy(module).half()
+    for key, tensor in half.state_dict().items():
+        scale = key.endswith(("feature_std", "running_var"))
+        if not bool(tensor.isfinite().all()) or (scale and bool((tensor == 0).any())):
+            raise InputError(
+                f"Bundled weights must fit float16, but {key} of {type(module).__name__} does not: "
+                "it overflows or a scale becomes zero."
+            )
+    return half
+
+
+def _base_pipeline(pipeline: FeatInvPipeline) -> StableDiffusionPipeline:
+    return StableDiffusionPipeline(
+        vae=to_half(pipeline.vae),
+        text_encoder=to_half(pipeline.text_encoder),
+        tokenizer=pipeline.tokenizer,
+        unet=to_half(pipeline.unet),
+        scheduler=pipeline.scheduler,
+        safety_checker=None,  # pyright: ignore[reportArgumentType]
+        feature_extractor=None,  # pyright: ignore[reportArgumentType]
+        requires_safety_checker=False,
+    )
+
+
+def _check_same_base(pipeline: FeatInvPipeline, base: Path) -> None:
+    for component in BASE_MODELS:
+        model = getattr(pipeline, component)
+        wanted = to_half(model).state_dict()
+        stored = type(model).from_pretrained(base / component).half().state_dict()
+        same = wanted.keys() == stored.keys() and all(
+            torch.equal(wanted[key], stored[key]) for key in wanted
+        )
+        if not same:
+            raise InputError(
+                f"The family shares the base in {base}, but the {component} of this pipeline is "
+                "another one. Train on that base, or pass replace_base=True and pack all again."
+            )
+
+
+def _replace(target: Path, write: Callable[[Path], Any]) -> None:
+    """Writes a folder beside `target`, checks it, and puts it in place of `target`."""
+    fresh = target.with_name(f"{target.name}.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    with new_folder(fresh) as folder:
+        write(folder)
+        tidy_saved_folder(folder)
+        for path in folder.rglob("*"):
+            if path.is_file() and path.stat().st_size > MAX_FILE_MB * 10**6:
+                raise InputError(
+                    f"No bundled file may be larger than {MAX_FILE_MB} MB, but "
+                    f"{path.relative_to(folder)} has {path.stat().st_size / 1e6:.1f} MB. "
+                    "Make the model smaller."
+                )
+    shutil.rmtree(target, ignore_errors=True)
+    fresh.rename(target)

@@ -1,0 +1,769 @@
+"""FeatInvPipeline: images whose features, seen by a frozen vision model, are the ones asked for.
+
+This file travels with the weights to the Hub and is executed there without its package, so it
+imports nothing but PIL, numpy, torch, timm and the libraries of Hugging Face. A folder that
+`save_pretrained` writes loads in two ways: with `FeatInvPipeline.from_pretrained(folder)`, which
+runs the installed code and never the shipped one, and with `DiffusionPipeline.from_pretrained(
+folder, trust_remote_code=True)`, which runs the shipped code and needs no installation.
+
+Source: "FeatInv: Spatially resolved mapping from feature space to input space using conditional
+diffusion models", sections 2 and 3.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+import torch
+from diffusers import AutoencoderKL, ControlNetModel, DiffusionPipeline, UNet2DConditionModel
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput, StableDiffusionMixin
+from diffusers.schedulers import SchedulerMixin
+from diffusers.utils import logging
+from huggingface_hub import create_repo
+from timm.data import resolve_data_config
+from torch.nn import functional as F
+from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel
+
+logger = logging.get_logger(__name__)
+
+GUIDANCE = ("text", "features")
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+PROMPT_CACHE_SIZE = 64
+
+Image = PIL.Image.Image | str | Path
+
+# Files keep these names wherever they travel: a saved folder names its code by them.
+_CONTROLNET_STEM = "featinv_controlnet"
+_LIBRARIES = ("diffusers", "transformers")
+# What the libraries write into a config about the place it was loaded from.
+_LOADING_TRACES = ("_name_or_path", "is_local", "local_files_only")
+# What a Stable Diffusion folder has besides, when the pipeline is assembled from one.
+_OTHERS_COMPONENTS = (
+    "safety_checker",
+    "requires_safety_checker",
+    "feature_extractor",
+    "image_encoder",
+)
+
+# Where diffusers runs the shipped copy of this file there is no package beside it.
+_PACKAGE = None if __name__.startswith("diffusers_modules.") else __package__
+if _PACKAGE:
+    # diffusers loads a component only from a module that is imported already.
+    importlib.import_module(f"{_PACKAGE}.{_CONTROLNET_STEM}")
+
+
+class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
+    """Samples images from feature maps with a latent text-to-image model and a FeatureControlNet.
+
+    Args:
+        text_encoder: optional where `prompt_embeds` are passed to the call.
+        controlnet: a FeatureControlNet; its `config.feature_spec` says which features it reads.
+        backbone: a `TimmWrapperForImageClassification`, which makes features of images; optional
+            where features are passed to the call.
+        default_prompt: the prompt of training.
+        default_num_inference_steps: used where the call names no number of steps; likewise
+            `default_guidance_scale` and `default_guidance`.
+        feature_layer: dotted path of a module of the timm model, or `last` for the last spatial
+            map before pooling; None takes the layer of the controlnet's `feature_spec`.
+    """
+
+    model_cpu_offload_seq = "backbone->text_encoder->unet->vae"
+    _optional_components = ["text_encoder", "tokenizer", "backbone"]  # noqa: RUF012
+    _callback_tensor_inputs = ["latents", "prompt_embeds", "encoded_cond"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel | None,
+        tokenizer: CLIPTokenizer | None,
+        unet: UNet2DConditionModel,
+        controlnet: ControlNetModel,
+        scheduler: SchedulerMixin,
+        backbone: PreTrainedModel | None = None,
+        default_prompt: str = "a high-quality, detailed, and professional image",
+        default_num_inference_steps: int = 50,
+        default_guidance_scale: float = 1.75,
+        default_guidance: str = "text",
+        feature_layer: str | None = None,
+    ):
+        super().__init__()
+        _check_choice("default_guidance", default_guidance, GUIDANCE)
+        if "feature_channels" not in controlnet.config:
+            raise ValueError(
+                "The controlnet must be a FeatureControlNet, which reads feature maps, but a "
+                f"{type(controlnet).__name__} came."
+            )
+        trained_layer = (controlnet.config.get("feature_spec") or {}).get("layer")
+        if feature_layer and trained_layer and feature_layer != trained_layer:
+            raise ValueError(
+                f"The controlnet reads features of layer {trained_layer!r}, but feature_layer is "
+                f"{feature_layer!r}. Leave feature_layer out, or use the controlnet of that layer."
+            )
+        self.register_modules(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            unet=unet,
+            controlnet=controlnet,
+            scheduler=scheduler,
+            backbone=backbone,
+        )
+        self.register_to_config(
+            default_prompt=default_prompt,
+            default_num_inference_steps=int(default_num_inference_steps),
+            default_guidance_scale=float(default_guidance_scale),
+            default_guidance=default_guidance,
+            feature_layer=feature_layer or trained_layer or "last",
+        )
+        self.vae_scale_factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        self._interrupt = False
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("text_encoder", "tokenizer"):
+            self.__dict__["_prompt_cache"] = {}
+        super().__setattr__(name, value)
+
+    @property
+    def interrupt(self) -> bool:
+        """Set `pipeline._interrupt = True` in a callback to stop after the step."""
+        return self._interrupt
+
+    @property
+    def num_timesteps(self) -> int:
+        """Denoising evaluations of the latest call."""
+        return self._num_timesteps
+
+    @property
+    def guidance_scale(self) -> float:
+        """Guidance scale of the latest call."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the latest call evaluates a negative branch; at scale 1 it would cancel."""
+        return self._guidance_scale != 1
+
+    # ---- features ------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode_features(self, images: Image | Sequence[Image] | torch.Tensor) -> torch.Tensor:
+        """Returns the feature maps `[b, c, h, w]` that the backbone sees in images.
+
+        Args:
+            images: PIL images or paths, of which the centre square is scaled to the backbone's
+                input size, bilinear with antialiasing; or a tensor `[b, 3, h, w]` in [0, 1], of
+                which the centre square is scaled as the backbone's configuration says.
+        """
+        backbone = self._timm_backbone()
+        pixels = self._preprocess(images).to(self._execution_device, backbone.dtype)
+        layer = self.config["feature_layer"]
+        with _weights_at_hand(backbone, backbone.timm_model):
+            if layer == "last":
+                features = self._last_map(backbone.timm_model, pixels)
+            else:
+                features = self._map_of_layer(backbone.timm_model, pixels, layer)
+        self._check_features(features, f"the backbone {backbone.config.architecture!r} gives")
+        return features
+
+    def _last_map(self, model: Any, pixels: torch.Tensor) -> torch.Tensor:
+        output = model.forward_features(pixels)
+        if isinstance(output, torch.Tensor) and (output.ndim == 4 or self._grid):
+            return self._to_map(output, model)
+        # Such as tokens of several scales: the model extracts the map itself.
+        return model.forward_intermediates(
+            pixels, indices=1, output_fmt="NCHW", intermediates_only=True
+        )[-1]
+
+    def _map_of_layer(self, model: Any, pixels: torch.Tensor, layer: str) -> torch.Tensor:
+        if layer not in dict(model.named_modules()):
+            raise ValueError(
+                f"The backbone {type(model).__name__} has no layer {layer!r}. "
+                "Use the backbone that the controlnet was trained on."
+            )
+        outputs = []
+        hook = model.get_submodule(layer).register_forward_hook(
+            lambda _module, _inputs, output: outputs.append(output.clone())
+        )
+        try:
+            model(pixels)
+        finally:
+            hook.remove()
+        return self._to_map(outputs[0], model)
+
+    @property
+    def _grid(self) -> tuple[int, ...] | None:
+        spec = self.controlnet.config.get("feature_spec") or {}
+        return tuple(spec["grid"]) if spec.get("grid") else None
+
+    def _to_map(self, output: torch.Tensor, model: Any) -> torch.Tensor:
+        """Returns `[b, c, h, w]`; the declared shape of the features says which axis is which."""
+        channels, grid = self.controlnet.config.feature_channels, self._grid
+        if output.ndim == 4:
+            maps = [output, output.permute(0, 3, 1, 2)]
+            if getattr(model, "output_fmt", "NCHW") == "NHWC":
+                maps.reverse()
+        elif output.ndim == 3 and grid:
+            n_prefix = output.shape[1] - math.prod(grid)
+            if n_prefix not in (0, getattr(model, "num_prefix_tokens", 0)):
+                raise self._shape_error("the backbone gives tokens of", output.shape)
+            maps = [output[:, n_prefix:].transpose(1, 2).unflatten(2, grid)]
+        else:
+            raise self._shape_error("the backbone gives", output.shape)
+        fitting = [m for m in maps if m.shape[1] == channels and grid in (None, m.shape[2:])]
+        return (fitting or maps)[0].contiguous()
+
+    def _timm_backbone(self) -> Any:
+        if self.backbone is None:
+            raise ValueError(
+                "Images need a backbone, which this pipeline was loaded without. Pass features, "
+                "or load the pipeline with backbone=TimmWrapperForImageClassification(...)."
+            )
+        if not hasattr(self.backbone, "timm_model"):
+            raise ValueError(
+                "The backbone of a pipeline must be a TimmWrapperForImageClassification, but a "
+                f"{type(self.backbone).__name__} came. Make the features outside and pass them."
+            )
+        return self.backbone
+
+    def _preprocess(self, images: Image | Sequence[Image] | torch.Tensor) -> torch.Tensor:
+        config = resolve_data_config(
+            pretrained_cfg=dict(self.backbone.config.pretrained_cfg), use_test_size=True
+        )
+        # Some models accept one input size only, whatever their configuration says.
+        embedding: Any = getattr(self.backbone.timm_model, "patch_embed", None)
+        strict = getattr(embedding, "strict_img_size", False)
+        height, width = embedding.img_size if strict else config["input_size"][-2:]
+        size = (int(height), int(width))
+        if isinstance(images, torch.Tensor):
+            pixels = _resize(_check_pixels(images), size, config["interpolation"])
+        else:
+            several = not isinstance(images, (PIL.Image.Image, str, Path))
+            pictures = list(images) if several else [images]
+            if not pictures:
+                raise ValueError("At least one image must be given, but an empty list came.")
+            pixels = torch.cat([_to_pixels(picture, size) for picture in pictures])
+        mean = pixels.new_tensor(config["mean"])[:, None, None]
+        std = pixels.new_tensor(config["std"])[:, None, None]
+        return (pixels - mean) / std
+
+    def _check_features(self, features: torch.Tensor, source: str = "the features have") -> None:
+        channels, grid = self.controlnet.config.feature_channels, self._grid
+        fits = features.ndim == 4 and features.shape[1] == channels and len(features) > 0
+        if not fits or grid not in (None, features.shape[2:]):
+            raise self._shape_error(source, features.shape)
+        if not bool(torch.isfinite(features).all()):
+            raise ValueError(
+                "Features must be finite, but NaN or infinite values came. "
+                "Look for overflow in half precision or a broken edit."
+            )
+
+    def _shape_error(self, source: str, shape: Sequence[int]) -> ValueError:
+        spec, grid = self.controlnet.config.get("feature_spec") or {}, self._grid or ("h", "w")
+        wanted = ["b", self.controlnet.config.feature_channels, *grid]
+        origin = f" (layer {spec['layer']!r} of {spec['backbone']!r})" if spec else ""
+        return ValueError(
+            f"The controlnet reads feature maps of shape [{', '.join(map(str, wanted))}]{origin}, "
+            f"but {source} shape {list(shape)}. Use the backbone and layer that it was trained on."
+        )
+
+    # ---- prompts -------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode_prompt(self, prompt: str | Sequence[str]) -> torch.Tensor:
+        """Returns text embeddings `[b, tokens, d]`; a prompt runs through the text encoder once.
+
+        After changing the weights of the text encoder in place, call `clear_prompt_cache`.
+        """
+        if self.text_encoder is None or self.tokenizer is None:
+            raise ValueError(
+                "A prompt needs the text encoder and the tokenizer, which this pipeline was loaded "
+                "without. Pass prompt_embeds, and negative_prompt_embeds where guidance is used."
+            )
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        embeds = [self._encode_one_prompt(text) for text in prompts]
+        return torch.cat(embeds).to(self._execution_device)
+
+    def clear_prompt_cache(self) -> None:
+        """Forgets the embeddings of all prompts."""
+        self._prompt_cache.clear()
+
+    def _encode_one_prompt(self, text: str) -> torch.Tensor:
+        # One at a time, so that an embedding does not depend on what else is in the batch.
+        key = (text, self.text_encoder.dtype)
+        if key not in self._prompt_cache:
+            limit = self.tokenizer.model_max_length
+            ids = self.tokenizer(
+                text, padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
+            ).input_ids
+            if len(self.tokenizer(text).input_ids) > limit:
+                logger.warning("The prompt is cut at %d tokens: %r", limit, text)
+            if len(self._prompt_cache) >= PROMPT_CACHE_SIZE:
+                self._prompt_cache.clear()
+            self._prompt_cache[key] = self.text_encoder(ids.to(self._execution_device))[0]
+        return self._prompt_cache[key]
+
+    def _prompt_rows(
+        self,
+        name: str,
+        prompt: str | Sequence[str] | None,
+        embeds: torch.Tensor | None,
+        n_images: int,
+        n_samples: int,
+    ) -> torch.Tensor:
+        """Returns one embedding per sample; sample j of image i is row i * n_samples + j."""
+        if embeds is None:
+            embeds = self.encode_prompt(self.config["default_prompt"] if prompt is None else prompt)
+        if embeds.ndim != 3 or len(embeds) not in (1, n_images):
+            raise ValueError(
+                f"There must be one {name} or one per image ({n_images}), but {len(embeds)} came "
+                f"as embeddings of shape {list(embeds.shape)}."
+            )
+        embeds = embeds.to(self._execution_device, self.unet.dtype)
+        if len(embeds) == 1:
+            return embeds.expand(n_images * n_samples, -1, -1)
+        return embeds.repeat_interleave(n_samples, dim=0)
+
+    # ---- sampling ------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        images: Image | Sequence[Image] | torch.Tensor | None = None,
+        features: torch.Tensor | None = None,
+        prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | Sequence[str] = "",
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        guidance: str | None = None,
+        controlnet_conditioning_scale: float | Sequence[float] = 1.0,
+        num_images_per_prompt: int = 1,
+        eta: float = 0.0,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> ImagePipelineOutput | tuple:
+        """Samples images whose features match those of `images`, or `features` themselves.
+
+        Sample j of image i is output i * num_images_per_prompt + j.
+
+        Args:
+            images: as for `encode_features`; exactly one of `images` and `features` is given.
+            features: `[b, c, h, w]`, from the backbone and layer the controlnet was trained on.
+            prompt: one, or one per image; None is the prompt of training.
+            guidance_scale: s of eps = eps_n + s (eps_p - eps_n), p the positive and n the negative
+                branch. At 1 the negative branch cancels and is not evaluated.
+            guidance: what the negative branch sees. `text`: the negative prompt and the features,
+                the published sampler. `features`: the negative prompt and no features, the pair
+                that joint drop-out trains.
+            controlnet_conditioning_scale: strength of the features, one number or one for each
+                residual, the middle block last. At 0 only the prompt is left.
+            eta: of DDIM; refused by schedulers that have none.
+            generator: one for all samples, drawn from in order, or one per sample. Noise is drawn
+                in float32 on the generator's device, so that with a CPU generator of its own a
+                sample does not depend on the batch or on the device.
+            latents: initial noise `[b * num_images_per_prompt, 4, h, w]` of standard deviation 1,
+                instead of drawn noise; its size sets the size of the images.
+            prompt_embeds: text embeddings in place of the prompt, `[1 or b, tokens, d]`.
+            output_type: `pil`, `np` ([b, h, w, 3] in [0, 1]), `pt` ([b, 3, h, w] in [0, 1]) or
+                `latent`.
+            callback_on_step_end: called as (pipeline, step, timestep, tensors); what it returns
+                replaces the tensors.
+            callback_on_step_end_tensor_inputs: of `latents`, `prompt_embeds`, `encoded_cond`; the
+                latter two hold the negative branch first where there is one.
+
+        Raises:
+            ValueError: what must hold, what came, what to do.
+        """
+        steps, scale, guidance = self._defaults(num_inference_steps, guidance_scale, guidance)
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        self._check_call(
+            images, features, num_images_per_prompt, output_type, callback_on_step_end_tensor_inputs
+        )
+        strengths = self._strengths(controlnet_conditioning_scale)
+        step_kwargs = self._step_kwargs(eta, generator)
+        self._interrupt, self._guidance_scale = False, scale
+
+        if features is None:
+            features = self.encode_features(images)  # pyright: ignore[reportArgumentType]
+        self._check_features(features)
+        n_images, n_samples = len(features), num_images_per_prompt
+        x = self._prepare_latents(n_images * n_samples, generator, latents)
+        encoded_cond = self._encode_condition(features, x.shape[-2:], guidance, n_samples)
+        embeds = self._prompt_rows("prompt", prompt, prompt_embeds, n_images, n_samples)
+        if self.do_classifier_free_guidance:
+            negative_embeds = self._prompt_rows(
+                "negative prompt", negative_prompt, negative_prompt_embeds, n_images, n_samples
+            )
+            embeds = torch.cat([negative_embeds, embeds])
+
+        self.scheduler.set_timesteps(steps, device=self._execution_device)
+        timesteps = self.scheduler.timesteps
+        self._num_timesteps = len(timesteps)
+        x = x * self.scheduler.init_noise_sigma
+        with self.progress_bar(total=len(timesteps)) as bar:  # pyright: ignore[reportCallIssue]
+            for i, t in enumerate(timesteps):
+                eps = self._guided_noise(x, t, embeds, encoded_cond, strengths)
+                x = self.scheduler.step(eps, t, x, **step_kwargs, return_dict=False)[0]
+                if callback_on_step_end is not None:
+                    held = {"latents": x, "prompt_embeds": embeds, "encoded_cond": encoded_cond}
+                    given = {name: held[name] for name in callback_on_step_end_tensor_inputs}
+                    held.update(callback_on_step_end(self, i, t, given) or {})
+                    x, embeds = held["latents"], held["prompt_embeds"]
+                    encoded_cond = held["encoded_cond"]
+                bar.update()
+                if self._interrupt:
+                    break
+
+        output: Any = x
+        if output_type != "latent":
+            pixels = self._decode_latents(x)
+            output = self.image_processor.postprocess(pixels, output_type=output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=output) if return_dict else (output,)
+
+    def _defaults(
+        self, steps: int | None, scale: float | None, guidance: str | None
+    ) -> tuple[int, float, str]:
+        n_steps: int = self.config["default_num_inference_steps"] if steps is None else steps
+        s: float = self.config["default_guidance_scale"] if scale is None else scale
+        kind: str = self.config["default_guidance"] if guidance is None else guidance
+        if n_steps < 1:
+            raise ValueError(f"num_inference_steps must be at least 1, but {n_steps} came.")
+        if not math.isfinite(s):
+            raise ValueError(f"guidance_scale must be a finite number, but {s} came.")
+        _check_choice("guidance", kind, GUIDANCE)
+        return n_steps, float(s), kind
+
+    def _check_call(
+        self,
+        images: Any,
+        features: torch.Tensor | None,
+        n_samples: int,
+        output_type: str,
+        tensor_inputs: Sequence[str],
+    ) -> None:
+        if (images is None) == (features is None):
+            came = "none" if images is None else "both"
+            raise ValueError(f"Exactly one of images and features must be given, but {came} came.")
+        if n_samples < 1:
+            raise ValueError(f"num_images_per_prompt must be at least 1, but {n_samples} came.")
+        _check_choice("output_type", output_type, OUTPUT_TYPES)
+        for name in tensor_inputs:
+            _check_choice("a callback's tensor input", name, self._callback_tensor_inputs)
+
+    def _strengths(self, scale: float | Sequence[float]) -> list[float]:
+        n_residuals = len(self.controlnet.controlnet_down_blocks) + 1
+        if isinstance(scale, (int, float)):
+            return [float(scale)] * n_residuals
+        if len(scale) != n_residuals:
+            raise ValueError(
+                "controlnet_conditioning_scale must be one number or one for each of the "
+                f"{n_residuals} residuals, but {len(scale)} came."
+            )
+        return [float(s) for s in scale]
+
+    def _step_kwargs(self, eta: float, generator: Any) -> dict[str, Any]:
+        accepted = inspect.signature(self.scheduler.step).parameters
+        kwargs: dict[str, Any] = {}
+        if "eta" in accepted:
+            kwargs["eta"] = eta
+        elif eta:
+            name = type(self.scheduler).__name__
+            raise ValueError(f"{name} has no eta, but eta={eta} came. Use DDIMScheduler.")
+        if "generator" in accepted:
+            kwargs["generator"] = list(generator) if isinstance(generator, Sequence) else generator
+        return kwargs
+
+    def _prepare_latents(
+        self, n: int, generator: Any, latents: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Returns standard normal noise `[n, 4, h, w]`, float32 on the execution device."""
+        if isinstance(generator, Sequence) and len(generator) != n:
+            raise ValueError(f"There must be {n} generators, one per sample, not {len(generator)}.")
+        channels, size = self.unet.config.in_channels, self.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        if latents is None:
+            generators = generator if isinstance(generator, Sequence) else [generator] * n
+            latents = torch.cat([_draw_noise((1, channels, height, width), g) for g in generators])
+        elif latents.ndim != 4 or tuple(latents.shape[:2]) != (n, channels):
+            raise ValueError(
+                f"latents must have shape [{n}, {channels}, h, w], one per sample, but came with "
+                f"shape {list(latents.shape)}."
+            )
+        return latents.to(self._execution_device, torch.float32)
+
+    def _encode_condition(
+        self, features: torch.Tensor, size: Sequence[int], guidance: str, n_samples: int
+    ) -> torch.Tensor:
+        """Encodes each map once and repeats it for its samples and for the negative branch."""
+        features, size = features.to(self._execution_device), tuple(size)
+        positive = self.controlnet.encode_condition(features, size)
+        positive = positive.repeat_interleave(n_samples, dim=0)
+        if not self.do_classifier_free_guidance:
+            return positive
+        if guidance == "text":
+            return torch.cat([positive, positive])
+        keep = torch.zeros(1, dtype=torch.bool, device=features.device)
+        negative = self.controlnet.encode_condition(features[:1], size, keep=keep)
+        return torch.cat([negative.expand_as(positive), positive])
+
+    def _guided_noise(
+        self,
+        latents: torch.Tensor,
+        t: torch.Tensor,
+        prompt_embeds: torch.Tensor,
+        encoded_cond: torch.Tensor,
+        strengths: Sequence[float],
+    ) -> torch.Tensor:
+        guided = self.do_classifier_free_guidance
+        model_input = torch.cat([latents, latents]) if guided else latents
+        model_input = self.scheduler.scale_model_input(model_input, t)
+        eps = self._predict_noise(model_input, t, prompt_embeds, encoded_cond, strengths)
+        if not guided:
+            return eps
+        eps_negative, eps_positive = eps.chunk(2)
+        return eps_negative + self.guidance_scale * (eps_positive - eps_negative)
+
+    def _predict_noise(
+        self,
+        model_input: torch.Tensor,
+        t: torch.Tensor,
+        prompt_embeds: torch.Tensor,
+        encoded_cond: torch.Tensor,
+        strengths: Sequence[float],
+    ) -> torch.Tensor:
+        """Returns the UNet's prediction in float32; at strength 0 the controlnet does not run."""
+        residuals = {}
+        if any(strengths):
+            dtype = self.controlnet.dtype
+            down, mid = self.controlnet(
+                model_input.to(dtype),
+                t,
+                encoder_hidden_states=prompt_embeds.to(dtype),
+                encoded_cond=encoded_cond,
+                return_dict=False,
+            )
+            pairs = zip((*down, mid), strengths, strict=True)
+            scaled = [(residual * s).to(self.unet.dtype) for residual, s in pairs]
+            residuals["down_block_additional_residuals"] = scaled[:-1]
+            residuals["mid_block_additional_residual"] = scaled[-1]
+        prediction = self.unet(
+            model_input.to(self.unet.dtype),
+            t,
+            encoder_hidden_states=prompt_embeds,
+            return_dict=False,
+            **residuals,
+        )[0]
+        return prediction.float()
+
+    def _decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """Returns pixels `[b, 3, h, w]` in float32, about [-1, 1]."""
+        config = self.vae.config
+        latents = latents / config.scaling_factor
+        if config.get("latents_mean") is not None and config.get("latents_std") is not None:
+            mean = latents.new_tensor(config.latents_mean).view(1, -1, 1, 1)
+            latents = latents * latents.new_tensor(config.latents_std).view(1, -1, 1, 1) + mean
+        if config.get("shift_factor") is not None:
+            latents = latents + config.shift_factor
+        dtype = self.vae.dtype
+        # Activations of many autoencoders overflow in float16.
+        upcast = dtype == torch.float16 and config.get("force_upcast", True)
+        if upcast:
+            self.vae.to(dtype=torch.float32)
+        pixels = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
+        if upcast:
+            self.vae.to(dtype=dtype)
+        return pixels
+
+    # ---- saving and loading --------------------------------------------------------------------
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Writes a folder that carries the code it needs; see the head of this file.
+
+        Weights are always safetensors. With `push_to_hub`, `repo_id`, `private`, `token`,
+        `commit_message` and `create_pr` are passed on as in diffusers.
+        """
+        if not safe_serialization:
+            raise ValueError(
+                "Weights are saved as safetensors only; leave safe_serialization True."
+            )
+        folder = Path(save_directory)
+        super().save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)
+        index_path = folder / self.config_name
+        index = json.loads(index_path.read_text(encoding="utf-8"))
+        index.pop("_name_or_path", None)
+        index["_class_name"] = [_copy_source(type(self), folder), type(self).__name__]
+        for name, component in self.components.items():
+            own = _own_class(component)
+            if own is not None:
+                index[name] = [_copy_source(own, folder / name), own.__name__]
+        _write_json(index_path, index)
+        tidy_saved_folder(folder)
+        if push_to_hub:
+            self._upload(folder, **kwargs)
+
+    def _upload(self, folder: Path, **kwargs: Any) -> None:
+        token, name = kwargs.get("token"), kwargs.get("repo_id", folder.name)
+        repo = create_repo(name, private=kwargs.get("private"), token=token, exist_ok=True)
+        self._upload_folder(
+            folder,
+            repo.repo_id,
+            token=token,
+            commit_message=kwargs.get("commit_message"),
+            create_pr=kwargs.get("create_pr", False),
+        )
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | Path) -> dict[str, Any]:
+        config = super()._dict_from_json_file(json_file)
+        if _PACKAGE and isinstance(config.get("_class_name"), list):
+            # diffusers would take the list as "run the shipped code"; this class is the code.
+            config["_class_name"] = config["_class_name"][1]
+        return {key: value for key, value in config.items() if key not in _OTHERS_COMPONENTS}
+
+    @classmethod
+    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
+        loaded = super().load_config(*args, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        for name, value in config.items():
+            if _PACKAGE and isinstance(value, list) and value[0] == _CONTROLNET_STEM:
+                config[name] = [f"{_PACKAGE}.{_CONTROLNET_STEM}", value[1]]
+        return loaded
+
+
+@contextmanager
+def _weights_at_hand(*modules: torch.nn.Module) -> Iterator[None]:
+    """Brings offloaded weights back, which accelerate does by itself only for `forward`."""
+    hooked: list[Any] = [module for module in modules if hasattr(module, "_hf_hook")]
+    for module in hooked:
+        module._hf_hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        for module in hooked:
+            module._hf_hook.post_forward(module, None)
+
+
+def _check_choice(what: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{what} must be one of {', '.join(choices)}, but {value!r} came.")
+
+
+def _draw_noise(shape: tuple[int, ...], generator: torch.Generator | None) -> torch.Tensor:
+    device = "cpu" if generator is None else generator.device
+    return torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
+
+
+def _check_pixels(pixels: torch.Tensor) -> torch.Tensor:
+    if pixels.ndim != 4 or pixels.shape[1] != 3 or not len(pixels):
+        raise ValueError(f"A tensor of images must be [b, 3, h, w], but {list(pixels.shape)} came.")
+    if not pixels.is_floating_point() or pixels.min() < -1e-3 or pixels.max() > 1 + 1e-3:
+        raise ValueError(
+            f"A tensor of images must be floating point in [0, 1], but {pixels.dtype} in "
+            f"[{pixels.min().item():g}, {pixels.max().item():g}] came."
+        )
+    return pixels.float()
+
+
+def _resize(pixels: torch.Tensor, size: tuple[int, int], interpolation: str) -> torch.Tensor:
+    """Cuts the centre square out of `[b, 3, h, w]` and scales it to `size`."""
+    height, width = pixels.shape[-2:]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    square = pixels[..., top : top + side, left : left + side]
+    if tuple(square.shape[-2:]) == size:
+        return square
+    scaled = F.interpolate(square, size, mode=interpolation, align_corners=False, antialias=True)
+    return scaled.clamp(0, 1)  # bicubic overshoots
+
+
+def _to_pixels(picture: Image, size: tuple[int, int]) -> torch.Tensor:
+    """Returns the centre square of a picture, scaled to `size` = (h, w), as `[1, 3, h, w]`."""
+    rgb = _to_rgb(picture)
+    side = min(rgb.size)
+    left, top = (rgb.width - side) / 2, (rgb.height - side) / 2
+    box = (left, top, left + side, top + side)
+    scaled = rgb.resize((size[1], size[0]), PIL.Image.Resampling.BILINEAR, box=box)
+    return torch.from_numpy(np.array(scaled)).permute(2, 0, 1)[None].float() / 255
+
+
+def _to_rgb(picture: Image) -> PIL.Image.Image:
+    if isinstance(picture, (str, Path)):
+        with PIL.Image.open(picture) as opened:
+            picture = PIL.ImageOps.exif_transpose(opened)
+    elif isinstance(picture, PIL.Image.Image):
+        picture = PIL.ImageOps.exif_transpose(picture)
+    else:
+        raise ValueError(
+            "An image must be a PIL image, a path or a tensor, but a "
+            f"{type(picture).__name__} came."
+        )
+    if picture.mode.startswith("I;16"):
+        picture = PIL.Image.fromarray((np.asarray(picture, np.uint32) // 257).astype(np.uint8))
+    elif picture.mode in ("I", "F"):
+        raise ValueError("A 32-bit image has no declared range; convert it to 8 or 16 bits first.")
+    if picture.has_transparency_data:
+        rgba = picture.convert("RGBA")
+        white = PIL.Image.new("RGBA", rgba.size, "white")
+        picture = PIL.Image.alpha_composite(white, rgba)
+    return picture.convert("RGB")
+
+
+def _own_class(component: Any) -> type | None:
+    """Returns the class of a component whose code must travel with it, else None."""
+    component = getattr(component, "_orig_mod", component)  # torch.compile wraps the module
+    if component is None or type(component).__module__.split(".")[0] in _LIBRARIES:
+        return None
+    return type(component)
+
+
+def _copy_source(cls: type, folder: Path) -> str:
+    """Copies the file that defines `cls` to the folder and returns its name without suffix."""
+    source = inspect.getsourcefile(cls)
+    if source is None:
+        raise ValueError(f"{cls.__name__} must be defined in a file to be saved with its code.")
+    shutil.copyfile(source, folder / Path(source).name)
+    return Path(source).stem
+
+
+def tidy_saved_folder(folder: Path) -> None:
+    """Makes saved components fit for others: no paths of this machine, readable by all."""
+    for path in folder.rglob("*config.json"):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if any(key in config for key in _LOADING_TRACES):
+            _write_json(path, {k: v for k, v in config.items() if k not in _LOADING_TRACES})
+        # safetensors makes files that only their owner can read.
+        for weights in path.parent.glob("*.safetensors"):
+            shutil.copymode(path, weights)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

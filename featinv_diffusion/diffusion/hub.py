@@ -1,0 +1,236 @@
+"""Pipelines by name: bundled ones, folders and Hub repositories; to a folder and to the Hub."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from diffusers.utils import logging as diffusers_logging
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import errors as hub_errors
+from huggingface_hub.utils import validate_repo_id
+from transformers.utils import logging as transformers_logging
+
+from featinv_diffusion.diffusion.assemble import check_backbone, feature_spec_of
+from featinv_diffusion.diffusion.bundled import (
+    bundled_folder,
+    list_bundled,
+    load_bundled,
+    write_bundled,
+)
+from featinv_diffusion.diffusion.convert_files import new_folder
+from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
+from featinv_diffusion.diffusion.model_card import CardInfo, read_card_info, write_model_card
+from featinv_diffusion.diffusion.pipeline_folder import check_pipeline_folder
+from featinv_diffusion.errors import InputError, choices_hint
+
+__all__ = [
+    "CardInfo",
+    "check_target",
+    "export_pipeline",
+    "list_bundled",
+    "load_pipeline",
+    "origin_of",
+    "push_folder",
+    "write_bundled",
+    "write_model_card",
+]
+
+BUNDLED_FAMILIES = ("tiny",)
+REPO = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+# Neither code nor pickles: the installed classes read these files.
+DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "README.md"]
+PICKLES = {".bin", ".ckpt", ".pkl", ".pickle", ".pt", ".pth"}
+BARS = (diffusers_logging, transformers_logging)
+# What a request to the Hub ends in: HTTP statuses, no connection, offline mode, nothing cached.
+HUB_ERRORS = (hub_errors.HTTPError, OSError)
+
+
+def load_pipeline(
+    name_or_path: str | Path, *, torch_dtype: torch.dtype | None = None
+) -> FeatInvPipeline:
+    """Loads a pipeline with the installed code; code in folders and repositories is not executed.
+
+    Args:
+        name_or_path: a name of `list_bundled`, a folder, or a Hub repository.
+        torch_dtype: of all parts; default float32, whatever the files hold.
+
+    Raises:
+        InputError: nothing by that name, a file missing or truncated, parts that do not fit.
+    """
+    name, dtype = str(name_or_path), torch_dtype or torch.float32
+    with _without_progress_bars():
+        if name in list_bundled():
+            pipeline = load_bundled(name, dtype)
+        else:
+            pipeline = _load_folder(_find_folder(name), dtype)
+    spec = feature_spec_of(pipeline.controlnet)
+    if spec is not None and hasattr(pipeline.backbone, "timm_model"):
+        check_backbone(pipeline.backbone, spec)
+    return pipeline
+
+
+def export_pipeline(pipeline: FeatInvPipeline, folder: str | Path, info: CardInfo) -> Path:
+    """Writes a pipeline folder with its code and a model card, whole or not at all.
+
+    Raises:
+        InputError: the folder exists and is not empty, or the disk refuses (full, read-only).
+    """
+    folder = Path(folder)
+    check_target(folder)
+    if folder.is_dir():
+        folder.rmdir()
+    with new_folder(folder) as partial:
+        pipeline.save_pretrained(partial)
+        write_model_card(partial, pipeline, info, folder.name)
+    return folder
+
+
+def check_target(folder: Path) -> None:
+    """Raises `InputError` unless the folder is empty or not there."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(
+            f"{folder} must be a new or empty folder, but something is there. Remove it or name "
+            "another."
+        )
+
+
+def origin_of(source: str | Path, command: str, pipeline: FeatInvPipeline) -> CardInfo:
+    """Returns what a model card says of a pipeline made from `source`: license and base models.
+
+    Args:
+        source: a name of `list_bundled`, a folder (its own card is read), or a Hub repository.
+    """
+    folder = bundled_folder(str(source)) if source in list_bundled() else Path(source)
+    if not folder.is_dir():
+        info = CardInfo(command, base_models=[str(source)])
+    else:
+        info = read_card_info(folder, command)
+    config = getattr(getattr(pipeline.backbone, "config", None), "pretrained_cfg", None) or {}
+    models = [*info.base_models, *([config["hf_hub_id"]] if config.get("hf_hub_id") else [])]
+    return replace(info, base_models=list(dict.fromkeys(models)))
+
+
+def push_folder(
+    folder: str | Path, repo: str, *, private: bool = False, dry_run: bool = False
+) -> list[tuple[str, int]]:
+    """Uploads a pipeline folder that loads, and returns its files with their sizes in bytes.
+
+    Args:
+        repo: `user/name`; made where it does not exist.
+        dry_run: check everything that needs no network, and upload nothing.
+
+    Raises:
+        InputError: the folder does not load or holds pickles, no such user, no right, no network.
+    """
+    folder = Path(folder)
+    _check_repo_name(repo)
+    check_pipeline_folder(folder)
+    files = _list_files(folder)
+    load_pipeline(folder.absolute())
+    if not dry_run:
+        try:
+            api = HfApi()
+            api.create_repo(repo, private=private, exist_ok=True)
+            api.upload_folder(
+                repo_id=repo,
+                folder_path=folder,
+                allow_patterns=[name for name, _ in files],
+                commit_message="Upload FeatInvPipeline",
+            )
+        except HUB_ERRORS as error:
+            raise InputError(_explain(error, repo, "be written to")) from error
+    return files
+
+
+def _load_folder(folder: Path, dtype: torch.dtype) -> FeatInvPipeline:
+    check_pipeline_folder(folder)
+    try:
+        return FeatInvPipeline.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"The pipeline in {folder} has all its files, but does not load: {str(error).strip()}"
+        ) from error
+
+
+def _find_folder(name: str) -> Path:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    bundled = choices_hint(name, list_bundled())
+    if name.partition("/")[0] in BUNDLED_FAMILIES:
+        raise InputError(f"No bundled pipeline is named {name!r}; {bundled}")
+    if path.exists() or not REPO.fullmatch(name):
+        what = "a file" if path.exists() else "nothing"
+        raise InputError(
+            "A pipeline must be a bundled name, a folder or a Hub repository user/name, but there "
+            f"is {what} at {name!r}; {bundled}"
+        )
+    return _download(name)
+
+
+def _download(repo: str) -> Path:
+    try:
+        return Path(snapshot_download(repo, allow_patterns=DOWNLOADED))
+    except HUB_ERRORS as error:
+        raise InputError(_explain(error, repo, "be downloaded")) from error
+
+
+def _check_repo_name(repo: str) -> None:
+    try:
+        validate_repo_id(repo)
+    except hub_errors.HFValidationError as error:
+        raise InputError(f"A Hub repository must be named user/name: {error}") from None
+    if "/" not in repo:
+        raise InputError(f"A Hub repository must be named user/name, but {repo!r} came.")
+
+
+def _list_files(folder: Path) -> list[tuple[str, int]]:
+    found = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    names = [path.relative_to(folder) for path in found]
+    pickles = [str(name) for name in names if name.suffix in PICKLES]
+    if pickles:
+        raise InputError(
+            f"A pipeline folder must hold safetensors only, but has {', '.join(pickles)}. "
+            "Pickles can run code where they are loaded; remove them."
+        )
+    shown = [name for name in names if not any(part.startswith(".") for part in name.parts)]
+    return [(name.as_posix(), (folder / name).stat().st_size) for name in shown]
+
+
+def _explain(error: Exception, repo: str, purpose: str) -> str:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, hub_errors.GatedRepoError):
+        return f"The Hub repository {repo} is gated: accept its terms on its page, then log in."
+    if isinstance(error, hub_errors.RepositoryNotFoundError):
+        return (
+            f"The Hub has no repository {repo} that you may see. Check the name; if it is private, "
+            "log in with `hf auth login`."
+        )
+    if status in (401, 403):
+        return (
+            f"The Hub repository {repo} could not {purpose}: the Hub refused (status {status}). "
+            "Log in with `hf auth login`, or set HF_TOKEN to a token that may do this."
+        )
+    reason = str(error).strip().splitlines()[0].rstrip(".")
+    return (
+        f"The Hub repository {repo} could not {purpose}: {reason}. Check the connection and "
+        "HF_HUB_OFFLINE."
+    )
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Silences the bars over components and tensors, which take no time beside the sampling."""
+    shown = [library for library in BARS if library.is_progress_bar_enabled()]
+    for library in shown:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in shown:
+            library.enable_progress_bar()

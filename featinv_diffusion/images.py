@@ -1,0 +1,188 @@
+"""Pictures on disk and in PIL ↔ `Images`; the only module that knows other ranges than [0, 1]."""
+
+from __future__ import annotations
+
+import logging
+import struct
+import warnings
+import zlib
+from collections.abc import Sequence
+from importlib.resources import as_file, files
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from featinv_diffusion.errors import InputError
+from featinv_diffusion.files import replacing
+from featinv_diffusion.types import Images
+
+logger = logging.getLogger(__name__)
+
+# Formats that hold pixels and nothing else: PIL would run Ghostscript on an EPS file.
+SUFFIXES = {
+    ".avif": "AVIF",
+    ".bmp": "BMP",
+    ".gif": "GIF",
+    ".jfif": "JPEG",
+    ".jp2": "JPEG2000",
+    ".jpe": "JPEG",
+    ".jpeg": "JPEG",
+    ".jpg": "JPEG",
+    ".mpo": "JPEG",
+    ".pgm": "PPM",
+    ".png": "PNG",
+    ".ppm": "PPM",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+    ".webp": "WEBP",
+}
+
+# What PIL's decoders raise on a file that is cut off or corrupt.
+_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """Reads any picture as 8-bit RGB, upright.
+
+    EXIF rotation is applied, transparency is laid over white, 16 bits are scaled to 8, and of an
+    animation or a multi-page file the first frame is taken. Whatever loses something is logged as
+    a warning. Colour profiles are not applied, as in the training of the usual vision models.
+
+    Raises:
+        InputError: no such file, no picture, a picture that is cut off, corrupt or too large.
+    """
+    path = Path(path)
+    if not path.is_file():
+        what = "a folder" if path.is_dir() else "nothing" if not path.exists() else "no plain file"
+        raise InputError(f"A picture must be a file, but there is {what} at {path}.")
+    try:
+        # Between one and two times PIL's limit it only warns, and such a picture is still read.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path, formats=_formats()) as image:
+                _warn_of_frames(image, path)
+                image.load()
+                return _to_rgb(_upright(image), path)
+    except UnidentifiedImageError:
+        raise InputError(
+            f"{path} is not a picture that can be read: it is empty, cut off, or none of "
+            f"{', '.join(_formats())}."
+        ) from None
+    except Image.DecompressionBombError:
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        raise InputError(
+            f"{path} declares more than {limit // 10**6} million pixels, which is taken for a "
+            "decompression bomb. Make the picture smaller first."
+        ) from None
+    except PermissionError:
+        raise InputError(f"{path} cannot be read: permission is denied.") from None
+    except InputError:
+        raise
+    except _DECODE_ERRORS as error:
+        raise InputError(f"{path} is cut off or corrupt: {error}.") from error
+
+
+def center_square(image: Image.Image, size: int) -> Image.Image:
+    """Scales the shorter side to `size` pixels and cuts the centre square out, in one step.
+
+    Bilinear with antialiasing, as Resize + CenterCrop of the FeatInv evaluation; the wide
+    intermediate picture never exists, so a 1×100000 picture costs nothing.
+    """
+    side = min(image.size)
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    box = (left, top, left + side, top + side)
+    return image.resize((size, size), Image.Resampling.BILINEAR, box=box)
+
+
+def to_tensor(images: Image.Image | Sequence[Image.Image]) -> Images:
+    """Converts RGB pictures of one size to a float32 batch in [0, 1]."""
+    batch = [images] if isinstance(images, Image.Image) else images
+    if len({(image.size, image.mode) for image in batch}) != 1 or batch[0].mode != "RGB":
+        found = ", ".join(f"{image.mode} {image.width}×{image.height}" for image in batch)
+        raise InputError(f"Pictures of a batch must be RGB and of one size, but came: {found}.")
+    stacked = torch.from_numpy(np.stack([np.asarray(image) for image in batch]))
+    return stacked.permute(0, 3, 1, 2).float() / 255
+
+
+def to_pil(images: Float[Tensor, "b 3 h w"]) -> list[Image.Image]:
+    """Converts a batch in [0, 1] to 8-bit pictures; values beyond are clamped."""
+    if not bool(images.isfinite().all()):
+        raise InputError("Images must be finite, but NaN or infinite values came.")
+    pixels = (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
+    return [Image.fromarray(p) for p in pixels.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def write_png(image: Image.Image, path: str | Path) -> None:
+    """Writes a PNG, whole or not at all; makes the folder where it is missing."""
+    with replacing(Path(path)) as partial:
+        image.save(partial, format="PNG")
+
+
+def list_images(folder: str | Path) -> list[Path]:
+    """Lists the pictures below a folder by suffix, sorted by path; hidden ones are left out.
+
+    Raises:
+        InputError: no such folder, or no picture in it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"A folder of pictures must exist at {folder}, but there is none.")
+    found = [p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()]
+    visible = [p for p in found if not any(x.startswith(".") for x in p.relative_to(folder).parts)]
+    if not visible:
+        raise InputError(f"{folder} holds no picture; looked for {', '.join(SUFFIXES)}.")
+    return sorted(visible, key=lambda path: path.relative_to(folder).as_posix())
+
+
+def builtin_photo() -> Path:
+    """Returns the photo that commands use where none is given, a flower that scikit-learn ships."""
+    with as_file(files("sklearn.datasets.images") / "flower.jpg") as path:
+        return path
+
+
+def _formats() -> list[str]:
+    Image.init()  # else PIL knows of a few formats only
+    return sorted(set(SUFFIXES.values()) & Image.OPEN.keys())
+
+
+def _warn_of_frames(image: Image.Image, path: Path) -> None:
+    # A camera's MPO holds one photo and its previews, which is no animation.
+    if image.format != "MPO" and getattr(image, "is_animated", False):
+        n_frames = getattr(image, "n_frames", 1)
+        logger.warning("%s holds %d frames; the first one is used.", path, n_frames)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    # PIL warns of broken metadata and leaves the picture as it lies.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return ImageOps.exif_transpose(image)
+
+
+def _to_rgb(image: Image.Image, path: Path) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image.copy()
+    if image.mode.startswith("I;16"):
+        logger.warning("%s has 16 bits per pixel, which are scaled to 8.", path)
+        grey = np.asarray(image, dtype=np.uint32) // 257
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise InputError(
+            f"{path} has 32-bit pixels, whose range no file format declares. "
+            "Save it with 8 or 16 bits per channel."
+        )
+    if image.mode == "CMYK":
+        logger.warning("%s is CMYK; it is converted to RGB without its colour profile.", path)
+    return _over_white(image, path) if image.has_transparency_data else image.convert("RGB")
+
+
+def _over_white(image: Image.Image, path: Path) -> Image.Image:
+    rgba = image.convert("RGBA")
+    if rgba.getchannel("A").getextrema() != (255, 255):
+        logger.warning("%s is transparent in parts; it is laid over white.", path)
+    white = Image.new("RGBA", rgba.size, "white")
+    return Image.alpha_composite(white, rgba).convert("RGB")

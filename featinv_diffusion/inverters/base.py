@@ -1,0 +1,41 @@
+"""The one interface of everything that turns features into images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, TypeAlias, runtime_checkable
+
+import torch
+
+from featinv_diffusion.backbones.base import Backbone
+from featinv_diffusion.types import Features, FeatureSpec, Images
+
+Generators: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
+"""One generator for the batch, one per image, or None for the global one, as in diffusers."""
+
+
+@runtime_checkable
+class Inverter(Protocol):
+    """Turns features of `spec` into images that have about these features.
+
+    Whatever an inverter can be set to (steps, guidance, strength) is an argument of its
+    constructor, so that applications, metrics and commands see this signature alone.
+    """
+
+    @property
+    def spec(self) -> FeatureSpec:
+        """The features it reads."""
+        ...
+
+    @property
+    def backbone(self) -> Backbone | None:
+        """The model the features come from; None where it is not at hand."""
+        ...
+
+    def invert(self, features: Features, *, generator: Generators = None) -> Images:
+        """Returns one image per feature map; deterministic inverters ignore `generator`.
+
+        Raises:
+            InputError: features of another shape, or not finite.
+        """
+        ...

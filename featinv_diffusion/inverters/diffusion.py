@@ -1,0 +1,107 @@
+"""FeatInv as an `Inverter`: a pipeline with its settings held fixed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from featinv_diffusion.backbones import wrap_model
+from featinv_diffusion.backbones.base import Backbone
+from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
+from featinv_diffusion.errors import InputError
+from featinv_diffusion.inverters.base import Generators
+from featinv_diffusion.types import Features, FeatureSpec, Images
+
+
+class DiffusionInverter:
+    """Samples an image from p(image | features) with a `FeatInvPipeline`.
+
+    Args:
+        pipeline: holds the ControlNet whose config declares the features it reads.
+        backbone: makes the features; None takes the one in the pipeline, where there is one.
+        num_inference_steps: denoising steps; None takes the pipeline's default, as below.
+        guidance_scale: s in ε_u + s (ε_c − ε_u); 1 is no guidance.
+        guidance: `text` (only the prompt is dropped from ε_u) or `features` (both are).
+        strength: factor on all residuals of the ControlNet.
+        on_progress: called after each denoising step with the number of images done in it, a
+            fraction: b / (number of steps) for a batch of b.
+
+    Raises:
+        InputError: the ControlNet does not declare its features, or the backbone makes others.
+    """
+
+    def __init__(
+        self,
+        pipeline: FeatInvPipeline,
+        *,
+        backbone: Backbone | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        guidance: str | None = None,
+        strength: float = 1.0,
+        on_progress: Callable[[float], None] | None = None,
+    ):
+        default = pipeline.config
+        self.pipeline = pipeline
+        self.spec = declared_spec(pipeline)
+        self.backbone = backbone or _backbone_of(pipeline, self.spec)
+        if self.backbone is not None:
+            self.spec.check_matches(self.backbone.spec)
+        self.num_inference_steps: int = _first(
+            num_inference_steps, default["default_num_inference_steps"]
+        )
+        self.guidance_scale: float = _first(guidance_scale, default["default_guidance_scale"])
+        self.guidance: str = _first(guidance, default["default_guidance"])
+        self.strength = strength
+        self.on_progress = on_progress
+
+    @torch.no_grad()
+    def invert(self, features: Features, *, generator: Generators = None) -> Images:
+        """Returns one sample per feature map, float32; see `Inverter.invert`."""
+        self.spec.check_features(features)
+        (images,) = self.pipeline(
+            features=features,
+            num_inference_steps=self.num_inference_steps,
+            guidance_scale=self.guidance_scale,
+            guidance=self.guidance,
+            controlnet_conditioning_scale=self.strength,
+            generator=generator,
+            output_type="pt",
+            callback_on_step_end=self._report(len(features)),
+            return_dict=False,
+        )
+        return images.float()
+
+    def _report(self, n_images: int) -> Callable[..., dict[str, Any]] | None:
+        if self.on_progress is None:
+            return None
+        on_progress = self.on_progress
+
+        def callback(pipeline: Any, _step: int, _t: Any, _tensors: Any) -> dict[str, Any]:
+            on_progress(n_images / len(pipeline.scheduler.timesteps))
+            return {}
+
+        return callback
+
+
+def declared_spec(pipeline: FeatInvPipeline) -> FeatureSpec:
+    """Returns the features that the pipeline's ControlNet was trained on."""
+    declared = pipeline.controlnet.config.get("feature_spec")
+    if declared is None:
+        raise InputError(
+            "The pipeline's ControlNet must declare the features it reads as feature_spec in its "
+            "config, but it has none. Give backbone, layer, channels, grid and kind there."
+        )
+    return FeatureSpec(**{**declared, "grid": tuple(declared["grid"])})
+
+
+def _backbone_of(pipeline: FeatInvPipeline, spec: FeatureSpec) -> Backbone | None:
+    if pipeline.backbone is None:
+        return None
+    return wrap_model(pipeline.backbone, name=spec.backbone, layer=spec.layer)
+
+
+def _first(value: Any, default: Any) -> Any:
+    return default if value is None else value

@@ -1,0 +1,264 @@
+"""Pictures → features → samples → metrics, image by image in batches of samples.
+
+The whole is a chain of generators, so a set of any size runs in the memory of one batch. What a
+sample is, its noise and its place in a batch, depends on the list of jobs and the batch size.
+"""
+
+from __future__ import annotations
+
+import itertools
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TypeVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from featinv_diffusion.backbones.base import Backbone
+from featinv_diffusion.errors import InputError
+from featinv_diffusion.images import (
+    center_square,
+    list_images,
+    read_image,
+    to_pil,
+    to_tensor,
+    write_png,
+)
+from featinv_diffusion.inverters.base import Inverter
+from featinv_diffusion.metrics import feature_cosine, shuffled_cosine, top_k_match
+from featinv_diffusion.seeds import derive_seed, make_generator
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image to reconstruct: where it lies, where its samples go, and the seed of each.
+
+    Args:
+        outputs: paths relative to the output folder, with forward slashes.
+    """
+
+    input: Path
+    outputs: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """The samples of one image; every list has one value per sample.
+
+    Args:
+        original: the square that the backbone saw.
+        top1_match, top5_match: None where the backbone has no head.
+    """
+
+    job: Job
+    original: Image.Image
+    samples: list[Image.Image]
+    cosine: list[float]
+    cosine_shuffled: list[float]
+    top1_match: list[bool | None]
+    top5_match: list[bool | None]
+
+
+@dataclass(frozen=True, eq=False)
+class _Encoded:
+    job: Job
+    original: Image.Image
+    features: Tensor
+    logits: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Sample:
+    source: _Encoded
+    picture: Image.Image | None
+    cosine: float
+    cosine_shuffled: float
+    top1_match: bool | None
+    top5_match: bool | None
+
+
+OnFailure = Callable[[Job, str], None]
+
+
+def find_images(paths: Sequence[Path], exclude: Path | None = None) -> list[tuple[str, Path]]:
+    """Lists (image id, path) of files and, below folders, of all pictures.
+
+    The id is what the noise derives from: the path relative to the given folder, or the name of a
+    file that was given itself. A file that is named twice is taken once.
+
+    Args:
+        exclude: folder whose pictures are left out, i.e. the output.
+
+    Raises:
+        InputError: a path where nothing is, or a folder without pictures.
+    """
+    found: dict[Path, tuple[str, Path]] = {}
+    for path in paths:
+        if not path.exists():
+            raise InputError(f"A picture or a folder must exist at {path}, but nothing is there.")
+        files = list_images(path) if path.is_dir() else [path]
+        for file in files:
+            if exclude is None or exclude.resolve() not in file.resolve().parents:
+                name = file.relative_to(path).as_posix() if path.is_dir() else file.name
+                found.setdefault(file.resolve(), (_image_id(name), file))
+    return list(found.values())
+
+
+def make_jobs(images: Sequence[tuple[str, Path]], seed: int, n_samples: int) -> list[Job]:
+    """Derives each sample's seed from (seed, image id, sample number) and names its output."""
+    stems = _output_stems([image_id for image_id, _ in images])
+    return [
+        Job(
+            input=path,
+            outputs=tuple(f"{stem}_{j}.png" for j in range(n_samples)),
+            seeds=tuple(derive_seed(seed, image_id, j) for j in range(n_samples)),
+        )
+        for (image_id, path), stem in zip(images, stems, strict=True)
+    ]
+
+
+def reconstruct(
+    inverter: Inverter, jobs: Iterable[Job], batch_size: int, on_failure: OnFailure
+) -> Iterator[Reconstruction]:
+    """Yields the reconstructions of the jobs in order; an image that fails is reported instead.
+
+    Metrics are taken on the 8-bit pictures, so that they can be had again from the files.
+
+    Args:
+        batch_size: samples per batch of the inverter, images per batch of the backbone.
+        on_failure: called with the job and a sentence where a picture cannot be read, or where
+            its features or samples are not finite.
+    """
+    if inverter.backbone is None:
+        raise InputError("The inverter must have its backbone to read pictures, but has none.")
+    readable = _read(jobs, max(inverter.backbone.input_size), on_failure)
+    encoded = _encode(inverter.backbone, readable, batch_size, on_failure)
+    samples = _sample(inverter, inverter.backbone, encoded, batch_size)
+    for _, group in itertools.groupby(samples, key=lambda sample: sample.source):
+        members = list(group)
+        job = members[0].source.job
+        if any(sample.picture is None for sample in members):
+            on_failure(job, f"{job.input} gave samples with NaN values; use --dtype float32.")
+        else:
+            yield _joined(members)
+
+
+def write_samples(done: Reconstruction, folder: Path) -> None:
+    """Writes the samples as PNGs at their job's outputs below the folder."""
+    for name, picture in zip(done.job.outputs, done.samples, strict=True):
+        write_png(picture, folder / name)
+
+
+def _read(
+    jobs: Iterable[Job], size: int, on_failure: OnFailure
+) -> Iterator[tuple[Job, Image.Image]]:
+    for job in jobs:
+        try:
+            yield job, center_square(read_image(job.input), size)
+        except InputError as error:
+            on_failure(job, str(error))
+
+
+@torch.no_grad()
+def _encode(
+    backbone: Backbone,
+    pictures: Iterable[tuple[Job, Image.Image]],
+    batch_size: int,
+    on_failure: OnFailure,
+) -> Iterator[_Encoded]:
+    for batch in _batched(pictures, batch_size):
+        features, logits = _look(backbone, [original for _, original in batch])
+        for i, (job, original) in enumerate(batch):
+            if features[i].isfinite().all():
+                yield _Encoded(job, original, features[i], None if logits is None else logits[i])
+            else:
+                on_failure(job, f"The features of {job.input} hold NaN or infinite values.")
+
+
+def _sample(
+    inverter: Inverter, backbone: Backbone, encoded: Iterable[_Encoded], batch_size: int
+) -> Iterator[_Sample]:
+    pairs = ((source, seed) for source in encoded for seed in source.job.seeds)
+    for batch in _batched(pairs, batch_size):
+        sources, seeds = [source for source, _ in batch], [seed for _, seed in batch]
+        features = torch.stack([source.features for source in sources])
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        images = inverter.invert(features, generator=generators)
+        finite = images.isfinite().flatten(1).all(dim=1).tolist()
+        pictures = to_pil(images.nan_to_num())
+        metrics = _measure(backbone, sources, features, pictures, seeds)
+        for source, picture, is_finite, values in zip(
+            sources, pictures, finite, metrics, strict=True
+        ):
+            yield _Sample(source, picture if is_finite else None, *values)
+
+
+@torch.no_grad()
+def _measure(
+    backbone: Backbone,
+    sources: Sequence[_Encoded],
+    features: Tensor,
+    pictures: Sequence[Image.Image],
+    seeds: Sequence[int],
+) -> list[tuple[float, float, bool | None, bool | None]]:
+    """Re-encodes the pictures; returns the four metrics of each, as `_Sample` has them."""
+    seen, logits = _look(backbone, pictures)
+    cosine = feature_cosine(features, seen).tolist()
+    shuffled = shuffled_cosine(features, seen, [make_generator(s, "shuffle") for s in seeds])
+    if logits is None:
+        top1 = top5 = [None] * len(pictures)
+    else:
+        wanted = torch.stack([s.logits for s in sources if s.logits is not None])
+        top1 = top_k_match(wanted, logits, 1).tolist()
+        top5 = top_k_match(wanted, logits, min(5, logits.shape[1])).tolist()
+    return list(zip(cosine, shuffled.tolist(), top1, top5, strict=True))
+
+
+def _look(backbone: Backbone, pictures: Sequence[Image.Image]) -> tuple[Tensor, Tensor | None]:
+    return backbone.features_and_logits(to_tensor(pictures).to(backbone.device))
+
+
+def _joined(samples: Sequence[_Sample]) -> Reconstruction:
+    return Reconstruction(
+        job=samples[0].source.job,
+        original=samples[0].source.original,
+        samples=[s.picture for s in samples if s.picture is not None],
+        cosine=[s.cosine for s in samples],
+        cosine_shuffled=[s.cosine_shuffled for s in samples],
+        top1_match=[s.top1_match for s in samples],
+        top5_match=[s.top5_match for s in samples],
+    )
+
+
+def _image_id(name: str) -> str:
+    # One spelling of accents on every file system; bytes that are no UTF-8 stay distinct.
+    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return unicodedata.normalize("NFC", text)
+
+
+def _output_stems(ids: Sequence[str]) -> Iterator[str]:
+    """Names outputs by id without suffix; where two would collide, with it, then with a number."""
+    short = [PurePosixPath(image_id).with_suffix("").as_posix() for image_id in ids]
+    count = Counter(stem.casefold() for stem in short)
+    taken: set[str] = set()
+    for image_id, stem in zip(ids, short, strict=True):
+        stem = base = stem if count[stem.casefold()] == 1 else image_id
+        number = 1
+        while stem.casefold() in taken:
+            number += 1
+            stem = f"{base}-{number}"
+        taken.add(stem.casefold())
+        yield stem
+
+
+def _batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    iterator = iter(items)
+    while batch := list(itertools.islice(iterator, size)):
+        yield batch

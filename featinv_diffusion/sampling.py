@@ -1,0 +1,218 @@
+"""What decides the pictures of a sampling run, and the inverter that these settings mean."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from featinv_diffusion.backbones import SHORT_NAMES, load_backbone
+from featinv_diffusion.diffusion.featinv_pipeline import GUIDANCE, FeatInvPipeline
+from featinv_diffusion.diffusion.hub import list_bundled, load_pipeline
+from featinv_diffusion.diffusion.schedulers import SCHEDULERS, make_scheduler, scheduler_name
+from featinv_diffusion.errors import InputError, choices_hint
+from featinv_diffusion.inverters.diffusion import DiffusionInverter, declared_spec
+from featinv_diffusion.types import FeatureSpec
+
+DEFAULT_BACKBONE = "convnext"
+BUNDLED = "tiny/"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+CHOICES: dict[str, Collection[str]] = {
+    "scheduler": SCHEDULERS,
+    "guidance": GUIDANCE,
+    "attention": ("native", "xformers"),
+    "dtype": DTYPES,
+}
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """Everything that decides the pictures; a manifest records it.
+
+    Args:
+        pipeline: bundled name, folder or Hub repo; None is the bundled one of `backbone`.
+        backbone: must be the pipeline's; None takes it, or `convnext` without a pipeline.
+        layer: must be the pipeline's; None takes it.
+        steps, guidance_scale, guidance: see `DiffusionInverter`; None is the pipeline's default.
+        scheduler: a name of `schedulers.SCHEDULERS`; None is the pipeline's own.
+        batch_size: samples per batch; it decides the last bits of the pictures.
+        attention: `native` is PyTorch's scaled dot product, `xformers` needs that extra.
+        device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps` …
+        dtype: of the diffusion model; the backbone always computes in float32.
+    """
+
+    pipeline: str | None = None
+    backbone: str | None = None
+    layer: str | None = None
+    n_samples: int = 4
+    seed: int = 0
+    steps: int | None = None
+    scheduler: str | None = None
+    guidance_scale: float | None = None
+    guidance: str | None = None
+    strength: float = 1.0
+    batch_size: int = 8
+    attention: str = "native"
+    device: str = "auto"
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("n_samples", "batch_size", "steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} must be at least 1, but {value} came.")
+        for name in ("guidance_scale", "strength"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise InputError(f"{name} must be a finite number, but {value} came.")
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            if value is not None and value not in choices:
+                hint = choices_hint(value, list(choices))
+                raise InputError(f"No {name} is named {value!r}; {hint}")
+
+
+def open_inverter(
+    settings: SampleSettings, on_progress: Callable[[float], None] | None = None
+) -> tuple[DiffusionInverter, SampleSettings]:
+    """Loads the pipeline and returns it as an inverter with a backbone, and the settings resolved.
+
+    In the resolved settings nothing is None or `auto`, but for a scheduler that has no name here.
+
+    Raises:
+        InputError: unknown names, a device that is not there, a pipeline of another backbone or
+            layer than asked for.
+    """
+    device = find_device(settings.device)
+    name = pipeline_name(settings)
+    pipeline = load_pipeline(name)
+    spec = declared_spec(pipeline)
+    _check_fits(name, spec, settings)
+    _prepare(pipeline, settings, device)
+    inverter = DiffusionInverter(
+        pipeline,
+        backbone=None if pipeline.backbone else load_backbone(spec.backbone, spec.layer).to(device),
+        num_inference_steps=settings.steps,
+        guidance_scale=settings.guidance_scale,
+        guidance=settings.guidance,
+        strength=settings.strength,
+        on_progress=on_progress,
+    )
+    _check_steps(inverter)
+    resolved = replace(
+        settings,
+        pipeline=_lasting_name(name),
+        backbone=spec.backbone,
+        layer=spec.layer,
+        steps=inverter.num_inference_steps,
+        scheduler=scheduler_name(pipeline.scheduler),
+        guidance_scale=inverter.guidance_scale,
+        guidance=inverter.guidance,
+        device=str(device),
+    )
+    return inverter, resolved
+
+
+def pipeline_name(settings: SampleSettings) -> str:
+    """Returns the pipeline that the settings mean: the one they name, or a bundled one.
+
+    Raises:
+        InputError: no pipeline is named and none is bundled for the backbone.
+    """
+    if settings.pipeline is not None:
+        return settings.pipeline
+    backbone = settings.backbone or DEFAULT_BACKBONE
+    name = BUNDLED + backbone.removeprefix(BUNDLED)
+    if name not in list_bundled():
+        known = [bundled.removeprefix(BUNDLED) for bundled in list_bundled()]
+        raise InputError(
+            f"No bundled pipeline inverts the backbone {backbone!r}; "
+            f"{choices_hint(backbone, known)} For others pass a pipeline: a folder or a Hub repo."
+        )
+    return name
+
+
+def find_device(name: str) -> torch.device:
+    """Returns the device; `auto` is the GPU where there is one.
+
+    Raises:
+        InputError: no such device on this machine.
+    """
+    if name == "auto":
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return accelerator or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"The device {name!r} cannot be used here: {reason}") from None
+    return device
+
+
+def _check_fits(name: str, spec: FeatureSpec, settings: SampleSettings) -> None:
+    asked, has = settings.backbone, spec.backbone
+    if asked is not None and _full_name(asked) != _full_name(has):
+        raise InputError(
+            f"The pipeline {name} inverts the backbone {has!r}, but the backbone {asked!r} was "
+            "asked for. Use the pipeline of that backbone, or leave the backbone out."
+        )
+    if settings.layer not in (None, spec.layer):
+        raise InputError(
+            f"The pipeline {name} inverts the layer {spec.layer!r} of {has}, but the layer "
+            f"{settings.layer!r} was asked for. Use a pipeline that was trained for that layer."
+        )
+
+
+def _check_steps(inverter: DiffusionInverter) -> None:
+    n_train = inverter.pipeline.scheduler.config["num_train_timesteps"]
+    if inverter.num_inference_steps > n_train:
+        raise InputError(
+            f"There can be at most {n_train} steps, as many as the pipeline was trained with, but "
+            f"{inverter.num_inference_steps} came."
+        )
+
+
+def _full_name(backbone: str) -> str:
+    """A tiny model stands for the backbone it is named after; short names stand for timm ids."""
+    name = backbone.removeprefix(BUNDLED)
+    return SHORT_NAMES.get(name, name).removeprefix("timm/")
+
+
+def _prepare(pipeline: FeatInvPipeline, settings: SampleSettings, device: torch.device) -> None:
+    """Sets scheduler, device, dtype and attention; the backbone is left in float32."""
+    if settings.scheduler is not None:
+        pipeline.scheduler = make_scheduler(settings.scheduler, pipeline.scheduler.config)
+    pipeline.to(device)
+    for name, component in pipeline.components.items():
+        if isinstance(component, nn.Module) and name != "backbone":
+            component.to(DTYPES[settings.dtype])
+    _set_attention(pipeline, settings.attention, device)
+    pipeline.set_progress_bar_config(disable=True)
+
+
+def _lasting_name(name: str) -> str:
+    """Makes the path of a folder absolute, so that a manifest can be replayed from anywhere."""
+    folder = Path(name).expanduser()
+    return str(folder.absolute()) if name not in list_bundled() and folder.is_dir() else name
+
+
+def _set_attention(pipeline: FeatInvPipeline, attention: str, device: torch.device) -> None:
+    """`native` needs nothing: it is what diffusers uses unless told otherwise."""
+    if attention == "native":
+        return
+    if importlib.util.find_spec("xformers") is None:
+        raise InputError(
+            "The attention 'xformers' needs a package that is not installed: "
+            "pip install 'featinv-diffusion[xformers]', or use 'native'."
+        )
+    if device.type != "cuda":
+        raise InputError(
+            f"The attention 'xformers' needs a CUDA device, but the device is {device}."
+        )
+    pipeline.enable_xformers_memory_efficient_attention()

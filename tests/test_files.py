@@ -1,0 +1,42 @@
+"""Files are whole or absent."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from featinv_diffusion.files import replacing, write_text
+
+
+def test_a_file_appears_at_the_end_only(tmp_path):
+    path = tmp_path / "new" / "a.txt"
+    with replacing(path) as partial:
+        partial.write_text("half")
+        assert not path.exists()
+        assert partial.parent == path.parent  # else the move would be a copy
+    assert path.read_text() == "half"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def write_half(path: Path) -> None:
+    with replacing(path) as partial:
+        partial.write_text("half")
+        raise RuntimeError("boom")
+
+
+def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "a.txt"
+    write_text(path, "old ü")
+    with pytest.raises(RuntimeError, match="boom"):
+        write_half(path)
+    assert path.read_text(encoding="utf-8") == "old ü"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_names_the_file_itself(tmp_path):
+    with pytest.raises(OSError, match="No space left") as caught, replacing(tmp_path / "a.txt"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert caught.value.filename == str(tmp_path / "a.txt")
+    assert caught.value.filename2 is None
