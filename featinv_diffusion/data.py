@@ -357,7 +357,7 @@ class StreamedCrops(IterableDataset):
     def _item(self, row: dict[str, Any], index: int, config: DataConfig) -> dict[str, Any]:
         image_column, label_column = self.columns
         generator = make_generator(self.seed, self.epoch, index)
-        image = row[image_column].convert("RGB")
+        image: Image.Image = row[image_column].convert("RGB")
         crop = draw_crop(config, *image.size, generator)
         return {
             "pixels": TF.pil_to_tensor(crop.apply(image, config.size)),

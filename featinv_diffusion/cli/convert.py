@@ -69,8 +69,11 @@ def convert(
     objects are refused. Tokenizer and backbone are not part of a checkpoint; they come from
     folders, from the cache or from the Hub.
     """
+    from transformers.utils.logging import disable_progress_bar
+
     from featinv_diffusion.errors import InputError
 
+    disable_progress_bar()  # over files that are written in seconds
     forward_only = {
         "--original-config": original_config,
         "--tokenizer": tokenizer,

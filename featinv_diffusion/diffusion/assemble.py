@@ -20,6 +20,7 @@ from featinv_diffusion.diffusion.bundled import bundled_folder, list_bundled
 from featinv_diffusion.diffusion.featinv_controlnet import FeatureControlNet
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
 from featinv_diffusion.diffusion.pipeline_folder import INDEX, check_component, read_json
+from featinv_diffusion.diffusion.quiet import without_progress_bars
 from featinv_diffusion.diffusion.schedulers import make_scheduler
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.types import FeatureSpec
@@ -59,9 +60,10 @@ def assemble(
         check_backbone(model, spec)
     _check_base(Path(base))
     try:
-        pipeline = FeatInvPipeline.from_pretrained(
-            base, controlnet=net, backbone=model, torch_dtype=torch_dtype
-        )
+        with without_progress_bars():
+            pipeline = FeatInvPipeline.from_pretrained(
+                base, controlnet=net, backbone=model, torch_dtype=torch_dtype
+            )
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(
             f"The base {base} must be a Stable Diffusion folder or Hub repository, but loading it "

@@ -12,6 +12,7 @@ import json
 import shutil
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from featinv_diffusion.diffusion.featinv_controlnet import FeatureControlNet
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline, tidy_saved_folder
 from featinv_diffusion.diffusion.model_card import CardInfo, write_model_card
 from featinv_diffusion.diffusion.pipeline_folder import INDEX, check_component, read_json
-from featinv_diffusion.errors import InputError, choices_hint
+from featinv_diffusion.diffusion.quiet import without_progress_bars
+from featinv_diffusion.errors import InputError
 from featinv_diffusion.files import write_text
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -33,6 +35,11 @@ BASE, DEFAULTS = "base", "pipeline.json"
 BASE_MODELS = ("unet", "vae", "text_encoder")
 MAX_FILE_MB = 16
 SHARD_SIZE = "15MB"
+NOTE = """\
+## Where it is
+
+In the package featinv-diffusion: `load_pipeline("{name}")` loads it there, and
+`featinv export {folder} --pipeline {name}` writes the folder used above."""
 
 
 def list_bundled() -> list[str]:
@@ -50,11 +57,8 @@ def load_bundled(name: str, torch_dtype: torch.dtype = torch.float32) -> FeatInv
     """Loads a pipeline of `list_bundled`.
 
     Raises:
-        InputError: unknown name (the nearest is named), or a file of the installation is missing.
+        InputError: a file is missing or truncated.
     """
-    if name not in list_bundled():
-        hint = choices_hint(name, list_bundled())
-        raise InputError(f"No bundled pipeline is named {name!r}; {hint}")
     member = bundled_folder(name)
     base = member.parent / BASE
     for component in BASE_MODELS:
@@ -113,7 +117,9 @@ def write_bundled(
         to_half(pipeline.backbone).save_pretrained(folder / "backbone", max_shard_size=SHARD_SIZE)
         defaults = {k: v for k, v in pipeline.parameters.items() if v is not None}
         write_text(folder / DEFAULTS, json.dumps(defaults, indent=2, sort_keys=True) + "\n")
-        write_model_card(folder, pipeline, info, f"{family.name}/{name}")
+        where = NOTE.format(name=f"{family.name}/{name}", folder=f"{family.name}-{name}")
+        card = replace(info, notes=f"{where}\n\n{info.notes}")
+        write_model_card(folder, pipeline, card, f"{family.name}-{name}")
 
     _replace(member, write)
     return member
@@ -168,7 +174,7 @@ def _replace(target: Path, write: Callable[[Path], Any]) -> None:
     """Writes a folder beside `target`, checks it, and puts it in place of `target`."""
     fresh = target.with_name(f"{target.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
-    with new_folder(fresh) as folder:
+    with new_folder(fresh) as folder, without_progress_bars():
         write(folder)
         tidy_saved_folder(folder)
         for path in folder.rglob("*"):

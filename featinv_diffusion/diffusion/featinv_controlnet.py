@@ -48,7 +48,9 @@ class FeatureEncoder(nn.Module):
         self.conv2 = nn.Conv2d(hidden_channels, hidden_channels, 3, padding=1)
         self.conv3 = nn.Conv2d(hidden_channels, out_channels, 3, padding=1)
         nn.init.zeros_(self.conv3.weight)
-        nn.init.zeros_(self.conv3.bias)
+        nn.init.zeros_(self.conv3.bias)  # pyright: ignore[reportArgumentType]
+        self.feature_mean: Tensor
+        self.feature_std: Tensor
         self.register_buffer("feature_mean", torch.zeros(feature_channels))
         self.register_buffer("feature_std", torch.ones(feature_channels))
 
@@ -178,7 +180,8 @@ class FeatureControlNet(ControlNetModel):
         if encoded_cond is None:
             if controlnet_cond is None:
                 raise ValueError("Pass feature maps as controlnet_cond, or encoded_cond.")
-            encoded_cond = self.encode_condition(controlnet_cond, sample.shape[-2:], keep)
+            height, width = sample.shape[-2:]
+            encoded_cond = self.encode_condition(controlnet_cond, (height, width), keep)
         return super().forward(
             sample, timestep, encoder_hidden_states, encoded_cond, *args, **kwargs
         )

@@ -16,9 +16,12 @@ import importlib
 import inspect
 import json
 import math
+import shlex
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +35,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput, StableDiffusionMixin
 from diffusers.schedulers import SchedulerMixin
 from diffusers.utils import logging
-from huggingface_hub import create_repo
+from huggingface_hub import ModelCard, ModelCardData, create_repo
 from timm.data import resolve_data_config
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel
@@ -42,6 +45,53 @@ logger = logging.get_logger(__name__)
 GUIDANCE = ("text", "features")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 PROMPT_CACHE_SIZE = 64
+
+CARD_TAGS = ["feature-inversion", "interpretability", "controlnet", "featinv"]
+CARD = """\
+# {title}
+
+Turns feature maps of a frozen vision model back into images: a ControlNet on a latent
+text-to-image model, conditioned on the map. Many images share one map; each seed gives another.
+
+| | |
+|---|---|
+| Features | {features} |
+| Images | {pixels} × {pixels} pixels |
+| Sampling | {steps} steps of {scheduler}, guidance scale {scale} ({guidance}) |
+| Prompt | {prompt} |
+
+## Use
+
+With diffusers, transformers and timm alone; the folder carries its code:
+
+```python
+import torch
+from diffusers import DiffusionPipeline
+
+folder = {title!r}  # this folder, or the name of the repository it was pushed to
+pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+features = {get_features}
+images = pipe(
+    features=features, num_images_per_prompt=4, generator=torch.Generator().manual_seed(0)
+).images
+```
+
+Where the package featinv-diffusion is installed, no code of the folder has to be trusted:
+
+```python
+from featinv_diffusion.diffusion.hub import load_pipeline
+
+pipe = load_pipeline(folder)
+```
+
+## How it was made
+
+```
+{command}
+```
+
+Versions: {versions}.
+{notes}"""
 
 Image = PIL.Image.Image | str | Path
 
@@ -181,12 +231,14 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
 
     def _last_map(self, model: Any, pixels: torch.Tensor) -> torch.Tensor:
         output = model.forward_features(pixels)
-        if isinstance(output, torch.Tensor) and (output.ndim == 4 or self._grid):
-            return self._to_map(output, model)
-        # Such as tokens of several scales: the model extracts the map itself.
-        return model.forward_intermediates(
+        is_tensor = isinstance(output, torch.Tensor)
+        if is_tensor and (output.ndim == 4 or self._grid):
+            return self._to_map(output, model, self._grid)
+        own = model.forward_intermediates(
             pixels, indices=1, output_fmt="NCHW", intermediates_only=True
         )[-1]
+        # Tokens of one scale lie on the grid of the model's own map; of several, that map is it.
+        return self._to_map(output, model, tuple(own.shape[2:])) if is_tensor else own
 
     def _map_of_layer(self, model: Any, pixels: torch.Tensor, layer: str) -> torch.Tensor:
         if layer not in dict(model.named_modules()):
@@ -202,16 +254,18 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
             model(pixels)
         finally:
             hook.remove()
-        return self._to_map(outputs[0], model)
+        return self._to_map(outputs[0], model, self._grid)
 
     @property
     def _grid(self) -> tuple[int, ...] | None:
         spec = self.controlnet.config.get("feature_spec") or {}
         return tuple(spec["grid"]) if spec.get("grid") else None
 
-    def _to_map(self, output: torch.Tensor, model: Any) -> torch.Tensor:
+    def _to_map(
+        self, output: torch.Tensor, model: Any, grid: tuple[int, ...] | None
+    ) -> torch.Tensor:
         """Returns `[b, c, h, w]`; the declared shape of the features says which axis is which."""
-        channels, grid = self.controlnet.config.feature_channels, self._grid
+        channels = self.controlnet.config.feature_channels
         if output.ndim == 4:
             maps = [output, output.permute(0, 3, 1, 2)]
             if getattr(model, "output_fmt", "NCHW") == "NHWC":
@@ -606,7 +660,7 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Writes a folder that carries the code it needs; see the head of this file.
+        """Writes a folder that carries the code it needs and a model card; see the file's head.
 
         Weights are always safetensors. With `push_to_hub`, `repo_id`, `private`, `token`,
         `commit_message` and `create_pr` are passed on as in diffusers.
@@ -627,8 +681,65 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
                 index[name] = [_copy_source(own, folder / name), own.__name__]
         _write_json(index_path, index)
         tidy_saved_folder(folder)
+        card = self.make_model_card(folder.name, _this_command())
+        (folder / "README.md").write_text(str(card), encoding="utf-8")
         if push_to_hub:
             self._upload(folder, **kwargs)
+
+    def make_model_card(
+        self,
+        title: str,
+        command: str,
+        license: str | None = None,
+        base_models: Sequence[str] = (),
+        notes: str = "",
+    ) -> ModelCard:
+        """Returns the card of a folder with this pipeline: metadata, usage, how it was made.
+
+        Args:
+            title: name of the folder or repository.
+            command: the command that made the pipeline.
+            license: identifier of the Hub; None where it is that of the base models.
+            base_models: Hub names of the models this one was made of.
+            notes: further sections, as Markdown.
+        """
+        data = ModelCardData(
+            license=license or "other",
+            license_name=None if license else "that-of-the-base-models",
+            library_name="diffusers",
+            pipeline_tag="image-to-image",
+            base_model=list(base_models) or None,
+            tags=CARD_TAGS,
+        )
+        text = CARD.format(
+            title=title,
+            command=command,
+            notes=f"\n{notes.strip()}\n" if notes else "",
+            **self._card_facts(),
+        )
+        return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+
+    def _card_facts(self) -> dict[str, Any]:
+        controlnet = self.controlnet.config
+        spec = controlnet.get("feature_spec") or {}
+        features = f"{controlnet.feature_channels} channels"
+        if spec:
+            shape = "×".join(map(str, [spec["channels"], *spec["grid"]]))
+            features = f"{shape}, layer `{spec['layer']}` of `{spec['backbone']}`"
+        size = self.unet.config.sample_size
+        return {
+            "features": features + (", average-pooled" if controlnet.get("feature_pooled") else ""),
+            "pixels": (size if isinstance(size, int) else size[0]) * self.vae_scale_factor,
+            "steps": self.config["default_num_inference_steps"],
+            "scheduler": type(self.scheduler).__name__,
+            "scale": self.config["default_guidance_scale"],
+            "guidance": self.config["default_guidance"],
+            "prompt": self.config["default_prompt"],
+            "get_features": 'pipe.encode_features("photo.jpg")'
+            if self.backbone is not None
+            else "...  # [b, c, h, w], of the backbone and layer above",
+            "versions": ", ".join(f"{name} {number}" for name, number in _versions().items()),
+        }
 
     def _upload(self, folder: Path, **kwargs: Any) -> None:
         token, name = kwargs.get("token"), kwargs.get("repo_id", folder.name)
@@ -752,6 +863,19 @@ def _copy_source(cls: type, folder: Path) -> str:
         raise ValueError(f"{cls.__name__} must be defined in a file to be saved with its code.")
     shutil.copyfile(source, folder / Path(source).name)
     return Path(source).stem
+
+
+def _this_command() -> str:
+    program = Path(sys.argv[0]).name if sys.argv[0] not in ("", "-c") else "python"
+    return shlex.join([program, *sys.argv[1:]])
+
+
+def _versions() -> dict[str, str]:
+    versions = {name: version(name) for name in ("torch", "diffusers", "transformers", "timm")}
+    if _PACKAGE:
+        package = importlib.import_module(_PACKAGE.partition(".")[0])
+        versions = {"featinv-diffusion": package.__version__, **versions}
+    return versions
 
 
 def tidy_saved_folder(folder: Path) -> None:

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import validate_repo_id
-from transformers.utils import logging as transformers_logging
 
 from featinv_diffusion.diffusion.assemble import check_backbone, feature_spec_of
 from featinv_diffusion.diffusion.bundled import (
@@ -26,6 +22,7 @@ from featinv_diffusion.diffusion.convert_files import new_folder
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
 from featinv_diffusion.diffusion.model_card import CardInfo, read_card_info, write_model_card
 from featinv_diffusion.diffusion.pipeline_folder import check_pipeline_folder
+from featinv_diffusion.diffusion.quiet import without_progress_bars
 from featinv_diffusion.errors import InputError, choices_hint
 
 __all__ = [
@@ -45,7 +42,6 @@ REPO = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 # Neither code nor pickles: the installed classes read these files.
 DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "README.md"]
 PICKLES = {".bin", ".ckpt", ".pkl", ".pickle", ".pt", ".pth"}
-BARS = (diffusers_logging, transformers_logging)
 # What a request to the Hub ends in: HTTP statuses, no connection, offline mode, nothing cached.
 HUB_ERRORS = (hub_errors.HTTPError, OSError)
 
@@ -63,7 +59,7 @@ def load_pipeline(
         InputError: nothing by that name, a file missing or truncated, parts that do not fit.
     """
     name, dtype = str(name_or_path), torch_dtype or torch.float32
-    with _without_progress_bars():
+    with without_progress_bars():
         if name in list_bundled():
             pipeline = load_bundled(name, dtype)
         else:
@@ -84,7 +80,7 @@ def export_pipeline(pipeline: FeatInvPipeline, folder: str | Path, info: CardInf
     check_target(folder)
     if folder.is_dir():
         folder.rmdir()
-    with new_folder(folder) as partial:
+    with new_folder(folder) as partial, without_progress_bars():
         pipeline.save_pretrained(partial)
         write_model_card(partial, pipeline, info, folder.name)
     return folder
@@ -221,16 +217,3 @@ def _explain(error: Exception, repo: str, purpose: str) -> str:
         f"The Hub repository {repo} could not {purpose}: {reason}. Check the connection and "
         "HF_HUB_OFFLINE."
     )
-
-
-@contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    """Silences the bars over components and tensors, which take no time beside the sampling."""
-    shown = [library for library in BARS if library.is_progress_bar_enabled()]
-    for library in shown:
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library in shown:
-            library.enable_progress_bar()

@@ -18,7 +18,9 @@ from featinv_diffusion.errors import InputError
 Config = TypeVar("Config")
 
 
-def run_script(config_class: type[Config], train: Callable[[Config], object], doc: str) -> None:
+def run_script(
+    config_class: type[Config], train: Callable[[Config], object], doc: str | None
+) -> None:
     """Parses `--config FILE key=value ... [--dry-run]`, trains, and exits 2 on bad input."""
     parser = argparse.ArgumentParser(description=doc)
     parser.add_argument("--config", help="YAML file, e.g. configs/controlnet/convnext.yaml")

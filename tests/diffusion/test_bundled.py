@@ -49,7 +49,9 @@ def test_bundled_layout_round_trip(family, pipeline):
         )
         > 0.99
     )
-    assert "tiny/convnext" in (member / "README.md").read_text()
+    card = (member / "README.md").read_text()
+    assert "featinv export tiny-convnext --pipeline tiny/convnext" in card
+    assert INFO.command in card
 
 
 def test_members_share_the_base(family, pipeline):

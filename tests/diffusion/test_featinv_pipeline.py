@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from dataclasses import asdict
 
 import numpy as np
@@ -21,9 +22,11 @@ from diffusers import (
     StableDiffusionPipeline,
     UniPCMultistepScheduler,
 )
+from diffusers.callbacks import PipelineCallback
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
 from featinv_diffusion.backbones import wrap_model
+from featinv_diffusion.diffusion import featinv_pipeline
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
 from featinv_diffusion.images import center_square, read_image, to_tensor
 from tests import tiny
@@ -519,6 +522,58 @@ def test_a_backbone_with_other_features_is_refused():
         pipeline(images=tiny.make_images(1))
 
 
+def test_a_backbone_of_another_kind_is_refused():
+    with pytest.raises(ValueError, match="must be a TimmWrapperForImageClassification, but a CLIP"):
+        tiny.make_pipeline(backbone=tiny.make_text_encoder()).encode_features(tiny.make_images(1))
+
+
+def test_a_backbone_without_the_layer_is_refused():
+    spec = tiny.FEATURE_SPEC | {"layer": "layer4"}
+    pipeline = tiny.make_pipeline(controlnet=tiny.make_controlnet(feature_spec=spec))
+    with pytest.raises(ValueError, match="ConvNeXt has no layer 'layer4'"):
+        pipeline.encode_features(tiny.make_images(1))
+
+
+@pytest.mark.parametrize(("layer", "shape"), [("head.fc", [1, 10]), ("head.flatten", [1, 32])])
+def test_a_layer_without_a_map_is_refused(layer, shape):
+    spec = tiny.FEATURE_SPEC | {"layer": layer}
+    pipeline = tiny.make_pipeline(controlnet=tiny.make_controlnet(feature_spec=spec))
+    with pytest.raises(ValueError, match=f"backbone gives shape {re.escape(str(shape))}"):
+        pipeline.encode_features(tiny.make_images(1))
+
+
+def test_tokens_of_another_number_are_refused():
+    pipeline = make_timm_pipeline("vit_tiny_patch16_224")
+    spec = dict(pipeline.controlnet.config.feature_spec) | {"grid": [5, 5]}
+    pipeline.controlnet.register_to_config(feature_spec=spec)
+    with pytest.raises(ValueError, match=r"gives tokens of shape \[1, 17, 24\]"):
+        pipeline.encode_features(tiny.make_images(1))
+
+
+def test_without_a_declared_grid_the_model_lays_out_its_tokens():
+    pipeline = make_timm_pipeline("vit_tiny_patch16_224")
+    expected = pipeline.encode_features(tiny.make_images(1))
+    pipeline.controlnet.register_to_config(feature_spec=None)
+    torch.testing.assert_close(pipeline.encode_features(tiny.make_images(1)), expected)
+
+
+def test_a_picture_without_a_declared_range_is_refused(pipeline):
+    with pytest.raises(ValueError, match="32-bit image has no declared range"):
+        pipeline.encode_features(PIL.Image.new("F", (8, 8)))
+
+
+def test_a_prompt_that_is_cut_is_announced(pipeline, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(featinv_pipeline.logger, "warning", lambda *args: warnings.append(args))
+    pipeline.encode_prompt("a" * 75)
+    assert not warnings
+    pipeline.encode_prompt("a" * 76)
+    assert len(warnings) == 1
+    for i in range(2 * featinv_pipeline.PROMPT_CACHE_SIZE):
+        pipeline.encode_prompt(str(i))
+    assert len(pipeline._prompt_cache) <= featinv_pipeline.PROMPT_CACHE_SIZE
+
+
 def test_a_controlnet_that_reads_images_is_refused(unet):
     with pytest.raises(ValueError, match=r"must be a FeatureControlNet.*a ControlNetModel came"):
         tiny.make_pipeline(controlnet=ControlNetModel.from_unet(unet))
@@ -584,6 +639,24 @@ def test_callback_sees_each_step_and_changes_the_latents(pipeline):
     assert seen == [(0, 501, shapes), (1, 1, shapes)]
     zeroed = sample(pipeline, callback_on_step_end=lambda p, i, t, d: {"latents": d["latents"] * 0})
     assert not zeroed.any()
+
+
+def test_callback_objects_of_diffusers_name_their_tensors(pipeline):
+    class Halve(PipelineCallback):
+        tensor_inputs = ["latents", "encoded_cond"]  # noqa: RUF012
+
+        def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
+            assert set(callback_kwargs) == set(self.tensor_inputs)
+            assert pipeline.num_timesteps == 2
+            return callback_kwargs | {"latents": callback_kwargs["latents"] / 2}
+
+    changed = sample(
+        pipeline, callback_on_step_end=Halve(cutoff_step_ratio=None, cutoff_step_index=0)
+    )
+    by_hand = sample(
+        pipeline, callback_on_step_end=lambda p, i, t, d: {"latents": d["latents"] / 2}
+    )
+    assert torch.equal(changed, by_hand)
 
 
 def test_callback_can_stop_after_a_step(pipeline):

@@ -70,6 +70,7 @@ def names(folder: Path) -> set[str]:
 
 def test_folder_holds_safetensors_configs_and_its_own_code(saved_pipeline):
     assert names(saved_pipeline) == {
+        "README.md",
         "model_index.json",
         "featinv_pipeline.py",
         "backbone/config.json",
@@ -94,6 +95,18 @@ def test_folder_holds_safetensors_configs_and_its_own_code(saved_pipeline):
     assert index["_class_name"] == ["featinv_pipeline", "FeatInvPipeline"]
     assert index["controlnet"] == ["featinv_controlnet", "FeatureControlNet"]
     assert index["backbone"] == ["transformers", "TimmWrapperForImageClassification"]
+
+
+def test_saving_writes_a_card_with_the_command_of_the_process(pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/convert.py", "my file.ckpt"])
+    pipeline.save_pretrained(tmp_path / "name")
+    card = ModelCard.load(tmp_path / "name/README.md")
+    assert card.data.library_name == "diffusers"
+    assert card.data.license == "other"
+    assert "\nconvert.py 'my file.ckpt'\n" in card.text
+    assert card.text.strip().startswith("# name")
+    without = tiny.make_pipeline(backbone=None).make_model_card("name", "command")
+    assert "encode_features" not in str(without)
 
 
 def test_pickles_are_refused(pipeline, tmp_path):
@@ -163,7 +176,7 @@ def test_loads_without_the_package(saved_pipeline, expected, tmp_path):
         assert torch.equal(torch.load(tmp_path / f"sample{i}.pt"), expected)
         again = tmp_path / f"again{i}"
         assert names(again) == names(saved_pipeline)
-        for name in names(saved_pipeline):
+        for name in names(saved_pipeline) - {"README.md"}:
             assert (again / name).read_bytes() == (saved_pipeline / name).read_bytes(), name
     assert torch.equal(sample(load_pipeline(tmp_path / "again2")), expected)
 
@@ -203,6 +216,8 @@ def test_pushes_to_a_hub_and_loads_from_there(copied, expected, tmp_path):
     torch.save(sample(load_pipeline("user/pushed")), "sample0.pt")
     torch.save(sample(FeatInvPipeline.from_pretrained("user/pushed")), "sample1.pt")
     refused(load_pipeline, "user/no-such-pipeline")
+    pipe = FeatInvPipeline.from_pretrained(folder)
+    pipe.save_pretrained("saved", push_to_hub=True, repo_id="user/saved", private=True)
     import os
     os.environ["HF_TOKEN"] = "hf_wrong"
     refused(push_folder, folder, "user/pushed")
@@ -212,6 +227,7 @@ def test_pushes_to_a_hub_and_loads_from_there(copied, expected, tmp_path):
         done = run_script(script, tmp_path, env)
     assert done.returncode == 0, done.stderr
     assert names(tmp_path / "hub/user/pushed") == names(copied)
+    assert names(tmp_path / "hub/user/saved") == names(copied)
     assert not (tmp_path / "hub/stranger").exists()
     for name in ("sample0.pt", "sample1.pt"):
         assert torch.equal(torch.load(tmp_path / name), expected)
@@ -326,7 +342,7 @@ def test_loads_as_float32_unless_told_otherwise(tmp_path):
 # ---- export --------------------------------------------------------------------------------------
 
 
-def test_export_writes_a_folder_with_a_card(pipeline, tmp_path):
+def test_export_writes_a_folder_with_a_card(pipeline, tmp_path, capfd):
     command = "featinv export out --backbone convnext"
     info = CardInfo(command=command, license="mit", base_models=["user/base", "timm/some"])
     folder = export_pipeline(pipeline, tmp_path / "deep/out", info)
@@ -341,6 +357,7 @@ def test_export_writes_a_folder_with_a_card(pipeline, tmp_path):
     assert "32×8×8, layer `last` of `convnext`" in card.text
     assert "64 × 64 pixels" in card.text
     assert not [p for p in folder.parent.iterdir() if p != folder]
+    assert capfd.readouterr().err == ""
     assert stat.S_IMODE(folder.stat().st_mode) & 0o055 == 0o055 & ~_umask()
 
 
@@ -413,6 +430,6 @@ def test_a_file_that_the_system_cuts_off_leaves_nothing(pipeline, tmp_path):
 def test_origin_names_license_and_base_models(pipeline, tmp_path):
     folder = export_pipeline(pipeline, tmp_path / "out", CardInfo("first", "mit", ["user/base"]))
     assert origin_of(folder, "second", pipeline) == CardInfo("second", "mit", ["user/base"])
-    assert origin_of("user/repo", "c", pipeline) == CardInfo("c", "other", ["user/repo"])
+    assert origin_of("user/repo", "c", pipeline) == CardInfo("c", None, ["user/repo"])
     pipeline.backbone.config.pretrained_cfg["hf_hub_id"] = "timm/model"
     assert origin_of("user/repo", "c", pipeline).base_models == ["user/repo", "timm/model"]
