@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -67,7 +68,7 @@ def _load(
         )
     if controlnet is not None and base is not None:
         loaded = assemble(controlnet, base, backbone)
-        return loaded, origin_of(base, command, loaded)
+        return loaded, replace(origin_of(base, command, loaded), notes="")
     bundled = backbone or "convnext"
     name = pipeline or (bundled if bundled.startswith("tiny/") else f"tiny/{bundled}")
     loaded = load_pipeline(name)

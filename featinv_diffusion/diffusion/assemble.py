@@ -62,7 +62,7 @@ def assemble(
     try:
         with without_progress_bars():
             pipeline = FeatInvPipeline.from_pretrained(
-                base, controlnet=net, backbone=model, torch_dtype=torch_dtype
+                str(base), controlnet=net, backbone=model, torch_dtype=torch_dtype
             )
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(

@@ -67,7 +67,7 @@ def load_bundled(name: str, torch_dtype: torch.dtype = torch.float32) -> FeatInv
     check_component(member / "controlnet", "diffusers")
     check_component(member / "backbone", "transformers")
     return FeatInvPipeline.from_pretrained(
-        base,
+        str(base),
         controlnet=FeatureControlNet.from_pretrained(
             member / "controlnet", torch_dtype=torch_dtype, use_safetensors=True
         ),

@@ -96,7 +96,7 @@ def check_target(folder: Path) -> None:
 
 
 def origin_of(source: str | Path, command: str, pipeline: FeatInvPipeline) -> CardInfo:
-    """Returns what a model card says of a pipeline made from `source`: license and base models.
+    """Returns what a model card says of a pipeline made from `source`: license, base models, notes.
 
     Args:
         source: a name of `list_bundled`, a folder (its own card is read), or a Hub repository.
@@ -146,7 +146,7 @@ def push_folder(
 def _load_folder(folder: Path, dtype: torch.dtype) -> FeatInvPipeline:
     check_pipeline_folder(folder)
     try:
-        return FeatInvPipeline.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
+        return FeatInvPipeline.from_pretrained(str(folder), torch_dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(
             f"The pipeline in {folder} has all its files, but does not load: {str(error).strip()}"

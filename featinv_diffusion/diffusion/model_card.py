@@ -40,12 +40,13 @@ def write_model_card(
 
 
 def read_card_info(folder: Path, command: str) -> CardInfo:
-    """Returns license and base models that the card of a folder declares, where it has one."""
+    """Returns what the card of a folder says besides the command; nothing where it has none."""
     path = folder / "README.md"
     if not path.is_file():
         return CardInfo(command)
-    data: Any = ModelCard.load(path, ignore_metadata_errors=True).data
-    models = data.base_model or []
+    card: Any = ModelCard.load(path, ignore_metadata_errors=True)
+    models = card.data.base_model or []
     models = [models] if isinstance(models, str) else list(models)
-    license = None if data.license in (None, "other") else str(data.license)
-    return CardInfo(command, license, models)
+    license = str(card.data.license) if card.data.license else None
+    notes = card.text.partition("\nVersions: ")[2].partition("\n")[2]
+    return CardInfo(command, license, models, notes.strip())

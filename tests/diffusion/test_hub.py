@@ -12,6 +12,7 @@ import stat
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import PIL.Image
@@ -427,9 +428,14 @@ def test_a_file_that_the_system_cuts_off_leaves_nothing(pipeline, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_origin_names_license_and_base_models(pipeline, tmp_path):
-    folder = export_pipeline(pipeline, tmp_path / "out", CardInfo("first", "mit", ["user/base"]))
-    assert origin_of(folder, "second", pipeline) == CardInfo("second", "mit", ["user/base"])
+def test_origin_names_license_base_models_and_notes(pipeline, tmp_path):
+    info = CardInfo("first", "mit", ["user/base"], "## Figures\n\nNone.")
+    folder = export_pipeline(pipeline, tmp_path / "out", info)
+    assert origin_of(folder, "second", pipeline) == replace(info, command="second")
     assert origin_of("user/repo", "c", pipeline) == CardInfo("c", None, ["user/repo"])
     pipeline.backbone.config.pretrained_cfg["hf_hub_id"] = "timm/model"
     assert origin_of("user/repo", "c", pipeline).base_models == ["user/repo", "timm/model"]
+    (folder / "README.md").write_text("---\nbase_model: user/one\n---\n# Somebody else's\n")
+    assert origin_of(folder, "c", tiny.make_pipeline()) == CardInfo("c", None, ["user/one"])
+    (folder / "README.md").unlink()
+    assert origin_of(folder, "c", tiny.make_pipeline()) == CardInfo("c")
