@@ -1,11 +1,17 @@
-"""Files that are whole or absent."""
+"""Files and folders that are whole or absent."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
+
+from featinv_diffusion.errors import InputError
 
 
 @contextmanager
@@ -33,3 +39,32 @@ def write_text(path: Path, text: str) -> None:
     """Writes UTF-8 text, whole or not at all."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Yields an empty folder that becomes `target` when the block succeeds, and vanishes otherwise.
+
+    Raises:
+        InputError: `target` exists, or the disk refuses (full, read-only).
+    """
+    check_absent(target)
+    staging = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        inner = staging / target.name  # mkdtemp's own permissions are for one user only
+        inner.mkdir()
+        yield inner
+        os.replace(inner, target)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{target} could not be written: {error}.") from error
+    finally:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def check_absent(target: Path) -> None:
+    """Raises `InputError` where `target` exists: nothing is overwritten."""
+    if target.exists():
+        raise InputError(f"{target} must not exist yet, but it does. Remove it or name another.")

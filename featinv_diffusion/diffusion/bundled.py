@@ -21,14 +21,13 @@ from diffusers import StableDiffusionPipeline
 from torch import nn
 from transformers import TimmWrapperForImageClassification
 
-from featinv_diffusion.diffusion.convert_files import new_folder
 from featinv_diffusion.diffusion.featinv_controlnet import FeatureControlNet
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline, tidy_saved_folder
 from featinv_diffusion.diffusion.model_card import CardInfo, write_model_card
 from featinv_diffusion.diffusion.pipeline_folder import INDEX, check_component, read_json
 from featinv_diffusion.diffusion.quiet import without_progress_bars
 from featinv_diffusion.errors import InputError
-from featinv_diffusion.files import write_text
+from featinv_diffusion.files import new_folder, write_text
 
 ASSETS = Path(__file__).parents[1] / "assets"
 BASE, DEFAULTS = "base", "pipeline.json"

@@ -18,7 +18,6 @@ from featinv_diffusion.diffusion.convert_config import (
     sd15_config,
 )
 from featinv_diffusion.diffusion.convert_files import (
-    check_absent,
     check_suffix,
     read_checkpoint,
     write_checkpoint,
@@ -29,7 +28,7 @@ from featinv_diffusion.diffusion.convert_tokenizer import DEFAULT_TOKENIZER, loa
 from featinv_diffusion.diffusion.convert_yaml import to_original_config
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
 from featinv_diffusion.errors import InputError, choices_hint
-from featinv_diffusion.files import write_text
+from featinv_diffusion.files import check_absent, write_text
 from featinv_diffusion.types import FeatureSpec
 
 logger = logging.getLogger(__name__)

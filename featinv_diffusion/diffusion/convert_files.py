@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from featinv_diffusion.errors import InputError
-from featinv_diffusion.files import replacing
+from featinv_diffusion.files import check_absent, replacing
 
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth")
 
@@ -65,35 +61,6 @@ def write_checkpoint(target: Path, tensors: Mapping[str, Tensor]) -> None:
                 torch.save({"state_dict": tensors}, partial)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise InputError(f"{target} could not be written: {error}.") from error
-
-
-@contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """Yields an empty folder that becomes `target` when the block succeeds, and vanishes otherwise.
-
-    Raises:
-        InputError: `target` exists, or the disk refuses (full, read-only).
-    """
-    check_absent(target)
-    staging = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        inner = staging / target.name  # mkdtemp's own permissions are for one user only
-        inner.mkdir()
-        yield inner
-        os.replace(inner, target)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{target} could not be written: {error}.") from error
-    finally:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
-
-
-def check_absent(target: Path) -> None:
-    """Raises `InputError` where `target` exists: nothing is overwritten."""
-    if target.exists():
-        raise InputError(f"{target} must not exist yet, but it does. Remove it or name another.")
 
 
 def check_suffix(path: Path) -> None:

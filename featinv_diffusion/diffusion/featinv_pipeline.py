@@ -215,8 +215,8 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
 
         Args:
             images: PIL images or paths, of which the centre square is scaled to the backbone's
-                input size, bilinear with antialiasing; or a tensor `[b, 3, h, w]` in [0, 1], of
-                which the centre square is scaled as the backbone's configuration says.
+                input size, bilinear with antialiasing; or a tensor `[b, 3, h, w]` in [0, 1],
+                scaled whole as the backbone's configuration says.
         """
         backbone = self._timm_backbone()
         pixels = self._preprocess(images).to(self._execution_device, backbone.dtype)
@@ -805,14 +805,10 @@ def _check_pixels(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def _resize(pixels: torch.Tensor, size: tuple[int, int], interpolation: str) -> torch.Tensor:
-    """Cuts the centre square out of `[b, 3, h, w]` and scales it to `size`."""
-    height, width = pixels.shape[-2:]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    square = pixels[..., top : top + side, left : left + side]
-    if tuple(square.shape[-2:]) == size:
-        return square
-    scaled = F.interpolate(square, size, mode=interpolation, align_corners=False, antialias=True)
+    """Scales `[b, 3, h, w]` to `size`, whatever its aspect ratio."""
+    if tuple(pixels.shape[-2:]) == size:
+        return pixels
+    scaled = F.interpolate(pixels, size, mode=interpolation, align_corners=False, antialias=True)
     return scaled.clamp(0, 1)  # bicubic overshoots
 
 

@@ -18,12 +18,12 @@ from featinv_diffusion.diffusion.bundled import (
     load_bundled,
     write_bundled,
 )
-from featinv_diffusion.diffusion.convert_files import new_folder
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
 from featinv_diffusion.diffusion.model_card import CardInfo, read_card_info, write_model_card
 from featinv_diffusion.diffusion.pipeline_folder import check_pipeline_folder
 from featinv_diffusion.diffusion.quiet import without_progress_bars
 from featinv_diffusion.errors import InputError, choices_hint
+from featinv_diffusion.files import new_folder
 
 __all__ = [
     "CardInfo",

@@ -9,6 +9,7 @@ import torch
 
 from featinv_diffusion.backbones import wrap_model
 from featinv_diffusion.backbones.base import Backbone
+from featinv_diffusion.diffusion.assemble import feature_spec_of
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.inverters.base import Generators
@@ -88,13 +89,13 @@ class DiffusionInverter:
 
 def declared_spec(pipeline: FeatInvPipeline) -> FeatureSpec:
     """Returns the features that the pipeline's ControlNet was trained on."""
-    declared = pipeline.controlnet.config.get("feature_spec")
-    if declared is None:
+    spec = feature_spec_of(pipeline.controlnet)
+    if spec is None:
         raise InputError(
             "The pipeline's ControlNet must declare the features it reads as feature_spec in its "
             "config, but it has none. Give backbone, layer, channels, grid and kind there."
         )
-    return FeatureSpec(**{**declared, "grid": tuple(declared["grid"])})
+    return spec
 
 
 def _backbone_of(pipeline: FeatInvPipeline, spec: FeatureSpec) -> Backbone | None:

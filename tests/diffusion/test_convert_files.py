@@ -10,12 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from featinv_diffusion.diffusion.convert_files import (
-    new_folder,
-    read_checkpoint,
-    write_checkpoint,
-)
+from featinv_diffusion.diffusion.convert_files import read_checkpoint, write_checkpoint
 from featinv_diffusion.errors import InputError
+from featinv_diffusion.files import new_folder
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(3000)}
 

@@ -340,8 +340,8 @@ def test_without_guidance_the_networks_see_each_sample_once(pipeline, monkeypatc
 
 def test_features_equal_those_of_the_backbone(pipeline):
     backbone = wrap_model(tiny.make_backbone(), name="convnext")
-    for size in (64, 48, 150):
-        images = torch.nn.functional.interpolate(tiny.make_images(3), size=(size, size))
+    for size in ((64, 64), (48, 48), (150, 150), (40, 70)):
+        images = torch.nn.functional.interpolate(tiny.make_images(3), size=size)
         assert torch.equal(pipeline.encode_features(images), backbone.features(images))
 
 
