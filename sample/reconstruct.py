@@ -8,7 +8,6 @@ The same command again finishes what was interrupted: shards that are done are k
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -29,6 +28,7 @@ from featinv_diffusion.cli.run import (
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.images import center_square, read_image, write_png
 from featinv_diffusion.manifest import Manifest, to_jobs
+from featinv_diffusion.processes import check_process_group
 from featinv_diffusion.reconstruction import find_images, make_jobs
 from featinv_diffusion.sampling import SampleSettings, open_inverter
 from featinv_diffusion.shards import Shard, begin_run, make_shards, merge_shards, run_shard
@@ -85,12 +85,7 @@ def main(
 def make_accelerator() -> Accelerator:
     """Joins the processes; one of them may wait for the others as long as a shard takes."""
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != accelerator.num_processes:
-        raise InputError(
-            f"{launched} processes were launched, but accelerate formed a group of "
-            f"{accelerator.num_processes}. On a machine without GPUs set ACCELERATE_USE_CPU=true."
-        )
+    check_process_group(accelerator)
     return accelerator
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from featinv_diffusion.data import CropDataset, StreamedCrops
 from featinv_diffusion.errors import InputError
+from featinv_diffusion.processes import check_process_group
 from featinv_diffusion.seeds import derive_seed
 from featinv_diffusion.training.checkpoint import (
     Progress,
@@ -64,12 +64,7 @@ def make_accelerator(optim: OptimConfig, run: RunConfig, seed: int) -> Accelerat
         project_config=ProjectConfiguration(project_dir=run.output),
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed),
     )
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != accelerator.num_processes:
-        raise InputError(
-            f"{launched} processes were launched but accelerate formed a group of "
-            f"{accelerator.num_processes}. On a machine without GPUs set ACCELERATE_USE_CPU=true."
-        )
+    check_process_group(accelerator)
     return accelerator
 
 
