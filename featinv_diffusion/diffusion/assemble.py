@@ -62,7 +62,7 @@ def assemble(
     try:
         with without_progress_bars():
             pipeline = FeatInvPipeline.from_pretrained(
-                str(base), controlnet=net, backbone=model, torch_dtype=torch_dtype
+                str(base), controlnet=net, backbone=model, dtype=torch_dtype
             )
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(
@@ -91,9 +91,7 @@ def load_controlnet(folder: Path, torch_dtype: torch.dtype = torch.float32) -> F
             f"{folder} must hold a {FeatureControlNet.__name__}, but its config names a {name}."
         )
     try:
-        return FeatureControlNet.from_pretrained(
-            folder, torch_dtype=torch_dtype, use_safetensors=True
-        )
+        return FeatureControlNet.from_pretrained(folder, dtype=torch_dtype, use_safetensors=True)
     except (ValueError, RuntimeError) as error:
         raise InputError(f"The ControlNet in {folder} does not fit its config: {error}") from error
 

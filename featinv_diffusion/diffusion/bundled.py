@@ -68,12 +68,12 @@ def load_bundled(name: str, torch_dtype: torch.dtype = torch.float32) -> FeatInv
     return FeatInvPipeline.from_pretrained(
         str(base),
         controlnet=FeatureControlNet.from_pretrained(
-            member / "controlnet", torch_dtype=torch_dtype, use_safetensors=True
+            member / "controlnet", dtype=torch_dtype, use_safetensors=True
         ),
         backbone=TimmWrapperForImageClassification.from_pretrained(
             member / "backbone", dtype=torch_dtype
         ),
-        torch_dtype=torch_dtype,
+        dtype=torch_dtype,
         use_safetensors=True,
         **read_json(member / DEFAULTS),
     )

@@ -146,7 +146,7 @@ def push_folder(
 def _load_folder(folder: Path, dtype: torch.dtype) -> FeatInvPipeline:
     check_pipeline_folder(folder)
     try:
-        return FeatInvPipeline.from_pretrained(str(folder), torch_dtype=dtype, use_safetensors=True)
+        return FeatInvPipeline.from_pretrained(str(folder), dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(
             f"The pipeline in {folder} has all its files, but does not load: {str(error).strip()}"

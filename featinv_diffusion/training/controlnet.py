@@ -249,6 +249,13 @@ def load_frozen_parts(config: ControlNetModelConfig) -> FrozenParts:
     """Loads backbone, VAE, UNet and scheduler, and encodes the two prompts once."""
     tokenizer = _load_sub(CLIPTokenizer, config.base, "tokenizer")
     text_encoder = _load_sub(CLIPTextModel, config.base, "text_encoder")
+    # Where its files are missing, transformers gives an empty tokenizer without an error.
+    if not 2 < len(tokenizer) <= text_encoder.config.vocab_size:
+        raise InputError(
+            f"The tokenizer of {config.base!r} must have up to {text_encoder.config.vocab_size} "
+            f"tokens, those of its text encoder, but it has {len(tokenizer)}. "
+            "Complete the tokenizer folder."
+        )
     ids = tokenizer(
         [config.prompt, ""], padding="max_length", truncation=True, return_tensors="pt"
     ).input_ids

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from omegaconf import OmegaConf
 from transformers import CLIPTextModel, CLIPTokenizer, TimmWrapperForImageClassification
 
 from featinv_diffusion.config import load_config
@@ -30,8 +31,12 @@ DATA_NOTE = """\
 ## Data
 
 Tiny-ImageNet-200's training split, the 100 classes of `configs/tiny/classes.txt`, 64 × 64 pixels,
-without the last 10 images of each class, which chose nothing but the pictures above. ImageNet's
-terms hold: non-commercial research.
+without the last 10 images of each class. ImageNet's terms hold: non-commercial research.
+
+## Training
+
+All four stages in about 80 minutes on one to two cores of an AMD EPYC, bf16, without a GPU: an
+autoencoder at 20.8 dB is what limits the sharpness of the pictures.
 
 ## Limits
 
@@ -68,7 +73,7 @@ def pack_member(config_path: str, family: Path) -> Path:
     info = CardInfo(
         command="python train/tiny.py --data TINY_IMAGENET_200",
         license="other",
-        notes=f"{_figures(Path(config.run.output))}\n{DATA_NOTE}",
+        notes=f"{_figures()}\n{DATA_NOTE}",
     )
     return write_bundled(pipeline, family, name.split("/")[-1], info, replace_base=True)
 
@@ -77,11 +82,17 @@ def _scheduler(folder: Path) -> Any:
     return DDIMScheduler.from_pretrained(folder)
 
 
-def _figures(output: Path) -> str:
-    lines = (output / "validation.jsonl").read_text().splitlines()
-    figures = json.loads(lines[-1])
-    rows = "\n".join(f"| {key} | {value:.3f} |" for key, value in figures.items() if key != "step")
+def _figures() -> str:
+    """The last validation record of every stage, as a table."""
+    rows = []
+    for script, path in STAGES:
+        output = OmegaConf.load(path).run.output
+        record = json.loads((Path(output) / "validation.jsonl").read_text().splitlines()[-1])
+        step = record.pop("step")
+        rows += [f"| {script}, {step} steps | {key} | {x:.3f} |" for key, x in record.items()]
+    table = "\n".join(rows)
     return (
-        f"## Figures\n\nOn the fixed validation images, after {figures['step']} steps, one sample "
-        f"each:\n\n| | |\n|---|---|\n{rows}\n"
+        "## Figures\n\nOn held-back training images, which chose nothing: the classifier on all "
+        "1,000, the autoencoder on 250, the\nControlNet on 64 with one sample each.\n\n"
+        f"| stage | | |\n|---|---|---|\n{table}\n"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +236,15 @@ def test_bad_settings_are_one_sentence(
 ) -> None:
     with pytest.raises(InputError, match=said):
         train_controlnet(controlnet_config(folder, tmp_path / "run", 3, override))
+
+
+def test_base_without_its_tokenizer_is_refused(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "base", ignore=shutil.ignore_patterns("images"))
+    for path in (tmp_path / "base/tokenizer").iterdir():
+        path.unlink()
+    config = controlnet_config(folder, tmp_path / "run", 1, f"model.base={tmp_path / 'base'}")
+    with pytest.raises(InputError, match="tokenizer"):
+        train_controlnet(config)
 
 
 def test_diverged_loss_stops_the_run(folder: Path, tmp_path: Path) -> None:
