@@ -6,11 +6,14 @@ import importlib.metadata
 import json
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from omegaconf import OmegaConf
+from safetensors import SafetensorError
 
 from featinv_diffusion.errors import InputError
 
@@ -38,7 +41,8 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
+    with _removed_on_failure(partial):
+        accelerator.save_state(str(partial))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         (partial / "config.yaml").write_text(config)
@@ -52,6 +56,20 @@ def save_checkpoint(
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
     return final
+
+
+@contextmanager
+def _removed_on_failure(folder: Path) -> Iterator[None]:
+    """Removes a half-written folder and says in one sentence why it could not be written."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises RuntimeError
+        shutil.rmtree(folder, ignore_errors=True)
+        raise InputError(
+            f"A checkpoint must be written below {folder.parent}, but that failed: "
+            f"{str(error).splitlines()[0]} Make room on the disk or set another run.output; the "
+            "run then resumes from its newest checkpoint."
+        ) from error
 
 
 def list_checkpoints(output: Path) -> list[Path]:

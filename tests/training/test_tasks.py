@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -245,6 +246,20 @@ def test_base_without_its_tokenizer_is_refused(folder: Path, tmp_path: Path) -> 
     config = controlnet_config(folder, tmp_path / "run", 1, f"model.base={tmp_path / 'base'}")
     with pytest.raises(InputError, match="tokenizer"):
         train_controlnet(config)
+
+
+def test_full_disk_is_one_sentence_and_leaves_no_half_checkpoint(
+    folder: Path, tmp_path: Path
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # smaller than the weights
+    try:
+        with pytest.raises(InputError, match="checkpoint must be written"):
+            train_controlnet(controlnet_config(folder, tmp_path, 1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+    assert not (tmp_path / "final").exists()
 
 
 def test_diverged_loss_stops_the_run(folder: Path, tmp_path: Path) -> None:
