@@ -41,8 +41,8 @@ class DataConfig:
             pixels, edges reflected) or `center`.
         in_memory: decode once and keep the pixels; needs images of one size.
         streaming: read a Hub data set or tar shards in passing, shuffled within a buffer of
-            `shuffle_buffer` images. Such a run needs `optim.max_steps`, has no latent cache, and
-            resumes by reading again, and dropping, what it has already used.
+            `shuffle_buffer` images, by one worker. Such a run needs `optim.max_steps`, has no
+            latent cache, and resumes by reading again, and dropping, what it has already used.
     """
 
     root: str | None = None
@@ -105,7 +105,7 @@ class FolderRecords:
         try:
             with Image.open(self.paths[index]) as image:
                 return image.convert("RGB")
-        except OSError as error:
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             raise InputError(
                 f"{self.paths[index]} must be a readable image, but decoding failed ({error}). "
                 "Replace or remove the file."

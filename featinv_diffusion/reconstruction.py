@@ -90,8 +90,9 @@ OnFailure = Callable[[Job, str], None]
 def find_images(paths: Sequence[Path], exclude: Path | None = None) -> list[tuple[str, Path]]:
     """Lists (image id, path) of files and, below folders, of all pictures.
 
-    The id is what the noise derives from: the path relative to the given folder, or the name of a
-    file that was given itself. A file that is named twice is taken once.
+    The id is the path relative to the given folder, or the name of a file that was given itself;
+    outputs are named after it. Noise derives from its last part, the file name, so that a picture
+    is the same alone and in a folder. A file that is named twice is taken once.
 
     Args:
         exclude: folder whose pictures are left out, i.e. the output.
@@ -112,13 +113,15 @@ def find_images(paths: Sequence[Path], exclude: Path | None = None) -> list[tupl
 
 
 def make_jobs(images: Sequence[tuple[str, Path]], seed: int, n_samples: int) -> list[Job]:
-    """Derives each sample's seed from (seed, image id, sample number) and names its output."""
+    """Derives each sample's seed from (seed, file name, sample number) and names its output."""
     stems = _output_stems([image_id for image_id, _ in images])
     return [
         Job(
             input=path,
             outputs=tuple(f"{stem}_{j}.png" for j in range(n_samples)),
-            seeds=tuple(derive_seed(seed, image_id, j) for j in range(n_samples)),
+            seeds=tuple(
+                derive_seed(seed, PurePosixPath(image_id).name, j) for j in range(n_samples)
+            ),
         )
         for (image_id, path), stem in zip(images, stems, strict=True)
     ]

@@ -99,7 +99,10 @@ def test_accents_have_one_id_on_every_file_system(tmp_path):
 
 def test_seeds_derive_from_seed_name_and_number():
     (job,) = make_jobs([("cats/a.jpg", Path("/x/cats/a.jpg"))], seed=3, n_samples=2)
-    assert job.seeds == (derive_seed(3, "cats/a.jpg", 0), derive_seed(3, "cats/a.jpg", 1))
+    assert job.seeds == (derive_seed(3, "a.jpg", 0), derive_seed(3, "a.jpg", 1))
+    assert job.outputs[0] != job.outputs[1]
+    (alone,) = make_jobs([("a.jpg", Path("/x/cats/a.jpg"))], seed=3, n_samples=2)
+    assert alone.seeds == job.seeds  # the same alone and in a folder
     assert job.outputs == ("cats/a_0.png", "cats/a_1.png")
 
 

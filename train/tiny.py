@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--output", default="featinv_diffusion/assets/tiny")
     parser.add_argument("--pack-only", action="store_true", help="the stages are trained already")
     parser.add_argument("overrides", nargs="*", help="settings for every stage: run.cpu=true")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     overrides = [f"data.root={arguments.data}"] if arguments.data else []
     for script, config in () if arguments.pack_only else STAGES:
         command = [sys.executable, f"train/{script}.py", "--config", config]

@@ -17,6 +17,8 @@ from safetensors import SafetensorError
 
 from featinv_diffusion.errors import InputError
 
+RUN_KEYS_THAT_MATTER = ("run.mixed_precision", "run.n_validation_images")
+
 
 class Progress:
     """How far a run is; `batch` counts micro-batches of the current epoch, on each process."""
@@ -49,11 +51,11 @@ def save_checkpoint(
         (partial / "environment.json").write_text(
             json.dumps(environment(accelerator.num_processes), indent=2)
         )
-        if final.exists():
-            shutil.rmtree(final)
         partial.rename(final)
         for old in list_checkpoints(output)[:-total_limit]:
-            shutil.rmtree(old)
+            # Renamed first: a deletion that is killed must not look like a checkpoint.
+            old.rename(old.with_name(old.name.replace("step-", "partial-")))
+        remove_partial(output)
     accelerator.wait_for_everyone()
     return final
 
@@ -70,6 +72,12 @@ def _removed_on_failure(folder: Path) -> Iterator[None]:
             f"{str(error).splitlines()[0]} Make room on the disk or set another run.output; the "
             "run then resumes from its newest checkpoint."
         ) from error
+
+
+def remove_partial(output: Path) -> None:
+    """Removes what killed runs left half-written or half-deleted."""
+    for folder in (output / "checkpoints").glob("partial-*"):
+        shutil.rmtree(folder)
 
 
 def list_checkpoints(output: Path) -> list[Path]:
@@ -91,7 +99,7 @@ def check_resumable(
     before = _flatten((checkpoint / "config.yaml").read_text())
     after = _flatten(config)
     changed = sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
-    changed = [k for k in changed if not k.startswith("run.")]
+    changed = [k for k in changed if not k.startswith("run.") or k in RUN_KEYS_THAT_MATTER]
     if changed and not allow_changed_config:
         listing = ", ".join(f"{k}: {before.get(k)} → {after.get(k)}" for k in changed)
         raise InputError(
@@ -103,18 +111,23 @@ def check_resumable(
 def environment(n_processes: int) -> dict[str, Any]:
     """Library versions, the commit and the number of processes."""
     names = ("torch", "diffusers", "transformers", "accelerate", "timm", "datasets")
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
     return {
         "versions": {name: importlib.metadata.version(name) for name in names},
-        "commit": commit.stdout.strip() or None,
+        "commit": _commit(),
         "n_processes": n_processes,
     }
+
+
+def _commit() -> str | None:
+    """The commit of the checkout this file is in; None elsewhere or without git."""
+    package = Path(__file__).parents[1]
+    command = ["git", "rev-parse", "--show-toplevel", "HEAD"]
+    try:
+        done = subprocess.run(command, cwd=package, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    lines = done.stdout.split("\n")
+    return lines[1] if done.returncode == 0 and Path(lines[0]) == package.parent else None
 
 
 def _flatten(yaml_text: str) -> dict[str, Any]:

@@ -31,7 +31,9 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where a run writes, how often, and on what it runs; none of it changes the result.
+    """Where a run writes, how often, and on what it runs.
+
+    Only `mixed_precision` and `n_validation_images` can change the result.
 
     Args:
         output: folder for checkpoints, the loss log, tracker files and the final weights.
@@ -51,7 +53,7 @@ class RunConfig:
     n_validation_images: int = 16
     log_every: int = 10
     tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    mixed_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     gradient_checkpointing: bool = False
     channels_last: bool = False
     cpu: bool = False

@@ -38,6 +38,7 @@ from featinv_diffusion.diffusion.objective import (
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.metrics.features import feature_cosine, shuffled_cosine, top_k_match
 from featinv_diffusion.seeds import derive_seed, make_generator
+from featinv_diffusion.training.checkpoint import list_checkpoints
 from featinv_diffusion.training.config import OptimConfig, RunConfig
 from featinv_diffusion.training.entry import load_component, make_datasets, stack_images
 from featinv_diffusion.training.latents import (
@@ -309,7 +310,16 @@ def make_controlnet(config: ControlNetModelConfig, parts: FrozenParts) -> Featur
             for name, weight in other.state_dict().items()
             if not name.startswith("feature_encoder.")
         }
+        mine = controlnet.state_dict()
+        shared = {name for name in mine if not name.startswith("feature_encoder.")}
+        if weights.keys() != shared or any(weights[k].shape != mine[k].shape for k in shared):
+            raise InputError(
+                f"model.warm_start must be a ControlNet of the same base, but the one in "
+                f"{config.warm_start} has other blocks. Use one trained on {config.base}."
+            )
         controlnet.load_state_dict(weights, strict=False)
+    if config.attention == "xformers":
+        controlnet.enable_xformers_memory_efficient_attention()
     return controlnet.train()
 
 
@@ -321,7 +331,8 @@ def set_feature_statistics(
     count = 0
     total = square = torch.zeros(backbone.spec.channels, dtype=torch.float64)
     for batch in images.split(batch_size):
-        cells = backbone.features(batch).double().movedim(1, -1).flatten(0, -2)
+        features = backbone.features(batch.to(backbone.device)).cpu()
+        cells = features.double().movedim(1, -1).flatten(0, -2)
         count += len(cells)
         total = total + cells.sum(0)
         square = square + cells.square().sum(0)
@@ -339,7 +350,9 @@ def train_controlnet(config: ControlNetConfig) -> Path:
     parts = load_frozen_parts(config.model)
     train, validation = _open_data(config)
     controlnet = make_controlnet(config.model, parts)
-    if config.model.standardise and not config.run.dry_run:
+    fresh = not list_checkpoints(Path(config.run.output))  # a checkpoint holds the statistics
+    if config.model.standardise and fresh and not config.run.dry_run:
+        parts.backbone.to(accelerator.device)
         images = _first_images(train, config.model.statistics_images)
         set_feature_statistics(controlnet, parts.backbone, images)
     if config.run.gradient_checkpointing:

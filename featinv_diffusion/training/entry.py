@@ -26,7 +26,7 @@ def run_script(
     parser.add_argument("--config", help="YAML file, e.g. configs/controlnet/convnext.yaml")
     parser.add_argument("--dry-run", action="store_true", help="print what would run, then stop")
     parser.add_argument("overrides", nargs="*", help="settings such as optim.lr=1e-4")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     extra = ["run.dry_run=true"] if arguments.dry_run else []
     try:
         train(load_config(config_class, arguments.config, [*arguments.overrides, *extra]))

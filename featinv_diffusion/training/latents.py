@@ -204,5 +204,14 @@ def _fingerprint(dataset: CropDataset, vae: AutoencoderKL, n_crops: int, size: i
         weights.update(parameter.detach().float().cpu().numpy().tobytes())
     ids = [dataset.records.id(i) for i in dataset.indices]
     crop = (dataset.config.crop, dataset.config.scale, dataset.config.shift, dataset.config.hflip)
-    identity = (weights.hexdigest(), dataset.seed, n_crops, size, dataset.config.size, crop)
+    source = (Path(dataset.config.root or "").name, dataset.config.split)
+    identity = (
+        weights.hexdigest(),
+        *source,
+        dataset.seed,
+        n_crops,
+        size,
+        dataset.config.size,
+        crop,
+    )
     return f"{derive_seed(*identity, dataset.config.vflip, *ids):016x}"

@@ -9,9 +9,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    ProjectConfiguration,
+    is_wandb_available,
+)
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch import Tensor, nn
@@ -19,12 +24,14 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from featinv_diffusion.data import CropDataset, StreamedCrops
 from featinv_diffusion.errors import InputError
+from featinv_diffusion.files import write_text
 from featinv_diffusion.processes import check_process_group
 from featinv_diffusion.seeds import derive_seed
 from featinv_diffusion.training.checkpoint import (
     Progress,
     check_resumable,
     list_checkpoints,
+    remove_partial,
     save_checkpoint,
 )
 from featinv_diffusion.training.config import OptimConfig, RunConfig
@@ -56,8 +63,9 @@ class Task(Protocol):
 
 def make_accelerator(optim: OptimConfig, run: RunConfig, seed: int) -> Accelerator:
     """The one accelerator of a run; refuses a launch that quietly became several runs of one."""
+    _check_settings(optim, run)
     accelerator = Accelerator(
-        mixed_precision=run.mixed_precision,
+        mixed_precision="no" if run.mixed_precision == "fp32" else run.mixed_precision,
         gradient_accumulation_steps=optim.gradient_accumulation_steps,
         cpu=run.cpu,
         log_with=None if run.tracker == "none" else run.tracker,
@@ -66,6 +74,19 @@ def make_accelerator(optim: OptimConfig, run: RunConfig, seed: int) -> Accelerat
     )
     check_process_group(accelerator)
     return accelerator
+
+
+def _check_settings(optim: OptimConfig, run: RunConfig) -> None:
+    names = ("batch_size", "gradient_accumulation_steps", "epochs")
+    values = {f"optim.{name}": getattr(optim, name) for name in names}
+    for name in ("checkpoint_every", "validate_every", "log_every", "n_validation_images"):
+        values[f"run.{name}"] = getattr(run, name)
+    values["run.checkpoints_total_limit"] = run.checkpoints_total_limit
+    for name, value in values.items():
+        if value < 1:
+            raise InputError(f"{name} must be at least 1, but {value} came.")
+    if run.tracker == "wandb" and not is_wandb_available():
+        raise InputError("run.tracker=wandb needs its package: pip install wandb.")
 
 
 def fit(
@@ -127,7 +148,7 @@ class _Run:
             batch_size=self.optim.batch_size,
             shuffle=not isinstance(self.dataset, IterableDataset),
             drop_last=True,
-            num_workers=self.dataset.config.num_workers,
+            num_workers=self._n_workers(),
         )
         self.module: Any
         self.optimizer: Any
@@ -143,6 +164,11 @@ class _Run:
         self.accelerator.register_for_checkpointing(self.progress)
         self.accelerator.register_save_state_pre_hook(self._save_hook)
         self.accelerator.register_load_state_pre_hook(self._load_hook)
+
+    def _n_workers(self) -> int:
+        n_workers = self.dataset.config.num_workers
+        # Several workers would each read a part of a stream, and number its images alike.
+        return min(n_workers, 1) if isinstance(self.dataset, IterableDataset) else n_workers
 
     def _count_steps(self) -> int:
         if isinstance(self.dataset, IterableDataset):
@@ -174,7 +200,13 @@ class _Run:
         self.accelerator.print(f"world size {self.accelerator.num_processes}")
         self._resume()
         self._start_tracker()
-        self.log = _LossLog(self.output / "losses.jsonl", self.progress.step)
+        resumed_at = self.progress.step
+        if self.accelerator.is_main_process:
+            remove_partial(self.output)
+            for name in ("losses.jsonl", "validation.jsonl"):
+                _cut_back(self.output / name, resumed_at)
+        self.accelerator.wait_for_everyone()
+        self.log = _LossLog(self.output / "losses.jsonl")
         bar = TrainingBar(
             self.n_steps,
             self.progress.step,
@@ -186,8 +218,9 @@ class _Run:
         with bar:
             for batch in self._batches():
                 self._micro_step(batch, bar)
-        self._checkpoint()
-        self._validate()
+        if self.progress.step > resumed_at:
+            self._validate()
+            self._checkpoint()
         if self.accelerator.is_main_process:
             partial = self.output / "final-partial"
             shutil.rmtree(partial, ignore_errors=True)
@@ -226,7 +259,7 @@ class _Run:
             if not bool(loss.isfinite()):
                 raise InputError(
                     f"The loss must be finite, but is {loss.item()} at step {self.progress.step}. "
-                    "Lower optim.lr, or use run.mixed_precision=bf16 or no instead of fp16."
+                    "Lower optim.lr, or use run.mixed_precision=bf16 or fp32 instead of fp16."
                 )
             self.accelerator.backward(loss)
             if self.accelerator.sync_gradients:
@@ -247,10 +280,10 @@ class _Run:
             self.accelerator.log({**values, "lr": lr}, step=self.progress.step)
         if self.progress.step == self.n_steps:
             return
-        if self.progress.step % self.run.checkpoint_every == 0:
-            self._checkpoint()
         if self.progress.step % self.run.validate_every == 0:
             self._validate()
+        if self.progress.step % self.run.checkpoint_every == 0:
+            self._checkpoint()
 
     def _checkpoint(self) -> None:
         save_checkpoint(
@@ -276,12 +309,15 @@ class _Run:
             self.run.allow_changed_config,
         )
         self.accelerator.load_state(str(checkpoints[-1]))
+        if self.ema is not None:
+            self.ema.to(self.accelerator.device)  # checkpoints are read to the CPU
         self.accelerator.print(f"Resumed from {checkpoints[-1]}")
 
     def _start_tracker(self) -> None:
         if self.run.tracker == "none":
             return
-        options = {"tensorboard": {"purge_step": self.progress.step}}
+        # What is logged beyond the checkpoint is logged again.
+        options = {"tensorboard": {"purge_step": self.progress.step + 1}}
         self.accelerator.init_trackers(
             "tracker", init_kwargs=options if self.run.tracker == "tensorboard" else {}
         )
@@ -310,11 +346,9 @@ class _Run:
         folder = self.output / "validation"
         folder.mkdir(exist_ok=True)
         picture.save(folder / f"{name}-{self.progress.step:08d}.png")
-        if self.run.tracker == "tensorboard":
-            from torchvision.transforms.functional import pil_to_tensor
-
-            writer: Any = self.accelerator.get_tracker("tensorboard", unwrap=True)
-            writer.add_image(name, pil_to_tensor(picture), self.progress.step)
+        if self.run.tracker != "none":
+            tracker: Any = self.accelerator.get_tracker(self.run.tracker)
+            tracker.log_images({name: np.asarray(picture)[None]}, step=self.progress.step)
 
     def _dry_run(self) -> Path:
         batch = next(iter(self.loader))
@@ -334,13 +368,8 @@ class _Run:
 class _LossLog:
     """`losses.jsonl`: one line per optimizer step, with a checksum of the sample order."""
 
-    def __init__(self, path: Path, step: int):
+    def __init__(self, path: Path):
         self.path, self.pending, self.order = path, [], []
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():  # lines after the checkpoint are computed again
-            lines = [x for x in path.read_text().splitlines() if x.endswith("}")]
-            kept = [x for x in lines if json.loads(x)["step"] <= step]
-            path.write_text("".join(x + "\n" for x in kept))
 
     def add(
         self, accelerator: Accelerator, loss: Tensor, scalars: dict[str, Tensor], index: Tensor
@@ -361,6 +390,14 @@ class _LossLog:
                 file.write(json.dumps(line) + "\n")
         self.pending, self.order = [], []
         return record
+
+
+def _cut_back(path: Path, step: int) -> None:
+    """Drops the lines after `step`, which are computed again, and a line cut off by a kill."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        lines = [x for x in path.read_text().splitlines() if x.endswith("}")]
+        write_text(path, "".join(x + "\n" for x in lines if json.loads(x)["step"] <= step))
 
 
 class _swapped_in:
@@ -384,5 +421,5 @@ def _trainable(module: nn.Module) -> list[nn.Parameter]:
 
 
 def _frozen_dtype(run: RunConfig) -> torch.dtype:
-    table = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    table = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     return table[run.mixed_precision]

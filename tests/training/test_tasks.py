@@ -17,6 +17,7 @@ from transformers import TimmWrapperForImageClassification
 from featinv_diffusion.config import load_config
 from featinv_diffusion.diffusion.featinv_controlnet import FeatureControlNet
 from featinv_diffusion.errors import InputError
+from featinv_diffusion.seeds import derive_seed
 from featinv_diffusion.training.autoencoder import AutoencoderConfig, train_autoencoder
 from featinv_diffusion.training.classifier import ClassifierConfig, train_classifier
 from featinv_diffusion.training.controlnet import (
@@ -212,6 +213,55 @@ def test_streaming_trains_needs_a_length_and_resumes_exactly(folder: Path, tmp_p
         controlnet_config(folder, tmp_path / "parts", 8, *stream, "run.allow_changed_config=true")
     )
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_streamed_shards_are_each_seen_once_and_validation_never(
+    folder: Path, tmp_path: Path
+) -> None:
+    import tarfile
+
+    images = [folder / f"images/{label}/{i}.png" for i in range(10) for label in ("red", "blue")]
+    for shard in range(4):
+        with tarfile.open(tmp_path / f"{shard}.tar", "w") as tar:
+            for i, path in enumerate(images[shard::4]):
+                tar.add(path, f"{i:04d}.png")
+    stream = [f"data.root={tmp_path / '*.tar'}", "data.streaming=true", "data.num_workers=2"]
+    stream += ["optim.batch_size=3", "run.n_validation_images=8"]
+    train_controlnet(controlnet_config(folder, tmp_path / "run", 4, *stream))
+    orders = [
+        json.loads(line)["order"]
+        for line in (tmp_path / "run/losses.jsonl").read_text().splitlines()
+    ]
+    # Twelve images are left: four batches of three whose indices count on, none of them twice.
+    expected = [f"{derive_seed(*range(i, i + 3)):016x}" for i in range(0, 12, 3)]
+    assert orders == expected
+
+
+@pytest.mark.parametrize("name", ["optim.batch_size", "run.log_every", "run.n_validation_images"])
+def test_counts_of_zero_are_refused(folder: Path, tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError, match=name):
+        train_controlnet(controlnet_config(folder, tmp_path, 1, f"{name}=0"))
+
+
+def test_warm_start_from_another_base_is_refused(folder: Path, tmp_path: Path) -> None:
+    other = tiny.make_controlnet(tiny.make_unet(block_out_channels=(8, 16)))
+    other.save_pretrained(tmp_path / "other")
+    config = controlnet_config(folder, tmp_path, 1, f"model.warm_start={tmp_path / 'other'}")
+    with pytest.raises(InputError, match="same base"):
+        train_controlnet(config)
+
+
+def test_finished_run_started_again_changes_nothing_but_the_final_folder(
+    folder: Path, tmp_path: Path
+) -> None:
+    config = controlnet_config(folder, tmp_path, 2, "run.mixed_precision=fp32")
+    train_controlnet(config)
+    names = ("losses.jsonl", "validation.jsonl")
+    before = [(tmp_path / name).read_text() for name in names]
+    (tmp_path / "checkpoints/partial-00000009").mkdir()
+    train_controlnet(config)
+    assert [(tmp_path / name).read_text() for name in names] == before
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
 
 
 def test_dry_run_writes_nothing_and_names_the_shapes(
