@@ -89,7 +89,7 @@ def test_a_folder_becomes_one_entry_per_image_with_one_value_per_sample(
     assert entries[2]["outputs"] == ["more/c_0.png", "more/c_1.png"]
     for entry, image_id in zip(entries, ids, strict=True):
         assert set(entry) == PER_IMAGE
-        assert entry["seed"] == [derive_seed(5, image_id, j) for j in range(2)]
+        assert entry["seed"] == [derive_seed(5, image_id.split("/")[-1], j) for j in range(2)]
         for key in ("cosine", "cosine_shuffled"):
             assert len(entry[key]) == 2
             assert all(-1 <= value <= 1 for value in entry[key])
