@@ -20,6 +20,7 @@ from featinv_diffusion.config import to_yaml
 from featinv_diffusion.data import DataConfig, load_records, read_class_titles
 from featinv_diffusion.diffusion.objective import (
     PUBLISHED_PROMPT,
+    gaussian_floor,
     make_noise_scheduler,
     prediction_target,
 )
@@ -136,7 +137,9 @@ class TextToImageTask:
         )
         images: Tensor = result.images
         grid = make_grid(images.float().cpu(), nrow=8, padding=1)
-        return {"pixel_std": float(images.std())}, {"samples": to_pil_image(grid)}
+        floor = gaussian_floor(self.noise_scheduler)  # the loss says something only below it
+        scalars = {"pixel_std": float(images.std()), "gaussian_floor": floor}
+        return scalars, {"samples": to_pil_image(grid)}
 
     def save(self, module: nn.Module, folder: Path) -> None:
         networks: Any = module

@@ -123,6 +123,7 @@ def test_text_to_image_lowers_its_loss_and_its_folder_is_stable_diffusion(
     values = losses(tmp_path)
     assert np.mean(values[-10:]) < 0.9 * np.mean(values[:5])
     assert list(tmp_path.glob("validation/samples-*.png"))
+    assert last_validation(tmp_path)["gaussian_floor"] == pytest.approx(0.373, abs=1e-3)
     base = ControlNetModelConfig(base=str(final), backbone=str(folder / "backbone"))
     parts = load_frozen_parts(base)
     assert parts.image_size == 64
