@@ -8,6 +8,7 @@ import warnings
 import zlib
 from collections.abc import Sequence
 from importlib.resources import as_file, files
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -59,31 +60,40 @@ def read_image(path: str | Path) -> Image.Image:
     if not path.is_file():
         what = "a folder" if path.is_dir() else "nothing" if not path.exists() else "no plain file"
         raise InputError(f"A picture must be a file, but there is {what} at {path}.")
+    return _decode(path, str(path))
+
+
+def decode_image(content: bytes, name: str) -> Image.Image:
+    """Decodes the bytes of a picture file as `read_image` does; messages call it `name`."""
+    return _decode(BytesIO(content), name)
+
+
+def _decode(source: Path | BytesIO, name: str) -> Image.Image:
     try:
         # Between one and two times PIL's limit it only warns, and such a picture is still read.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path, formats=_formats()) as image:
-                _warn_of_frames(image, path)
+            with Image.open(source, formats=_formats()) as image:
+                _warn_of_frames(image, name)
                 image.load()
-                return _to_rgb(_upright(image), path)
+                return _to_rgb(_upright(image), name)
     except UnidentifiedImageError:
         raise InputError(
-            f"{path} is not a picture that can be read: it is empty, cut off, or none of "
+            f"{name} is not a picture that can be read: it is empty, cut off, or none of "
             f"{', '.join(_formats())}."
         ) from None
     except Image.DecompressionBombError:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         raise InputError(
-            f"{path} declares more than {limit // 10**6} million pixels, which is taken for a "
+            f"{name} declares more than {limit // 10**6} million pixels, which is taken for a "
             "decompression bomb. Make the picture smaller first."
         ) from None
     except PermissionError:
-        raise InputError(f"{path} cannot be read: permission is denied.") from None
+        raise InputError(f"{name} cannot be read: permission is denied.") from None
     except InputError:
         raise
     except _DECODE_ERRORS as error:
-        raise InputError(f"{path} is cut off or corrupt: {error}.") from error
+        raise InputError(f"{name} is cut off or corrupt: {error}.") from error
 
 
 def center_square(image: Image.Image, size: int) -> Image.Image:
@@ -149,11 +159,11 @@ def _formats() -> list[str]:
     return sorted(set(SUFFIXES.values()) & Image.OPEN.keys())
 
 
-def _warn_of_frames(image: Image.Image, path: Path) -> None:
+def _warn_of_frames(image: Image.Image, name: str) -> None:
     # A camera's MPO holds one photo and its previews, which is no animation.
     if image.format != "MPO" and getattr(image, "is_animated", False):
         n_frames = getattr(image, "n_frames", 1)
-        logger.warning("%s holds %d frames; the first one is used.", path, n_frames)
+        logger.warning("%s holds %d frames; the first one is used.", name, n_frames)
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -163,26 +173,26 @@ def _upright(image: Image.Image) -> Image.Image:
         return ImageOps.exif_transpose(image)
 
 
-def _to_rgb(image: Image.Image, path: Path) -> Image.Image:
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image.copy()
     if image.mode.startswith("I;16"):
-        logger.warning("%s has 16 bits per pixel, which are scaled to 8.", path)
+        logger.warning("%s has 16 bits per pixel, which are scaled to 8.", name)
         grey = np.asarray(image, dtype=np.uint32) // 257
         return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise InputError(
-            f"{path} has 32-bit pixels, whose range no file format declares. "
+            f"{name} has 32-bit pixels, whose range no file format declares. "
             "Save it with 8 or 16 bits per channel."
         )
     if image.mode == "CMYK":
-        logger.warning("%s is CMYK; it is converted to RGB without its colour profile.", path)
-    return _over_white(image, path) if image.has_transparency_data else image.convert("RGB")
+        logger.warning("%s is CMYK; it is converted to RGB without its colour profile.", name)
+    return _over_white(image, name) if image.has_transparency_data else image.convert("RGB")
 
 
-def _over_white(image: Image.Image, path: Path) -> Image.Image:
+def _over_white(image: Image.Image, name: str) -> Image.Image:
     rgba = image.convert("RGBA")
     if rgba.getchannel("A").getextrema() != (255, 255):
-        logger.warning("%s is transparent in parts; it is laid over white.", path)
+        logger.warning("%s is transparent in parts; it is laid over white.", name)
     white = Image.new("RGBA", rgba.size, "white")
     return Image.alpha_composite(white, rgba).convert("RGB")

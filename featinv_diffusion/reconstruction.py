@@ -114,7 +114,7 @@ def find_images(paths: Sequence[Path], exclude: Path | None = None) -> list[tupl
 
 def make_jobs(images: Sequence[tuple[str, Path]], seed: int, n_samples: int) -> list[Job]:
     """Derives each sample's seed from (seed, file name, sample number) and names its output."""
-    stems = _output_stems([image_id for image_id, _ in images])
+    stems = output_stems([image_id for image_id, _ in images])
     return [
         Job(
             input=path,
@@ -246,7 +246,7 @@ def _image_id(name: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-def _output_stems(ids: Sequence[str]) -> Iterator[str]:
+def output_stems(ids: Sequence[str]) -> Iterator[str]:
     """Names outputs by id without suffix; where two would collide, with it, then with a number."""
     short = [PurePosixPath(image_id).with_suffix("").as_posix() for image_id in ids]
     count = Counter(stem.casefold() for stem in short)

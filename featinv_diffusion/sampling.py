@@ -121,6 +121,8 @@ def open_inverter(
 def pipeline_name(settings: SampleSettings) -> str:
     """Returns the pipeline that the settings mean: the one they name, or a bundled one.
 
+    The bundled one of an earlier layer is called after it, such as `tiny/convnext-stages.1`.
+
     Raises:
         InputError: no pipeline is named and none is bundled for the backbone.
     """
@@ -128,6 +130,9 @@ def pipeline_name(settings: SampleSettings) -> str:
         return settings.pipeline
     backbone = settings.backbone or DEFAULT_BACKBONE
     name = BUNDLED + backbone.removeprefix(BUNDLED)
+    of_layer = f"{name}-{settings.layer}"
+    if of_layer in list_bundled():
+        return of_layer
     if name not in list_bundled():
         known = [bundled.removeprefix(BUNDLED) for bundled in list_bundled()]
         raise InputError(

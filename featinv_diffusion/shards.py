@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,12 @@ def begin_run(
     Raises:
         InputError: `output` holds a run with other settings or other images.
     """
-    now = _identity(settings, shards)
+    check_run(_identity(settings, shards), output, write=write)
+
+
+def check_run(identity: Mapping[str, Any], output: Path, *, write: bool) -> None:
+    """Compares what decides a run with that of the run in `output`; see `begin_run`."""
+    now = json.loads(json.dumps(identity))  # as it is read back: lists for tuples
     path = output / RUN
     if path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))

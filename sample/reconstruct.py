@@ -9,12 +9,11 @@ The same command again finishes what was interrupted: shards that are done are k
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator
 
 from featinv_diffusion.cli import exits, options
 from featinv_diffusion.cli.run import (
@@ -28,7 +27,7 @@ from featinv_diffusion.cli.run import (
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.images import center_square, read_image, write_png
 from featinv_diffusion.manifest import Manifest, to_jobs
-from featinv_diffusion.processes import check_process_group
+from featinv_diffusion.processes import device_name, make_accelerator
 from featinv_diffusion.reconstruction import find_images, make_jobs
 from featinv_diffusion.sampling import SampleSettings, open_inverter
 from featinv_diffusion.shards import Shard, begin_run, make_shards, merge_shards, run_shard
@@ -80,19 +79,6 @@ def main(
     accelerator.end_training()
     if manifest is not None and manifest.failures:
         raise typer.Exit(1)
-
-
-def make_accelerator() -> Accelerator:
-    """Joins the processes; one of them may wait for the others as long as a shard takes."""
-    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))])
-    check_process_group(accelerator)
-    return accelerator
-
-
-def device_name(accelerator: Accelerator) -> str:
-    """Returns `cpu`, which accelerate numbers where there are several processes, or the GPU."""
-    device = accelerator.device
-    return device.type if device.type == "cpu" else str(device)
 
 
 def reconstruct_shards(

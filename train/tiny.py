@@ -1,7 +1,7 @@
 """Train and pack the tiny family: `python train/tiny.py --data .data/tiny-imagenet-200`.
 
-Runs the four recipes of configs/tiny in order, each resumable, and writes the members that ship in
-the package. A stage whose final weights exist is left alone.
+Runs the recipes of configs/tiny in order, each resumable, and writes the members that ship in the
+package. A stage whose final weights exist is left alone.
 """
 
 from __future__ import annotations
@@ -11,25 +11,31 @@ import subprocess
 import sys
 from pathlib import Path
 
+from omegaconf import OmegaConf
+
 from featinv_diffusion.errors import InputError
-from featinv_diffusion.training.family import STAGES, pack_member
+from featinv_diffusion.training.family import CONFIGS, STAGES, pack_family
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", help="Tiny-ImageNet-200 folder; default: as in the configs")
     parser.add_argument("--output", default="featinv_diffusion/assets/tiny")
-    parser.add_argument("--pack-only", action="store_true", help="the stages are trained already")
+    parser.add_argument("--pack-only", action="store_true", help="pack the stages trained so far")
     parser.add_argument("overrides", nargs="*", help="settings for every stage: run.cpu=true")
     arguments = parser.parse_intermixed_args()
     overrides = [f"data.root={arguments.data}"] if arguments.data else []
-    for script, config in () if arguments.pack_only else STAGES:
-        command = [sys.executable, f"train/{script}.py", "--config", config]
+    for script, name in () if arguments.pack_only else STAGES:
+        config = CONFIGS / name
+        if (Path(OmegaConf.load(config).run.output) / "final").exists():
+            continue
+        command = [sys.executable, f"train/{script}.py", "--config", str(config)]
         code = subprocess.run([*command, *overrides, *arguments.overrides], check=False).returncode
         if code:
             sys.exit(code)
     try:
-        print(pack_member("configs/tiny/controlnet-convnext.yaml", Path(arguments.output)))
+        for member in pack_family(Path(arguments.output)):
+            print(member)
     except InputError as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -2,6 +2,8 @@
 
     tiny/base/        a Stable Diffusion folder: unet, vae, text_encoder, tokenizer, scheduler
     tiny/convnext/    controlnet, backbone, pipeline.json (the defaults of the pipeline)
+    tiny/pooled/      controlnet and pipeline.json, whose "backbone" names the member that has it
+    tiny/vit/         a backbone alone
 
 Weights are float16 on disk.
 """
@@ -30,7 +32,7 @@ from featinv_diffusion.errors import InputError
 from featinv_diffusion.files import new_folder, write_text
 
 ASSETS = Path(__file__).parents[1] / "assets"
-BASE, DEFAULTS = "base", "pipeline.json"
+BASE, BACKBONE, DEFAULTS = "base", "backbone", "pipeline.json"
 BASE_MODELS = ("unet", "vae", "text_encoder")
 MAX_FILE_MB = 16
 SHARD_SIZE = "15MB"
@@ -60,22 +62,22 @@ def load_bundled(name: str, torch_dtype: torch.dtype = torch.float32) -> FeatInv
     """
     member = bundled_folder(name)
     base = member.parent / BASE
+    defaults = read_json(member / DEFAULTS)
+    backbone = member.parent / defaults.pop(BACKBONE, member.name) / BACKBONE
     for component in BASE_MODELS:
         library = read_json(base / INDEX)[component][0]
         check_component(base / component, library)
     check_component(member / "controlnet", "diffusers")
-    check_component(member / "backbone", "transformers")
+    check_component(backbone, "transformers")
     return FeatInvPipeline.from_pretrained(
         str(base),
         controlnet=FeatureControlNet.from_pretrained(
             member / "controlnet", dtype=torch_dtype, use_safetensors=True
         ),
-        backbone=TimmWrapperForImageClassification.from_pretrained(
-            member / "backbone", dtype=torch_dtype
-        ),
+        backbone=TimmWrapperForImageClassification.from_pretrained(backbone, dtype=torch_dtype),
         dtype=torch_dtype,
         use_safetensors=True,
-        **read_json(member / DEFAULTS),
+        **defaults,
     )
 
 
@@ -89,19 +91,22 @@ def write_bundled(
 ) -> Path:
     """Packs a trained pipeline as member `name` of a family folder and returns the member's folder.
 
-    An older member of that name is replaced. The base is written with the first member.
+    An older member of that name is replaced. The base is written with the first member. Where
+    the ControlNet declares the features of another member, `tiny/convnext` for a family `tiny`,
+    the backbone of that one is referred to.
 
     Args:
         family: e.g. `featinv_diffusion/assets/tiny`.
         replace_base: write the base anew, which breaks members that were trained on another.
 
     Raises:
-        InputError: the base there is another one, a weight does not fit float16, a file is larger
-            than 16 MB, the disk refuses.
+        InputError: the base or the other member's backbone there is another one, a weight does
+            not fit float16, a file is larger than 16 MB, the disk refuses.
     """
     if pipeline.backbone is None:
         raise InputError("A bundled pipeline must have its backbone, but this one has none.")
     family = Path(family)
+    owner = _backbone_owner(pipeline, family, name)
     base, member = family / BASE, family / name
     if replace_base or not base.exists():
         stable_diffusion = _base_pipeline(pipeline)
@@ -113,12 +118,29 @@ def write_bundled(
         to_half(pipeline.controlnet).save_pretrained(
             folder / "controlnet", max_shard_size=SHARD_SIZE
         )
-        to_half(pipeline.backbone).save_pretrained(folder / "backbone", max_shard_size=SHARD_SIZE)
         defaults = {k: v for k, v in pipeline.parameters.items() if v is not None}
+        if owner == name:
+            to_half(pipeline.backbone).save_pretrained(folder / BACKBONE, max_shard_size=SHARD_SIZE)
+        else:
+            defaults[BACKBONE] = owner
         write_text(folder / DEFAULTS, json.dumps(defaults, indent=2, sort_keys=True) + "\n")
         where = NOTE.format(name=f"{family.name}/{name}", folder=f"{family.name}-{name}")
         card = replace(info, notes=f"{where}\n\n{info.notes}")
         write_model_card(folder, pipeline, card, f"{family.name}-{name}")
+
+    _replace(member, write)
+    return member
+
+
+def write_bundled_backbone(
+    backbone: TimmWrapperForImageClassification, family: str | Path, name: str, card: str
+) -> Path:
+    """Packs a classifier alone as `name` of a family folder, with `card` as its README."""
+    member = Path(family) / name
+
+    def write(folder: Path) -> None:
+        to_half(backbone).save_pretrained(folder / BACKBONE, max_shard_size=SHARD_SIZE)
+        write_text(folder / "README.md", card)
 
     _replace(member, write)
     return member
@@ -156,17 +178,35 @@ def _base_pipeline(pipeline: FeatInvPipeline) -> StableDiffusionPipeline:
 
 def _check_same_base(pipeline: FeatInvPipeline, base: Path) -> None:
     for component in BASE_MODELS:
-        model = getattr(pipeline, component)
-        wanted = to_half(model).state_dict()
-        stored = type(model).from_pretrained(base / component).half().state_dict()
-        same = wanted.keys() == stored.keys() and all(
-            torch.equal(wanted[key], stored[key]) for key in wanted
-        )
-        if not same:
+        if not _holds(base / component, getattr(pipeline, component)):
             raise InputError(
                 f"The family shares the base in {base}, but the {component} of this pipeline is "
                 "another one. Train on that base, or pass replace_base=True and pack all again."
             )
+
+
+def _backbone_owner(pipeline: FeatInvPipeline, family: Path, name: str) -> str:
+    """The member that holds the backbone: another one that the ControlNet names, or `name`."""
+    spec = pipeline.controlnet.config.get("feature_spec") or {}
+    owner = spec.get("backbone", "").removeprefix(f"{family.name}/")
+    stored = family / owner / BACKBONE
+    if owner in ("", name) or f"{family.name}/{owner}" != spec["backbone"] or not stored.exists():
+        return name
+    if not _holds(stored, pipeline.backbone):
+        raise InputError(
+            f"The ControlNet reads the features of {spec['backbone']}, but the backbone in "
+            f"{stored} is not the one of this pipeline. Pack {owner} anew first."
+        )
+    return owner
+
+
+def _holds(folder: Path, model: Any) -> bool:
+    """Whether the folder stores this model, up to float16."""
+    wanted = to_half(model).state_dict()
+    stored = type(model).from_pretrained(folder).half().state_dict()
+    return wanted.keys() == stored.keys() and all(
+        torch.equal(wanted[key], stored[key]) for key in wanted
+    )
 
 
 def _replace(target: Path, write: Callable[[Path], Any]) -> None:

@@ -1,6 +1,6 @@
 """Inverters: features → images."""
 
-from featinv_diffusion.inverters.base import Generators, Inverter
+from featinv_diffusion.inverters.base import Generators, Inverter, LatentInverter
 from featinv_diffusion.inverters.diffusion import DiffusionInverter
 
-__all__ = ["DiffusionInverter", "Generators", "Inverter"]
+__all__ = ["DiffusionInverter", "Generators", "Inverter", "LatentInverter"]

@@ -39,3 +39,21 @@ class Inverter(Protocol):
             InputError: features of another shape, or not finite.
         """
         ...
+
+
+@runtime_checkable
+class LatentInverter(Inverter, Protocol):
+    """An inverter that samples in the latent space of an autoencoder, from a prior of images."""
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(h, w) in pixels of the samples."""
+        ...
+
+    def sample_prior(self, n: int, *, generator: Generators = None) -> Images:
+        """Returns n images that were sampled without features: the null of any agreement."""
+        ...
+
+    def round_trip(self, images: Images) -> Images:
+        """Returns images of the sampled size after the autoencoder: the ceiling of agreement."""
+        ...

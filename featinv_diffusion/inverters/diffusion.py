@@ -58,16 +58,48 @@ class DiffusionInverter:
         self.strength = strength
         self.on_progress = on_progress
 
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(h, w) in pixels of the samples."""
+        size = self.pipeline.unet.config["sample_size"]
+        height, width = (size, size) if isinstance(size, int) else size
+        factor = self.pipeline.vae_scale_factor
+        return height * factor, width * factor
+
     @torch.no_grad()
     def invert(self, features: Features, *, generator: Generators = None) -> Images:
         """Returns one sample per feature map, float32; see `Inverter.invert`."""
         self.spec.check_features(features)
+        return self._sample(features, self.strength, generator)
+
+    @torch.no_grad()
+    def sample_prior(self, n: int, *, generator: Generators = None) -> Images:
+        """Returns n samples of the frozen text-to-image model, which sees the prompt alone."""
+        device = self.pipeline.device
+        unseen = torch.zeros(n, self.spec.channels, *self.spec.grid, device=device)
+        return self._sample(unseen, 0.0, generator)
+
+    @torch.no_grad()
+    def round_trip(self, images: Images) -> Images:
+        """Returns the images after the autoencoder, float32: the best that any sample can be.
+
+        The mean of the latents is decoded, in float32 whatever the dtype of sampling.
+        """
+        vae = self.pipeline.vae
+        dtype = vae.dtype
+        vae.to(dtype=torch.float32)
+        latents = vae.encode(images.to(vae.device, torch.float32) * 2 - 1).latent_dist.mode()
+        decoded = vae.decode(latents, return_dict=False)[0] / 2 + 0.5
+        vae.to(dtype=dtype)
+        return decoded.clamp(0, 1)
+
+    def _sample(self, features: Features, strength: float, generator: Generators) -> Images:
         (images,) = self.pipeline(
             features=features,
             num_inference_steps=self.num_inference_steps,
             guidance_scale=self.guidance_scale,
             guidance=self.guidance,
-            controlnet_conditioning_scale=self.strength,
+            controlnet_conditioning_scale=strength,
             generator=generator,
             output_type="pt",
             callback_on_step_end=self._report(len(features)),

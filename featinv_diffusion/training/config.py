@@ -8,14 +8,18 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and its schedule; `batch_size` is per process and per accumulated micro-batch.
+    """The optimizer and its schedule; `batch_size` is per process and accumulated micro-batch.
 
     Args:
+        optimizer: `adamw`, or `muon`, which orthogonalises the updates of matrices and kernels
+            (Jordan et al. 2024) and gives all else to AdamW at a tenth of `lr`; small networks
+            learn several times faster with it, at rates about 0.02.
         epochs: passes over the data; `max_steps` optimizer steps end the run earlier.
         schedule: after `warmup_steps` of linear warm-up, to zero by a cosine, a line, or constant.
         ema_decay: keep an exponential moving average of the weights, and save that.
     """
 
+    optimizer: Literal["adamw", "muon"] = "adamw"
     lr: float = 1e-5
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.999)

@@ -35,6 +35,7 @@ from featinv_diffusion.diffusion.objective import (
     make_noise_scheduler,
     prediction_target,
 )
+from featinv_diffusion.diffusion.schedulers import make_scheduler
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.metrics.features import feature_cosine, shuffled_cosine, top_k_match
 from featinv_diffusion.seeds import derive_seed, make_generator
@@ -83,8 +84,13 @@ class ControlNetModelConfig:
 
 @dataclass(frozen=True)
 class ValidationConfig:
-    """How the fixed validation images are sampled while training."""
+    """How the fixed validation images are sampled while training.
 
+    Args:
+        scheduler: a name of `schedulers.SCHEDULERS`; None is the scheduler of the base.
+    """
+
+    scheduler: str | None = None
     num_inference_steps: int = 20
     guidance_scale: float = 1.75
     guidance: Literal["text", "features"] = "text"
@@ -221,7 +227,7 @@ class ControlNetTask:
             tokenizer=None,
             unet=self.parts.unet,
             controlnet=controlnet,
-            scheduler=self.parts.scheduler,
+            scheduler=self._sampler(),
         )
         pipeline.set_progress_bar_config(disable=True)
         n, settings = len(features), self.config.validation
@@ -236,6 +242,10 @@ class ControlNetTask:
             output_type="pt",
         )
         return result.images.float()
+
+    def _sampler(self) -> Any:
+        name, scheduler = self.config.validation.scheduler, self.parts.scheduler
+        return make_scheduler(name, scheduler.config) if name else scheduler
 
     def save(self, module: nn.Module, folder: Path) -> None:
         controlnet: Any = module

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,88 +12,128 @@ from omegaconf import OmegaConf
 from transformers import CLIPTextModel, CLIPTokenizer, TimmWrapperForImageClassification
 
 from featinv_diffusion.config import load_config
-from featinv_diffusion.diffusion.bundled import write_bundled
+from featinv_diffusion.diffusion.bundled import write_bundled, write_bundled_backbone
 from featinv_diffusion.diffusion.featinv_controlnet import FeatureControlNet
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
 from featinv_diffusion.diffusion.model_card import CardInfo
+from featinv_diffusion.diffusion.schedulers import make_scheduler
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.training.controlnet import ControlNetConfig
 from featinv_diffusion.training.entry import load_component
 
+CONFIGS = Path("configs/tiny")
+MEMBERS = {
+    "convnext": "controlnet-convnext.yaml",
+    "convnext-pooled": "controlnet-convnext-pooled.yaml",
+    "convnext-stages.1": "controlnet-convnext-stages.1.yaml",
+    "resnet": "controlnet-resnet.yaml",
+    "swin": "controlnet-swin.yaml",
+}
+"""Member → config of its ControlNet; the first is packed with the base that all share."""
+CLASSIFIERS = {"vit": "vit.yaml"}
+"""Member without a pipeline → config of its classifier."""
 STAGES = (
-    ("classifier", "configs/tiny/convnext.yaml"),
-    ("autoencoder", "configs/tiny/autoencoder.yaml"),
-    ("text_to_image", "configs/tiny/text_to_image.yaml"),
-    ("controlnet", "configs/tiny/controlnet-convnext.yaml"),
+    *(("classifier", name) for name in ("resnet-small.yaml", "resnet.yaml", "convnext.yaml")),
+    *(("classifier", name) for name in ("swin.yaml", "vit-half.yaml", "vit.yaml")),
+    ("autoencoder", "autoencoder.yaml"),
+    ("text_to_image", "text_to_image.yaml"),
+    *(("controlnet", name) for name in MEMBERS.values()),
 )
-"""(script in train/, config) in the order of training."""
+"""(script in train/, config) in an order in which each finds what it needs."""
 
-DATA_NOTE = """\
+COMMAND = "python train/tiny.py --data TINY_IMAGENET_200"
+LIMITS = """\
 ## Data
 
 Tiny-ImageNet-200's training split, the 100 classes of `configs/tiny/classes.txt`, 64 × 64 pixels,
 without the last 10 images of each class. ImageNet's terms hold: non-commercial research.
 
-## Training
-
-The weights of 2026-11-20 took about 80 minutes for all four stages on one to two cores of an AMD
-EPYC, bf16, without a GPU. The autoencoder is what limits the sharpness of their pictures.
-
 ## Limits
 
 A demonstration at 64 pixels, small enough to run on a laptop: it shows what the method does and is
 what the tests run on. Conclusions about a model need a ControlNet trained at full scale.
+docs/tiny-results.md has the figures on validation images that nothing was trained or chosen on.
 """
 
 
-def pack_member(config_path: str, family: Path) -> Path:
-    """Writes the member that `config_path` trained into `family`, with its figures on the card.
+def pack_family(family: Path) -> Iterator[Path]:
+    """Packs every member whose training is finished, the first with the base, and yields them.
+
+    Raises:
+        InputError: the first member is not trained yet, or one was trained on another base.
+    """
+    for number, (name, config) in enumerate(MEMBERS.items()):
+        path = CONFIGS / config
+        if number == 0 or _final(path).exists():
+            yield pack_member(path, family, name, replace_base=number == 0)
+    for name, config in CLASSIFIERS.items():
+        if _final(CONFIGS / config).exists():
+            yield pack_classifier(CONFIGS / config, family, name)
+
+
+def pack_member(config_path: Path, family: Path, name: str, *, replace_base: bool) -> Path:
+    """Writes the pipeline that `config_path` trained into `family`, with its figures on the card.
 
     The sampling settings of validation become the defaults of the pipeline.
     """
-    config = load_config(ControlNetConfig, config_path)
-    base, name = Path(config.model.base), config.model.backbone_name
-    if name is None:
-        raise InputError(f"model.backbone_name must name the member, but {config_path} has none.")
-    final = Path(config.run.output) / "final"
+    config = load_config(ControlNetConfig, str(config_path))
+    base, final = Path(config.model.base), _final(config_path)
     if not final.exists():
         raise InputError(f"{final} must hold trained weights. Run train/controlnet.py to its end.")
+    validation = config.validation
+    scheduler: Any = DDIMScheduler.from_pretrained(base / "scheduler")
+    if validation.scheduler:
+        scheduler = make_scheduler(validation.scheduler, scheduler.config)
     pipeline = FeatInvPipeline(
         vae=load_component(AutoencoderKL, str(base / "vae")),
         text_encoder=load_component(CLIPTextModel, str(base / "text_encoder")),
         tokenizer=CLIPTokenizer.from_pretrained(base / "tokenizer"),
         unet=load_component(UNet2DConditionModel, str(base / "unet")),
         controlnet=load_component(FeatureControlNet, str(final / "controlnet")),
-        scheduler=_scheduler(base / "scheduler"),
+        scheduler=scheduler,
         backbone=load_component(TimmWrapperForImageClassification, config.model.backbone),
         default_prompt=config.model.prompt,
-        default_num_inference_steps=config.validation.num_inference_steps,
-        default_guidance_scale=config.validation.guidance_scale,
-        default_guidance=config.validation.guidance,
+        default_num_inference_steps=validation.num_inference_steps,
+        default_guidance_scale=validation.guidance_scale,
+        default_guidance=validation.guidance,
     )
-    info = CardInfo(
-        command="python train/tiny.py --data TINY_IMAGENET_200",
-        license="other",
-        notes=f"{_figures()}\n{DATA_NOTE}",
+    stages = {
+        "classifier, on 1,000 images": Path(config.model.backbone).parents[1],
+        "text-to-image model": base.parent,
+        f"ControlNet, on {config.run.n_validation_images} images": final.parent,
+    }
+    notes = f"{_curves(stages)}\n{LIMITS}"
+    info = CardInfo(command=COMMAND, license="other", notes=notes)
+    return write_bundled(pipeline, family, name, info, replace_base=replace_base)
+
+
+def pack_classifier(config_path: Path, family: Path, name: str) -> Path:
+    """Writes the classifier that `config_path` trained as a member without a pipeline."""
+    final = _final(config_path)
+    wrapper = load_component(TimmWrapperForImageClassification, str(final / "classifier"))
+    architecture = wrapper.config.architecture
+    card = (
+        f"---\nlibrary_name: timm\nlicense: other\n---\n\n# {family.name}/{name}\n\n"
+        f"A small {architecture} that `load_backbone('{family.name}/{name}')` gives.\n\n"
+        f"Made by `{COMMAND}`.\n\n"
+        f"{_curves({'classifier, on 1,000 images': final.parent})}\n{LIMITS}"
     )
-    return write_bundled(pipeline, family, name.split("/")[-1], info, replace_base=True)
+    return write_bundled_backbone(wrapper, family, name, card)
 
 
-def _scheduler(folder: Path) -> Any:
-    return DDIMScheduler.from_pretrained(folder)
+def _final(config_path: Path) -> Path:
+    return Path(OmegaConf.load(config_path).run.output) / "final"
 
 
-def _figures() -> str:
-    """The last validation record of every stage, as a table."""
-    rows = []
-    for script, path in STAGES:
-        output = OmegaConf.load(path).run.output
-        record = json.loads((Path(output) / "validation.jsonl").read_text().splitlines()[-1])
-        step = record.pop("step")
-        rows += [f"| {script}, {step} steps | {key} | {x:.3f} |" for key, x in record.items()]
-    table = "\n".join(rows)
-    return (
-        "## Figures\n\nOn held-back training images, which chose nothing: the classifier on all "
-        "1,000, the autoencoder on 250, the\nControlNet on 64 with one sample each.\n\n"
-        f"| stage | | |\n|---|---|---|\n{table}\n"
-    )
+def _curves(stages: dict[str, Path]) -> str:
+    """The validation records of each stage as tables: its curves, and in the last row its end."""
+    parts = ["## Figures while training\n\nOn held-back training images, one sample of each.\n"]
+    for title, output in stages.items():
+        lines = (output / "validation.jsonl").read_text().splitlines()
+        records = [json.loads(line) for line in lines]
+        parts.append(f"| {title}: step | {' | '.join(list(records[-1])[1:])} |")
+        parts.append("|---" * len(records[-1]) + "|")
+        for step, *values in (record.values() for record in records):
+            parts.append(f"| {step} | {' | '.join(f'{value:.3f}' for value in values)} |")
+        parts.append("")
+    return "\n".join(parts)

@@ -19,6 +19,7 @@ from accelerate.utils import (
 )
 from diffusers.training_utils import EMAModel
 from PIL import Image
+from timm.optim import Muon
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -35,6 +36,7 @@ from featinv_diffusion.training.checkpoint import (
     save_checkpoint,
 )
 from featinv_diffusion.training.config import OptimConfig, RunConfig
+from featinv_diffusion.training.group_norm import speed_up_group_norms
 from featinv_diffusion.training.progress import TrainingBar
 
 
@@ -132,17 +134,13 @@ class _Run:
         task.to(self.accelerator.device, _frozen_dtype(run))
         if run.channels_last:
             task.module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+            speed_up_group_norms(task.module)
         self._prepare()
         self.n_steps = self._count_steps()
 
     def _prepare(self) -> None:
         parameters = _trainable(self.task.module)
-        optimizer = torch.optim.AdamW(
-            parameters,
-            lr=self.optim.lr,
-            betas=self.optim.betas,
-            weight_decay=self.optim.weight_decay,
-        )
+        optimizer = _make_optimizer(parameters, self.optim)
         loader = DataLoader(
             self.dataset,
             batch_size=self.optim.batch_size,
@@ -348,7 +346,8 @@ class _Run:
         picture.save(folder / f"{name}-{self.progress.step:08d}.png")
         if self.run.tracker != "none":
             tracker: Any = self.accelerator.get_tracker(self.run.tracker)
-            tracker.log_images({name: np.asarray(picture)[None]}, step=self.progress.step)
+            layout = {"dataformats": "NHWC"} if self.run.tracker == "tensorboard" else {}
+            tracker.log_images({name: np.asarray(picture)[None]}, step=self.progress.step, **layout)
 
     def _dry_run(self) -> Path:
         batch = next(iter(self.loader))
@@ -363,6 +362,13 @@ class _Run:
         for key, value in batch.items():
             self.accelerator.print(f"batch[{key!r}]: {tuple(value.shape)} {value.dtype}")
         return self.output
+
+
+def _make_optimizer(parameters: list[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
+    common = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay}
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, **common)
+    return Muon(parameters, nesterov=True, adjust_lr_fn="original", fallback_lr_scale=0.1, **common)
 
 
 class _LossLog:

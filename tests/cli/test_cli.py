@@ -28,7 +28,8 @@ ROOT = Path(featinv_diffusion.__file__).parents[1]
 def test_help_lists_every_command(featinv: Featinv):
     done = featinv("--help")
     assert done.code == 0
-    assert cli.COMMANDS == ("sample", "replay", "layers", "export", "push", "convert")
+    commands = ("sample", "replay", "evaluate", "layers", "export", "push", "convert")
+    assert commands == cli.COMMANDS
     for name in cli.COMMANDS:
         assert f" {name} " in done.out
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from featinv_diffusion.diffusion import bundled
-from featinv_diffusion.diffusion.bundled import to_half
+from featinv_diffusion.diffusion.bundled import to_half, write_bundled_backbone
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
 from featinv_diffusion.diffusion.hub import (
     CardInfo,
@@ -67,6 +68,38 @@ def test_members_share_the_base(family, pipeline):
     assert load_pipeline("tiny/resnet").controlnet.config.feature_channels == 40
     # What was loaded from the bundle (float16 values in float32) is still the same base.
     write_bundled(load_pipeline("tiny/convnext"), family, "convnext", INFO)
+
+
+def test_a_member_may_read_the_backbone_of_another(family, pipeline):
+    spec = tiny.FEATURE_SPEC | {"backbone": "tiny/convnext"}
+    convnext = FeatInvPipeline(
+        **pipeline.components | {"controlnet": tiny.make_controlnet(feature_spec=spec)}
+    )
+    pooled = FeatInvPipeline(
+        **pipeline.components
+        | {"controlnet": tiny.make_controlnet(feature_spec=spec, feature_pooled=True)}
+    )
+    write_bundled(convnext, family, "convnext", INFO)
+    member = write_bundled(pooled, family, "convnext-pooled", INFO)
+    assert not (member / "backbone").exists()
+    assert json.loads((member / "pipeline.json").read_text())["backbone"] == "convnext"
+    loaded = load_pipeline("tiny/convnext-pooled")
+    assert loaded.controlnet.config.feature_pooled
+    assert loaded.parameters == pooled.parameters
+    expected = pipeline.backbone.state_dict()
+    weights = loaded.backbone.state_dict()
+    assert all(torch.equal(expected[k].half().float(), weights[k].float()) for k in expected)
+    other = FeatInvPipeline(
+        **pooled.components | {"backbone": tiny.make_backbone(dims=(8, 16, 24, 40))}
+    )
+    with pytest.raises(InputError, match="is not the one of this pipeline"):
+        write_bundled(other, family, "convnext-pooled", INFO)
+
+
+def test_a_classifier_ships_alone(family, pipeline):
+    member = write_bundled_backbone(pipeline.backbone, family, "vit", "# a card")
+    assert {p.name for p in member.iterdir()} == {"backbone", "README.md"}
+    assert list_bundled() == []
 
 
 def test_another_base_is_refused_unless_replaced(family, pipeline):

@@ -1,4 +1,4 @@
-"""Packing: what the recipes left behind becomes a bundled member that loads and samples."""
+"""Packing: what the recipes left behind becomes bundled members that load and sample."""
 
 from __future__ import annotations
 
@@ -9,59 +9,88 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from featinv_diffusion.backbones import load_backbone
 from featinv_diffusion.diffusion import bundled
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.training import family
 from tests import tiny
 
+RECORDS = [{"step": 3, "figure": 0.25}, {"step": 7, "figure": 0.5}]
+
 
 @pytest.fixture
-def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A ControlNet config whose base, backbone and outputs stand in `tmp_path`."""
-    for name in ("vae", "unet", "text_encoder", "tokenizer", "scheduler", "backbone"):
-        getattr(tiny, f"make_{name}")().save_pretrained(str(tmp_path / "base" / name))
-    stages = []
-    for stage in ("classifier", "controlnet"):
-        (tmp_path / stage).mkdir()
-        record = {"step": 7, "figure": 0.5, "step_of_old": 1}
-        (tmp_path / stage / "validation.jsonl").write_text(json.dumps(record) + "\n")
-        path = tmp_path / f"{stage}.yaml"
-        settings = {
-            "model": {
-                "base": str(tmp_path / "base"),
-                "backbone": str(tmp_path / "base/backbone"),
-                "backbone_name": "tiny/convnext",
-            },
-            "validation": {"num_inference_steps": 3, "guidance": "features"},
-            "run": {"output": str(tmp_path / stage)},
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Finished runs of a base and a classifier, and configs of two ControlNets not yet trained."""
+    for name in ("vae", "unet", "text_encoder", "tokenizer", "scheduler"):
+        getattr(tiny, f"make_{name}")().save_pretrained(str(tmp_path / "base/final" / name))
+    tiny.make_backbone().save_pretrained(str(tmp_path / "classifier/final/classifier"))
+    for stage in ("base", "classifier"):
+        write_records(tmp_path / stage)
+    write_config(tmp_path / "vit.yaml", tmp_path / "classifier", {})
+    for member in ("convnext", "convnext-pooled"):
+        model = {
+            "base": str(tmp_path / "base/final"),
+            "backbone": str(tmp_path / "classifier/final/classifier"),
+            "backbone_name": "tiny/convnext",
         }
-        OmegaConf.save(settings, path)
-        stages.append((stage, str(path)))
-    monkeypatch.setattr(family, "STAGES", tuple(stages))
-    return tmp_path / "controlnet.yaml"
-
-
-def test_a_packed_member_loads_with_its_defaults(
-    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tiny.make_controlnet().save_pretrained(tmp_path / "controlnet/final/controlnet")
-    member = family.pack_member(str(config), tmp_path / "assets/tiny")
-    assert member == tmp_path / "assets/tiny/convnext"
-    card = (member / "README.md").read_text()
-    assert "| controlnet, 7 steps | figure | 0.500 |" in card
-    assert str(tmp_path) not in card
+        write_config(tmp_path / f"{member}.yaml", tmp_path / member, model)
+    monkeypatch.setattr(family, "CONFIGS", tmp_path)
+    monkeypatch.setattr(
+        family, "MEMBERS", {name: f"{name}.yaml" for name in ("convnext", "convnext-pooled")}
+    )
     monkeypatch.setattr(bundled, "ASSETS", tmp_path / "assets")
+    return tmp_path
+
+
+def write_records(output: Path) -> None:
+    output.mkdir(exist_ok=True)
+    (output / "validation.jsonl").write_text("".join(json.dumps(r) + "\n" for r in RECORDS))
+
+
+def write_config(path: Path, output: Path, model: dict[str, str]) -> None:
+    validation = {"num_inference_steps": 3, "guidance": "features", "scheduler": "unipc"}
+    settings = {"model": model, "validation": validation, "run": {"output": str(output)}}
+    OmegaConf.save(settings, path)
+
+
+def train(runs: Path, member: str, **overrides: object) -> None:
+    spec = tiny.FEATURE_SPEC | {"backbone": "tiny/convnext"}
+    controlnet = tiny.make_controlnet(feature_spec=spec, **overrides)
+    controlnet.save_pretrained(runs / member / "final/controlnet")
+    write_records(runs / member)
+
+
+def test_a_packed_family_loads_with_its_defaults(runs: Path) -> None:
+    train(runs, "convnext")
+    train(runs, "convnext-pooled", feature_pooled=True)
+    members = list(family.pack_family(runs / "assets/tiny"))
+    assert [member.name for member in members] == ["convnext", "convnext-pooled", "vit"]
+    assert bundled.list_bundled() == ["tiny/convnext", "tiny/convnext-pooled"]
+    card = (members[0] / "README.md").read_text()
+    assert "| ControlNet, on 16 images: step | figure |" in card
+    assert card.count("| 3 | 0.250 |\n| 7 | 0.500 |") == 3
+    assert str(runs) not in card
+    assert card.count("| 7 | 0.500 |") == 3 * (members[2] / "README.md").read_text().count(
+        "| 7 | 0.500 |"
+    )
     pipeline = bundled.load_bundled("tiny/convnext")
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline.config["default_num_inference_steps"] == 3
     assert pipeline.config["default_guidance"] == "features"
+    assert type(pipeline.scheduler).__name__ == "UniPCMultistepScheduler"
     image = pipeline(features=tiny.make_features(1), output_type="pt").images
     assert image.shape == (1, 3, 64, 64)
     expected = tiny.make_controlnet().state_dict()["conv_in.weight"].half().float()
     assert torch.equal(pipeline.controlnet.state_dict()["conv_in.weight"], expected)
+    backbone = load_backbone(f"hf/{members[2] / 'backbone'}")
+    weights = tiny.make_backbone().timm_model.state_dict()
+    assert backbone.state_dict().keys() >= {f"model.{key}" for key in weights}
 
 
-def test_packing_before_training_is_refused(config: Path, tmp_path: Path) -> None:
+def test_only_finished_members_are_packed_but_the_first_must_be(runs: Path) -> None:
     with pytest.raises(InputError, match="must hold trained weights"):
-        family.pack_member(str(config), tmp_path / "assets/tiny")
-    assert not (tmp_path / "assets").exists()
+        list(family.pack_family(runs / "assets/tiny"))
+    assert not (runs / "assets").exists()
+    train(runs, "convnext")
+    names = [member.name for member in family.pack_family(runs / "assets/tiny")]
+    assert names == ["convnext", "vit"]

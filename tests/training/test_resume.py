@@ -111,18 +111,21 @@ def run_and_kill(arguments: list[str], log: Path, n_lines: int) -> None:
     process.wait()
 
 
-@pytest.mark.parametrize("n_processes", [1, 2])
-def test_killed_run_ends_bit_identical(base: Path, tmp_path: Path, n_processes: int) -> None:
+@pytest.mark.parametrize(("n_processes", "optimizer"), [(1, "adamw"), (2, "adamw"), (1, "muon")])
+def test_killed_run_ends_bit_identical(
+    base: Path, tmp_path: Path, n_processes: int, optimizer: str
+) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    printed = run(command(base, whole, n_processes, []))
+    extra = [f"optim.optimizer={optimizer}", "run.channels_last=true"]
+    printed = run(command(base, whole, n_processes, extra))
     assert f"world size {n_processes}" in printed
     print(f"world size {n_processes}")
 
     log = killed / "losses.jsonl"
-    run_and_kill(command(base, killed, n_processes, []), log, n_lines=5)
+    run_and_kill(command(base, killed, n_processes, extra), log, n_lines=5)
     assert 5 <= log.read_text().count("\n") < N_STEPS
     assert not (killed / "final").exists()
-    resumed = run(command(base, killed, n_processes, []))
+    resumed = run(command(base, killed, n_processes, extra))
     assert "Resumed from" in resumed
 
     assert log.read_text() == (whole / "losses.jsonl").read_text()

@@ -19,7 +19,11 @@ from featinv_diffusion.diffusion.featinv_controlnet import FeatureControlNet
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.seeds import derive_seed
 from featinv_diffusion.training.autoencoder import AutoencoderConfig, train_autoencoder
-from featinv_diffusion.training.classifier import ClassifierConfig, train_classifier
+from featinv_diffusion.training.classifier import (
+    ClassifierConfig,
+    distillation_loss,
+    train_classifier,
+)
 from featinv_diffusion.training.controlnet import (
     ControlNetConfig,
     load_frozen_parts,
@@ -88,6 +92,65 @@ def test_classifier_learns_two_colours_and_reloads(folder: Path, tmp_path: Path)
     mean, std = (torch.tensor(statistics[k])[:, None, None] for k in ("mean", "std"))
     red = torch.tensor([200, 30, 30]).view(1, 3, 1, 1).expand(1, 3, 64, 64) / 255
     assert int(wrapper((red - mean) / std).logits.argmax()) == 1
+
+
+def classifier_settings(folder: Path, output: Path, steps: int, **more: Any) -> list[str]:
+    model = "{depths: [1,1,1,1], dims: [8,16,24,32], output_stride: 8, ls_init_value: 1}"
+    return settings(folder, output, steps, **{"model.arguments": model, **more})
+
+
+def test_a_pupil_follows_its_teacher_and_begins_where_it_is_told(
+    folder: Path, tmp_path: Path
+) -> None:
+    teacher = tmp_path / "teacher"
+    train_classifier(load_config(ClassifierConfig, None, classifier_settings(folder, teacher, 12)))
+    weights = {"model.teacher": teacher / "final/classifier", "model.teacher_weight": 1.0}
+    pupil = tmp_path / "pupil"
+    config = classifier_settings(folder, pupil, 12, **weights)
+    train_classifier(load_config(ClassifierConfig, None, config))
+    assert last_validation(pupil)["top1"] == 1.0
+    again = tmp_path / "again"
+    weights["model.init"] = teacher / "final/classifier"
+    config = classifier_settings(folder, again, 1, **weights, **{"run.log_every": 1})
+    train_classifier(load_config(ClassifierConfig, None, config))
+    # One pass with the teacher's own weights: only dropout or rounding could part the two.
+    assert losses(again)[0] == pytest.approx(0, abs=1e-5)
+    assert losses(pupil)[0] > 0.01
+
+
+def test_distillation_loss_is_the_divergence_of_softened_classes() -> None:
+    student, teacher = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]])
+    p, q = torch.softmax(teacher / 4, 1), torch.softmax(student / 4, 1)
+    wanted = float((p * (p / q).log()).sum() * 16)
+    assert float(distillation_loss(student, teacher, 4.0)) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_teacher_and_beginning_must_fit(folder: Path, tmp_path: Path) -> None:
+    config = classifier_settings(
+        folder, tmp_path, 1, **{"model.teacher": folder / "backbone", "run.cpu": True}
+    )
+    with pytest.raises(InputError, match="must know the same classes"):
+        train_classifier(load_config(ClassifierConfig, None, config))
+    config = classifier_settings(folder, tmp_path, 1, **{"model.init": folder / "backbone"})
+    with pytest.raises(InputError, match="must hold a classifier of this architecture"):
+        train_classifier(load_config(ClassifierConfig, None, config))
+
+
+def test_pictures_reach_the_tracker(folder: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    more = {
+        "model.block_out_channels": "[8,8]",
+        "model.latent_channels": 4,
+        "model.norm_num_groups": 4,
+        "run.tracker": "tensorboard",
+    }
+    train_autoencoder(load_config(AutoencoderConfig, None, settings(folder, tmp_path, 1, **more)))
+    (events,) = (path.parent for path in tmp_path.glob("tracker/**/events*"))
+    log = EventAccumulator(str(events)).Reload()
+    (image,) = log.Images("round_trip")
+    with Image.open(tmp_path / "validation/round_trip-00000001.png") as picture:
+        assert (image.width, image.height) == picture.size
 
 
 def test_autoencoder_lowers_its_loss_and_measures_its_scale(folder: Path, tmp_path: Path) -> None:

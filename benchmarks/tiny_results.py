@@ -1,0 +1,303 @@
+"""Measure the tiny family and write docs/tiny-results.md with its pictures.
+
+    python benchmarks/tiny_results.py --data tiny-imagenet-val.parquet
+
+`--data` is anything that `featinv evaluate` reads. Every row is one run of that command below
+outputs/tiny-results, resumable: what is finished is not measured again. `--only TABLE …` takes some
+of the tables, `--write-only` writes the page from the runs that exist.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from PIL import Image
+
+from featinv_diffusion.backbones import list_backbones
+from featinv_diffusion.diffusion.hub import list_bundled
+from featinv_diffusion.evaluation.report import to_cell
+from featinv_diffusion.images import builtin_photo, center_square, read_image, to_tensor, write_png
+from featinv_diffusion.metrics import feature_cosine, top_k_match
+from featinv_diffusion.metrics.statistics import bootstrap_difference
+from featinv_diffusion.sampling import SampleSettings, open_inverter
+from featinv_diffusion.seeds import make_generator
+from featinv_diffusion.viz import GridRow, make_grid
+
+ROOT = Path("outputs/tiny-results")
+PAGE, FIGURES = Path("docs/tiny-results.md"), Path("docs/figures")
+MEMBERS = ("convnext", "convnext-pooled", "resnet", "swin", "convnext-stages.1")
+BACKBONES = ("resnet", "convnext", "swin", "vit")
+SAMPLERS = (
+    ("ddim", 50),
+    ("ddim", 20),
+    ("dpmsolver++", 20),
+    ("dpmsolver++", 10),
+    ("unipc", 20),
+    ("unipc", 10),
+)
+GUIDANCE = (
+    ("features", 1.0),
+    ("features", 1.5),
+    ("features", 2.0),
+    ("features", 3.0),
+    ("text", 1.75),
+    ("text", 3.0),
+)
+STRENGTHS = (0.5, 0.75, 1.0, 1.25)
+N_CURVE = 300
+TABLES = ("members", "samplers", "guidance", "strength")
+
+
+def plan(data: str, n_images: int, tables: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """Yields (name of the run, arguments of `featinv evaluate`)."""
+    curve = ["--pipeline", "tiny/convnext", "--n-images", str(N_CURVE), "--n-null-images", "0"]
+    common = ["--data", data, "--batch-size", "16"]
+    backbones = [f"tiny/{name}" for name in BACKBONES if f"tiny/{name}" in list_backbones()]
+    for member in MEMBERS if "members" in tables else ():
+        if f"tiny/{member}" in list_bundled():
+            own = f"tiny/{member.partition('-')[0]}"
+            others = ",".join(name for name in backbones if name != own)
+            size = ["--n-images", str(n_images), "--n-null-images", "300"]
+            yield (
+                member,
+                [*common, "--pipeline", f"tiny/{member}", *size, "--evaluated-by", others],
+            )
+    for name, steps in SAMPLERS if "samplers" in tables else ():
+        options = ["--scheduler", name, "--steps", str(steps)]
+        yield f"sampler-{name}-{steps}", [*common, *curve, *options]
+    for name, scale in GUIDANCE if "guidance" in tables else ():
+        options = ["--guidance", name, "--guidance-scale", str(scale)]
+        yield f"guidance-{name}-{scale}", [*common, *curve, *options]
+    for strength in STRENGTHS if "strength" in tables else ():
+        yield f"strength-{strength}", [*common, *curve, "--strength", str(strength)]
+
+
+def measure(name: str, arguments: Sequence[str]) -> None:
+    output = ROOT / name
+    if (output / "metrics.json").exists():
+        return
+    command = [sys.executable, "-m", "featinv_diffusion", "evaluate", *arguments]
+    subprocess.run([*command, "--output", str(output)], check=True)
+
+
+def read(name: str) -> dict[str, Any] | None:
+    path = ROOT / name / "metrics.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def members_table() -> str:
+    rows = []
+    for member in MEMBERS:
+        if m := read(member):
+            ceiling = m["ceilings"]["vae_round_trip"]
+            rows.append(
+                [
+                    f"{member} ({m['settings']['layer']})",
+                    to_cell(m["cosine"]),
+                    to_cell(ceiling["cosine"]),
+                    to_cell(m["normalised_agreement"]),
+                    to_cell(m["top5_match"], "match"),
+                    to_cell(m["top1_match"], "match"),
+                    to_cell(m["psnr"], "psnr"),
+                    to_cell(m["label_accuracy"]["original"], "match"),
+                ]
+            )
+    header = "features of|cosine|its ceiling|normalised agreement|top-5|top-1|PSNR|classifier"
+    return table(header.split("|"), rows)
+
+
+def nulls_table() -> str:
+    rows = []
+    for member in MEMBERS:
+        if m := read(member):
+            for metric in ("cosine", "top5_match", "top1_match"):
+                nulls = [to_cell(x, metric) for x in m[metric]["nulls"].values()]
+                rows.append([member, metric.replace("_", " "), to_cell(m[metric], metric), *nulls])
+    names = ["permuted cells", "other image", "prior only"]
+    return table(["features of", "", "reconstruction", *names], rows)
+
+
+def ceilings_table() -> str:
+    rows = []
+    for member in MEMBERS:
+        if m := read(member):
+            c = m["ceilings"]["vae_round_trip"]
+            metrics = ("cosine", "top5_match", "top1_match", "psnr")
+            rows.append([member, *(to_cell(c[metric], metric) for metric in metrics)])
+    return table(["features of", "cosine", "top-5", "top-1", "PSNR"], rows)
+
+
+def cross_model_table() -> str:
+    """Table 2 of the paper: rows conditioned on, columns evaluated by; top-5 / top-1."""
+    rows = []
+    for member in MEMBERS:
+        if m := read(member):
+            own = member.partition("-")[0]
+            cells = []
+            for backbone in BACKBONES:
+                by = m if backbone == own else m["evaluated_by"].get(f"tiny/{backbone}")
+                metrics = ("top5_match", "top1_match")
+                cells.append(" / ".join(to_cell(by[x], x) for x in metrics) if by else "–")
+            rows.append([member, *cells])
+    return table(["features of", *(f"seen by {name}" for name in BACKBONES)], rows)
+
+
+def pooled_gap() -> str:
+    """The paired difference of unpooled and pooled convnext, image by image."""
+    paths = [ROOT / name / "per_image.parquet" for name in ("convnext", "convnext-pooled")]
+    if not all(path.exists() for path in paths):
+        return ""
+    frames = [pd.read_parquet(path).set_index("id").sort_index() for path in paths]
+    assert list(frames[0].index) == list(frames[1].index)
+    cells = []
+    for metric in ("cosine", "top5_match", "top1_match"):
+        values = [torch.tensor(f[metric].to_numpy(float)).numpy() for f in frames]
+        gap = bootstrap_difference(*values)
+        figure = {"value": gap.value, "low": gap.low, "high": gap.high}
+        cells.append(f"{metric.replace('_', ' ')} {to_cell(figure, metric)}")
+    return f"Paired gap, unpooled − pooled convnext: {', '.join(cells)}."
+
+
+def curve_table(first: str, runs: Sequence[tuple[str, str]]) -> str:
+    metrics = ("cosine", "top5_match", "top1_match", "psnr")
+    rows = [
+        [label, *(to_cell(m[x], x) for x in metrics)] for name, label in runs if (m := read(name))
+    ]
+    return table([first, "cosine", "top-5", "top-1", "PSNR"], rows)
+
+
+def draw_figures() -> None:
+    """Originals beside one sample per member (figure 1), and three samples of one (figure 3)."""
+    photos = [builtin_photo(), builtin_photo().with_name("china.jpg")]
+    pictures = [(p.stem, center_square(read_image(p), 256)) for p in photos]
+    pictures += [(f"{n}, detail", p.crop((40, 40, 168, 168))) for n, p in pictures]
+    rows: dict[str, GridRow] = {}
+    for name, picture in pictures:
+        rows[name] = GridRow(center_square(picture, 64), name, [], [])
+    for member in MEMBERS:
+        if f"tiny/{member}" not in list_bundled():
+            continue
+        inverter, _ = open_inverter(SampleSettings(pipeline=f"tiny/{member}"))
+        assert inverter.backbone is not None
+        originals = to_tensor([row.original for row in rows.values()])
+        features, logits = inverter.backbone.features_and_logits(originals)
+        noise = [make_generator(0, name) for name in rows]
+        images = inverter.invert(features, generator=noise)
+        again, logits_again = inverter.backbone.features_and_logits(images)
+        cosines = feature_cosine(features, again).tolist()
+        assert logits is not None
+        assert logits_again is not None
+        match = top_k_match(logits, logits_again, 5).tolist()
+        for i, (name, row) in enumerate(rows.items()):
+            caption = f"{member} {cosines[i]:.2f}{'' if match[i] else ' ×'}"
+            picture = Image.fromarray(
+                (images[i].permute(1, 2, 0) * 255).round().byte().cpu().numpy()
+            )
+            rows[name] = GridRow(
+                row.original, name, [*row.samples, picture], [*row.captions, caption]
+            )
+    figure = make_grid(
+        list(rows.values()),
+        title="One sample from the features of each backbone",
+        subtitle="Under each: backbone and cosine of its features to the original's; × where the "
+        "original's class is not among the top 5.",
+    )
+    write_png(figure, FIGURES / "tiny-family.png")
+
+
+def write_page(arguments: argparse.Namespace) -> None:
+    own = f"python benchmarks/tiny_results.py --data {Path(arguments.data).name}"
+    run = next((m for name in MEMBERS if (m := read(name))), None)
+    if run is None:
+        sys.exit("Error: no member is measured yet; leave --write-only out.")
+    s = run["settings"]
+    parts = [
+        "# What the tiny family reaches",
+        f"Measured {date.today()} by `{own}` on {_machine()}, on {run['n_images']} validation "
+        "images of Tiny-ImageNet's 100 classes, none of which was trained or chosen on. One sample "
+        f"per image at the shipped defaults: {s['steps']} steps of {s['scheduler']}, guidance "
+        f"{s['guidance']} {s['guidance_scale']:g}. In brackets: 95 % bootstrap intervals over "
+        "images. Each row repeats with `featinv evaluate`.",
+        "## Pooled and unpooled (the paper's Table 1)",
+        members_table(),
+        pooled_gap(),
+        "Normalised agreement: (cosine − other image) / (its ceiling − other image). The ceiling "
+        "is the autoencoder's round trip. Classifier: top-1 accuracy on the originals.",
+        "![One sample per backbone](figures/tiny-family.png)",
+        "## Nulls",
+        nulls_table(),
+        "Permuted cells and prior only are samples of their own, for 300 images. Chance is 1 % "
+        "top-1 and 5 % top-5.",
+        "## The autoencoder alone",
+        ceilings_table(),
+        "## Across models (the paper's Table 2): top-5 / top-1",
+        cross_model_table(),
+        f"## Sampler, convnext, {N_CURVE} images",
+        curve_table(
+            "sampler, steps",
+            [(f"sampler-{name}-{steps}", f"{name}, {steps}") for name, steps in SAMPLERS],
+        ),
+        f"## Guidance, convnext, {N_CURVE} images",
+        curve_table(
+            "convention, scale",
+            [(f"guidance-{name}-{scale}", f"{name}, {scale:g}") for name, scale in GUIDANCE],
+        ),
+        f"## Strength of the ControlNet, convnext, {N_CURVE} images",
+        curve_table("strength", [(f"strength-{x}", f"{x:g}") for x in STRENGTHS]),
+        "## Commands",
+        "```sh\n"
+        + "\n".join(
+            shlex.join(["featinv", "evaluate", *arguments])
+            for _, arguments in plan("TINY_IMAGENET_VAL", run["n_images"], ("members",))
+        )
+        + "\n```",
+    ]
+    PAGE.write_text("\n\n".join(part for part in parts if part) + "\n")
+    print(f"Wrote {PAGE}")
+
+
+def _machine() -> str:
+    cpu = next(
+        (x.split(":")[1].strip() for x in _cpuinfo() if x.startswith("model name")),
+        platform.processor(),
+    )
+    return f"{cpu}, {torch.get_num_threads()} threads, torch {torch.__version__.split('+')[0]}"
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--n-images", type=int, default=3000)
+    parser.add_argument("--only", nargs="*", choices=TABLES, default=TABLES)
+    parser.add_argument("--write-only", action="store_true")
+    arguments = parser.parse_args()
+    if not arguments.write_only:
+        for name, options in plan(arguments.data, arguments.n_images, arguments.only):
+            measure(name, options)
+        draw_figures()
+    write_page(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Reconstructions of a data set: how well features come back, beside nulls and ceilings."""

@@ -1,0 +1,281 @@
+"""A shard of images → reconstructions, nulls and ceilings → one row of figures per image."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+
+from featinv_diffusion.errors import InputError
+from featinv_diffusion.evaluation.dataset import ImageSet
+from featinv_diffusion.evaluation.observers import (
+    OWN,
+    PREDICTED,
+    Columns,
+    Observers,
+    Pixels,
+    Views,
+    join_views,
+    take_views,
+    to_images,
+    to_pixels,
+)
+from featinv_diffusion.evaluation.selection import Item
+from featinv_diffusion.features import permute_cells
+from featinv_diffusion.images import center_square, to_tensor
+from featinv_diffusion.inverters.base import Inverter, LatentInverter
+from featinv_diffusion.metrics.extractors import ImageFeatures
+from featinv_diffusion.seeds import make_generator
+from featinv_diffusion.types import Features
+
+T = TypeVar("T")
+OTHER_IMAGE, PERMUTED_CELLS, PRIOR_ONLY = NULLS = ("other_image", "permuted_cells", "prior_only")
+VAE_ROUND_TRIP, RESIZED_ORIGINAL = CEILINGS = ("vae_round_trip", "resized_original")
+
+
+@dataclass
+class ShardResult:
+    """What is kept of a shard.
+
+    Args:
+        items: those that were measured; rows of everything below.
+        digests: SHA-256 of the pixels of each original, at the resolution of the samples.
+        columns: float64, NaN where a figure was not taken.
+        failures: `id` and `error` of each image that could not be measured.
+        reconstructed, original: feature vectors `[n, d]` by extractor, for distances.
+    """
+
+    items: list[Item]
+    digests: list[str] = field(default_factory=list)
+    columns: dict[str, np.ndarray] = field(default_factory=dict)
+    failures: list[dict[str, str]] = field(default_factory=list)
+    pixels: Pixels | None = None
+    reconstructed: dict[str, np.ndarray] = field(default_factory=dict)
+    original: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def put(self, prefix: str, rows: Sequence[int], columns: Columns) -> None:
+        """Sets figures of some rows under prefixed names."""
+        for name, values in columns.items():
+            column = np.full(len(self.items), np.nan)
+            column[list(rows)] = values.double().numpy()
+            self.columns[prefix + name] = column
+
+
+@dataclass(frozen=True, eq=False)
+class _Batch:
+    items: list[Item]
+    views: Views
+    originals: Pixels
+    samples: Pixels
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluator:
+    """Measures images with models that are loaded once.
+
+    Args:
+        extractors: by name; their vectors are kept for distances of distributions.
+        originals_for: the extractors that look at the originals too.
+        seed: of the permutation of cells.
+        class_of_label: a label to the class of the own backbone; None where they are not known to
+            correspond.
+    """
+
+    inverter: Inverter
+    observers: Observers
+    images: ImageSet
+    batch_size: int
+    seed: int = 0
+    extractors: Mapping[str, ImageFeatures] = field(default_factory=dict)
+    originals_for: Collection[str] = ()
+    class_of_label: Sequence[int] | None = None
+
+    def run(self, items: Sequence[Item]) -> ShardResult:
+        """Measures the images; one that fails is reported in the result instead."""
+        failures: list[dict[str, str]] = []
+        batches = list(self._reconstruct(items, failures))
+        result = ShardResult([i for b in batches for i in b.items], failures=failures)
+        if not batches:
+            return result
+        views = join_views([b.views for b in batches])
+        originals = torch.cat([b.originals for b in batches])
+        result.digests = [sha256(square.numpy().tobytes()).hexdigest() for square in originals]
+        result.pixels = samples = torch.cat([b.samples for b in batches])
+        everyone = range(len(result.items))
+        result.put("", everyone, self._compare(views, originals, samples))
+        result.columns.update(self._label_columns(result, views))
+        self._put_other_image(result, views, originals, samples)
+        self._put_ceilings(result, views, originals)
+        self._put_sampled_nulls(result, views, originals)
+        for name, extractor in self.extractors.items():
+            result.reconstructed[name] = self._extract(extractor, samples)
+            if name in self.originals_for:
+                result.original[name] = self._extract(extractor, originals)
+        return result
+
+    @property
+    def image_size(self) -> int:
+        """The side in pixels of the samples, where the inverter knows it, else of its input."""
+        if isinstance(self.inverter, LatentInverter):
+            return self.inverter.image_size[0]
+        return self.observers.own.input_size[0]
+
+    # ---- reconstructions -----------------------------------------------------------------------
+
+    def _reconstruct(
+        self, items: Sequence[Item], failures: list[dict[str, str]]
+    ) -> Iterator[_Batch]:
+        readable = self._read(items, failures)
+        for batch in batched(readable, self.batch_size):
+            members, pictures = [item for item, _ in batch], [picture for _, picture in batch]
+            views = self.observers.view_originals(pictures)
+            finite = views[OWN].features.flatten(1).isfinite().all(dim=1)
+            features = views[OWN].features.nan_to_num(posinf=0, neginf=0)
+            samples = self.inverter.invert(features, generator=noise_of(members))
+            sampled = samples.flatten(1).isfinite().all(dim=1)
+            for i, item in enumerate(members):
+                if not finite[i]:
+                    _fail(failures, item, "its features hold NaN or infinite values")
+                elif not sampled[i]:
+                    _fail(failures, item, "its sample holds NaN values; use --dtype float32")
+            kept = [i for i, fine in enumerate((finite.cpu() & sampled.cpu()).tolist()) if fine]
+            if kept:
+                size = samples.shape[-1]
+                squares = to_tensor([center_square(pictures[i], size) for i in kept])
+                yield _Batch(
+                    [members[i] for i in kept],
+                    take_views(views, kept),
+                    to_pixels(squares),
+                    to_pixels(samples[kept]),
+                )
+
+    def _read(
+        self, items: Sequence[Item], failures: list[dict[str, str]]
+    ) -> Iterator[tuple[Item, Image.Image]]:
+        for item in items:
+            try:
+                yield item, self.images.read(item.index)
+            except InputError as error:
+                failures.append({"id": item.id, "error": str(error)})
+
+    # ---- comparisons ---------------------------------------------------------------------------
+
+    def _compare(self, views: Views, originals: Pixels, pixels: Pixels) -> Columns:
+        """Compares row by row, a batch at a time; `views` are those of the originals."""
+        parts = [
+            self.observers.compare_views(take_views(views, rows), pixels[rows])
+            | self.observers.compare_pixels(originals[rows], pixels[rows])
+            for rows in batched(range(len(pixels)), self.batch_size)
+        ]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _put_other_image(
+        self, result: ShardResult, views: Views, originals: Pixels, samples: Pixels
+    ) -> None:
+        """The reconstruction of another image of the shard, beside the original."""
+        partners = find_partners([item.label for item in result.items])
+        if partners:
+            columns = self._compare(views, originals, samples[partners])
+            result.put(f"{OTHER_IMAGE}_", range(len(partners)), columns)
+
+    def _put_ceilings(self, result: ShardResult, views: Views, originals: Pixels) -> None:
+        everyone = range(len(result.items))
+        resized = [
+            self.observers.compare_views(take_views(views, rows), originals[rows])
+            for rows in batched(everyone, self.batch_size)
+        ]
+        columns = {name: torch.cat([part[name] for part in resized]) for name in resized[0]}
+        result.put(f"{RESIZED_ORIGINAL}_", everyone, columns)
+        if isinstance(self.inverter, LatentInverter):
+            parts = [
+                to_pixels(self.inverter.round_trip(to_images(originals[rows])))
+                for rows in batched(everyone, self.batch_size)
+            ]
+            columns = self._compare(views, originals, torch.cat(parts))
+            result.put(f"{VAE_ROUND_TRIP}_", everyone, columns)
+
+    def _put_sampled_nulls(self, result: ShardResult, views: Views, originals: Pixels) -> None:
+        """The nulls that cost a sample each, with the noise of the reconstruction."""
+        rows = [i for i, item in enumerate(result.items) if item.has_null]
+        if not rows:
+            return
+        seen, squares = take_views(views, rows), originals[rows]
+        permuted, prior = [], []
+        for part in batched(range(len(rows)), self.batch_size):
+            items = [result.items[rows[i]] for i in part]
+            features = permute_cells(seen[OWN].features[part], self._permutation_of(items))
+            permuted.append(self._sample(items, features))
+            if isinstance(self.inverter, LatentInverter):
+                noise = noise_of(items)
+                prior.append(to_pixels(self.inverter.sample_prior(len(items), generator=noise)))
+        columns = self._compare(seen, squares, torch.cat(permuted))
+        result.put(f"{PERMUTED_CELLS}_", rows, columns)
+        if prior:
+            columns = self._compare(seen, squares, torch.cat(prior))
+            result.put(f"{PRIOR_ONLY}_", rows, columns)
+
+    def _sample(self, items: Sequence[Item], features: Features) -> Pixels:
+        return to_pixels(self.inverter.invert(features, generator=noise_of(items)))
+
+    def _permutation_of(self, items: Sequence[Item]) -> list[torch.Generator]:
+        return [make_generator(self.seed, item.id, PERMUTED_CELLS) for item in items]
+
+    def _label_columns(self, result: ShardResult, views: Views) -> dict[str, np.ndarray]:
+        """The class of the original, and whether the label is seen in both pictures."""
+        logits = views[OWN].logits
+        if logits is None:
+            return {}
+        original = logits.argmax(dim=1).double().cpu().numpy()
+        columns = {f"original_{PREDICTED}": original}
+        if self.class_of_label is not None and result.items[0].label is not None:
+            labels = [self.class_of_label[item.label or 0] for item in result.items]
+            wanted, seen = np.array(labels, dtype=np.float64), result.columns[PREDICTED]
+            columns["label_correct_original"] = (original == wanted).astype(np.float64)
+            columns["label_correct_reconstruction"] = (seen == wanted).astype(np.float64)
+        return columns
+
+    def _extract(self, extractor: ImageFeatures, pixels: Pixels) -> np.ndarray:
+        device = self.observers.own.device
+        with torch.no_grad():
+            parts = [
+                extractor(to_images(pixels[rows], device)).float().cpu()
+                for rows in batched(range(len(pixels)), self.batch_size)
+            ]
+        return torch.cat(parts).numpy()
+
+
+def find_partners(labels: Sequence[int | None]) -> list[int]:
+    """Returns another image for each, by the rotation that pairs the fewest of one class.
+
+    Empty where there is one image alone.
+    """
+    n = len(labels)
+
+    def n_same(shift: int) -> int:
+        pairs = ((labels[i], labels[(i + shift) % n]) for i in range(n))
+        return sum(a is not None and a == b for a, b in pairs)
+
+    shift = min(range(1, n), key=n_same, default=None)
+    return [] if shift is None else [(i + shift) % n for i in range(n)]
+
+
+def noise_of(items: Iterable[Item]) -> list[torch.Generator]:
+    """Returns the generator of each image's noise, from its beginning."""
+    return [torch.Generator().manual_seed(item.seed) for item in items]
+
+
+def batched(things: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Yields lists of `size`, the last one shorter."""
+    iterator = iter(things)
+    while batch := list(itertools.islice(iterator, size)):
+        yield batch
+
+
+def _fail(failures: list[dict[str, str]], item: Item, reason: str) -> None:
+    failures.append({"id": item.id, "error": f"{item.id} cannot be measured: {reason}."})

@@ -1,0 +1,254 @@
+"""Means with bootstrap intervals, and moments of features that stream in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from featinv_diffusion.errors import InputError
+
+_BLOCK = 2_000_000
+"""Drawn indices held at a time: 16 MB, whatever the number of images and resamples."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure with its bootstrap interval.
+
+    Args:
+        value: of all images.
+        low: the lower end.
+        high: the upper end.
+        n: the images it rests on.
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+def bootstrap_mean(
+    values: Sequence[float] | np.ndarray | Tensor,
+    *,
+    level: float = 0.95,
+    n_resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """Returns the mean with its percentile bootstrap interval (Efron and Tibshirani 1993, §13.3).
+
+    Images are what is resampled: one value per image. One seed draws the same images in each call,
+    so that figures of one run are comparable.
+
+    Raises:
+        InputError: no value, or one that is NaN or infinite.
+    """
+    columns = {"values": values}
+    return bootstrap_statistic(
+        columns, lambda means: means["values"], level=level, n_resamples=n_resamples, seed=seed
+    )
+
+
+def bootstrap_difference(
+    a: Sequence[float] | np.ndarray | Tensor,
+    b: Sequence[float] | np.ndarray | Tensor,
+    *,
+    level: float = 0.95,
+    n_resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """Returns the mean of a − b, paired: value i of both belongs to image i.
+
+    Raises:
+        InputError: as `bootstrap_statistic`.
+    """
+    return bootstrap_statistic(
+        {"a": a, "b": b},
+        lambda means: means["a"] - means["b"],
+        level=level,
+        n_resamples=n_resamples,
+        seed=seed,
+    )
+
+
+def bootstrap_statistic(
+    columns: Mapping[str, Sequence[float] | np.ndarray | Tensor],
+    statistic: Callable[[dict[str, float]], float],
+    *,
+    level: float = 0.95,
+    n_resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """Returns a function of the means of several columns, with its percentile bootstrap interval.
+
+    Row i of every column belongs to image i, and a resample draws the same images for all columns.
+
+    Args:
+        columns: one value per image each.
+        statistic: from the mean of each column to the figure, e.g. a ratio.
+        level: of the interval, 0.95 for 95 %.
+        n_resamples: how often the images are drawn anew.
+        seed: of the draws.
+
+    Raises:
+        InputError: no image, columns of different lengths, values that are NaN or infinite, or a
+            statistic that is so for all images or on a resample (a denominator at zero).
+    """
+    table = _to_table(columns)
+    if not 0 < level < 1 or n_resamples < 1:
+        raise InputError(
+            "A bootstrap needs a level between 0 and 1 and at least one resample, "
+            f"but level {level} and {n_resamples} resamples came."
+        )
+    value = _evaluate(statistic, list(columns), table.mean(axis=1))
+    if table.shape[1] == 1:
+        return Interval(value, value, value, 1)
+    resampled = [
+        _evaluate(statistic, list(columns), means)
+        for means in _resample_means(table, n_resamples, seed)
+    ]
+    low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(value, float(low), float(high), table.shape[1])
+
+
+class FeatureMoments:
+    """The mean and covariance of feature vectors that come in batches, in float64.
+
+    Memory is that of one covariance matrix, whatever the number of vectors. Batches are joined by
+    the pairwise update of Chan, Golub and LeVeque (1983), which does not cancel where the mean is
+    far from zero.
+
+    Args:
+        dim: d, the length of a vector.
+
+    Attributes:
+        count: vectors so far.
+        mean: `[d]`.
+    """
+
+    def __init__(self, dim: int):
+        self.dim = dim
+        self.count = 0
+        self.mean: np.ndarray = np.zeros(dim)
+        self._scatter: np.ndarray = np.zeros((dim, dim))
+
+    @property
+    def covariance(self) -> np.ndarray:
+        """`[d, d]`, divided by count − 1.
+
+        Raises:
+            InputError: fewer than two vectors.
+        """
+        if self.count < 2:
+            raise InputError(f"A covariance needs at least 2 images, but {self.count} came.")
+        return self._scatter / (self.count - 1)
+
+    def update(self, features: Float[Tensor, "n d"]) -> None:
+        """Adds a batch of vectors.
+
+        Raises:
+            InputError: vectors of another length, or NaN or infinite values.
+        """
+        if features.ndim != 2 or features.shape[1] != self.dim:
+            raise InputError(
+                f"Features must be [n, {self.dim}], but came with shape {list(features.shape)}."
+            )
+        batch = features.detach().cpu().to(torch.float64).numpy()
+        if not np.isfinite(batch).all():
+            raise InputError("Features must be finite, but NaN or infinite values came.")
+        if len(batch):
+            mean = batch.mean(axis=0)
+            centred = batch - mean
+            self._join(len(batch), mean, centred.T @ centred)
+
+    def merge(self, other: FeatureMoments) -> None:
+        """Adds the vectors that `other` has seen, e.g. those of another process.
+
+        Raises:
+            InputError: vectors of another length.
+        """
+        if other.dim != self.dim:
+            raise InputError(
+                f"Moments must be of vectors of one length, but {self.dim} and {other.dim} came."
+            )
+        if other.count:
+            self._join(other.count, other.mean, other._scatter)
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Returns arrays for `np.savez`; `from_state` reads them back with nothing lost."""
+        return {
+            "count": np.array(self.count, dtype=np.int64),
+            "mean": self.mean.copy(),
+            "scatter": self._scatter.copy(),
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> FeatureMoments:
+        """Builds what `state_dict` described; a loaded npz file serves as `state`."""
+        mean = np.asarray(state["mean"], dtype=np.float64)
+        moments = cls(len(mean))
+        moments.count, moments.mean = int(state["count"]), mean.copy()
+        moments._scatter = np.array(state["scatter"], dtype=np.float64)
+        return moments
+
+    def _join(self, count: int, mean: np.ndarray, scatter: np.ndarray) -> None:
+        total = self.count + count
+        shift = mean - self.mean
+        self._scatter += scatter + np.outer(shift, shift) * (self.count * count / total)
+        self.mean = self.mean + shift * (count / total)
+        self.count = total
+
+
+def _to_row(values: Any) -> np.ndarray:
+    array = values.detach().cpu() if isinstance(values, Tensor) else values
+    return np.asarray(array, dtype=np.float64)
+
+
+def _to_table(columns: Mapping[str, Any]) -> np.ndarray:
+    rows = {name: _to_row(values) for name, values in columns.items()}
+    shapes = {name: row.shape for name, row in rows.items()}
+    lengths = {row.shape for row in rows.values()}
+    if len(lengths) != 1 or len(next(iter(lengths))) != 1:
+        raise InputError(f"Columns must hold one value per image each, but have shapes {shapes}.")
+    table = np.stack(list(rows.values()))
+    if table.shape[1] == 0:
+        raise InputError("An interval needs at least one image, but none came.")
+    broken = [name for name, row in rows.items() if not np.isfinite(row).all()]
+    if broken:
+        raise InputError(
+            f"Values must be finite, but {', '.join(broken)} holds NaN or infinite ones. "
+            "Leave out the images that were not measured."
+        )
+    return table
+
+
+def _resample_means(table: np.ndarray, n_resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """Yields the mean of each column over n images drawn with replacement, n_resamples times."""
+    generator = np.random.default_rng(seed)
+    n_images = table.shape[1]
+    rows = max(1, _BLOCK // n_images)
+    for start in range(0, n_resamples, rows):
+        shape = (min(rows, n_resamples - start), n_images)
+        drawn = generator.integers(0, n_images, size=shape)
+        yield from np.stack([column[drawn].mean(axis=1) for column in table], axis=1)
+
+
+def _evaluate(
+    statistic: Callable[[dict[str, float]], float], names: list[str], means: np.ndarray
+) -> float:
+    named = dict(zip(names, means.tolist(), strict=True))
+    try:
+        value = float(statistic(named))
+    except ZeroDivisionError:
+        value = float("nan")
+    if not np.isfinite(value):
+        raise InputError(
+            f"A statistic must be finite on every resample, but is not where the means are {named}."
+        )
+    return value

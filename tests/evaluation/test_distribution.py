@@ -1,0 +1,153 @@
+"""Distances from what shards kept, and what is stated beside them."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from featinv_diffusion.errors import InputError
+from featinv_diffusion.evaluation import distribution
+from featinv_diffusion.evaluation.distribution import check_reference, measure_distributions
+from featinv_diffusion.evaluation.evaluator import ShardResult
+from featinv_diffusion.evaluation.selection import Item
+from featinv_diffusion.evaluation.storage import Shard, make_shards, write_shard
+from featinv_diffusion.metrics.extractors import ImageFeatures
+
+DIM = 3
+ORIGINALS = {"name": "photos", "pixels_sha256": "abc"}
+
+
+class Colour(ImageFeatures):
+    """The mean colour."""
+
+    def __init__(self, name: str):
+        super().__init__(
+            name=name, distance_name=f"distance_{name}", dim=DIM, conventions={"resize": "none"}
+        )
+        self.scale = nn.Parameter(torch.ones(()), requires_grad=False)
+
+    def _describe(self, pixels):
+        return self.scale * pixels.float().mean(dim=(2, 3)) / 255
+
+
+def vectors(n: int, shift: float = 0.0) -> np.ndarray:
+    return (np.random.default_rng(0).normal(size=(n, DIM)) + shift).astype(np.float32)
+
+
+def write(output: Path, made: np.ndarray, real: np.ndarray, names=("classifier",)) -> list[Shard]:
+    items = [Item(i, f"image{i}", None, i, False) for i in range(len(made))]
+    shards = make_shards(items, 16, output)
+    for shard in shards:
+        rows = [item.index for item in shard.items]
+        result = ShardResult(list(shard.items), [item.id for item in shard.items])
+        for name in names:
+            result.reconstructed[name], result.original[name] = made[rows], real[rows]
+        write_shard(result, shard)
+    return shards
+
+
+def measure(shards, names=("classifier",), **options):
+    extractors = {name: Colour(name) for name in names}
+    return measure_distributions(shards, extractors, ORIGINALS, size=8, batch_size=4, **options)
+
+
+def test_a_shift_of_all_vectors_is_its_square(tmp_path: Path):
+    shards = write(tmp_path, vectors(40, 0.5), vectors(40))
+    figure = measure(shards)["distance_classifier"]
+    assert figure["value"] == pytest.approx(DIM * 0.25, abs=1e-5)
+    assert (figure["n"], figure["n_reference"], figure["dim"]) == (40, 40, DIM)
+    assert figure["reference"] == ORIGINALS
+    assert figure["conventions"] == {"images": "rounded to 8 bits", "resize": "none"}
+    assert figure["rank_deficient"] is False
+    json.dumps(figure, allow_nan=False)
+
+
+def test_inception_has_kid_precision_and_recall_besides(tmp_path: Path):
+    names = ("classifier", "inception")
+    shards = write(tmp_path, vectors(40), vectors(40), names)
+    figures = measure(shards, names)
+    assert set(figures) == {
+        "distance_classifier",
+        "distance_inception",
+        "kid",
+        "precision",
+        "recall",
+    }
+    assert figures["kid"]["subset_size"] == 40
+    assert figures["precision"]["value"] == figures["recall"]["value"] == 1
+    assert figures["precision"]["reference"] == ORIGINALS
+    json.dumps(figures, allow_nan=False)
+
+
+def test_a_folder_as_reference_serves_all_but_the_classifier(tmp_path: Path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    shades = [10, 60, 130, 200, 250]
+    for shade in shades:
+        Image.new("RGB", (20, 10), (shade, shade, shade)).save(photos / f"{shade}.png")
+    names = ("classifier", "inception")
+    shards = write(tmp_path / "out", vectors(6), vectors(6), names)
+    figures = measure(shards, names, reference=str(photos))
+    figure = figures["distance_inception"]
+    assert (figure["n"], figure["n_reference"]) == (6, 5)
+    assert figure["reference"]["name"] == str(photos)
+    assert len(figure["reference"]["sha256"]) == 64
+    assert "8×8" in figure["reference"]["preparation"]
+    assert figures["distance_classifier"]["reference"] == ORIGINALS
+    a, b = vectors(6).astype(np.float64), np.repeat(np.array(shades)[:, None] / 255, DIM, axis=1)
+    means = np.square(a.mean(0) - b.mean(0)).sum()
+    # b has one direction, u: the root of the product is that of uᵀ Σ_a u times b's variance.
+    spread_a, spread_b = np.cov(a.T), b[:, 0].var(ddof=1)
+    u = np.ones(DIM) / np.sqrt(DIM)
+    root = np.sqrt(u @ spread_a @ u * DIM * spread_b)
+    expected = means + np.trace(spread_a) + DIM * spread_b - 2 * root
+    assert figure["value"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_one_image_has_no_distance(tmp_path: Path):
+    assert measure(write(tmp_path, vectors(1), vectors(1))) == {}
+
+
+def test_memory_does_not_grow_with_the_number_of_images():
+    part = np.random.default_rng(0).normal(size=(100, 64)).astype(np.float32)
+
+    def peak(n_parts: int) -> int:
+        parts = (([f"{i}/{j}" for j in range(100)], part + i) for i in range(n_parts))
+        tracemalloc.start()
+        distribution._fold(parts, 64)
+        used = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return used
+
+    few = peak(300)  # 30,000 vectors, more than a sample holds at any time
+    assert peak(900) < 1.1 * few
+
+
+@pytest.mark.parametrize(
+    ("reference", "extractors", "sentence"),
+    [
+        ("FOLDER", ["classifier"], "serves --fid and --fd-dinov2"),
+        ("FOLDER", ["classifier", "inception"], "holds no picture"),
+        ("none.npz", ["classifier", "inception"], "a folder of images or an npz file"),
+        ("MOMENTS", ["classifier", "dinov2"], "holds no images"),
+    ],
+)
+def test_a_reference_that_cannot_serve_is_refused(tmp_path, reference, extractors, sentence):
+    np.savez(tmp_path / "moments.npz", mu=np.zeros(2), sigma=np.eye(2))
+    (tmp_path / "empty").mkdir()
+    path = {"FOLDER": tmp_path / "empty", "MOMENTS": tmp_path / "moments.npz"}
+    with pytest.raises(InputError, match=sentence):
+        check_reference(str(path.get(reference, reference)), extractors)
+
+
+def test_a_reference_that_can_serve(tmp_path: Path):
+    np.savez(tmp_path / "moments.npz", mu=np.zeros(2), sigma=np.eye(2))
+    check_reference(None, ["classifier"])
+    check_reference(str(tmp_path / "moments.npz"), ["classifier", "inception"])
