@@ -21,15 +21,20 @@ RUN_KEYS_THAT_MATTER = ("run.mixed_precision", "run.n_validation_images")
 
 
 class Progress:
-    """How far a run is; `batch` counts micro-batches of the current epoch, on each process."""
+    """How far a run is.
+
+    `batch` counts micro-batches of the current epoch, on each process; `seconds` are those of all
+    sittings that led to the last checkpoint.
+    """
 
     def __init__(self) -> None:
         self.step = self.epoch = self.batch = self.micro_step = 0
+        self.seconds = 0.0
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, float]:
         return dict(vars(self))
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from omegaconf import OmegaConf
 from transformers import CLIPTextModel, CLIPTokenizer, TimmWrapperForImageClassification
 
 from featinv_diffusion.config import load_config
-from featinv_diffusion.diffusion.bundled import write_bundled, write_bundled_backbone
+from featinv_diffusion.diffusion.bundled import BASE, write_bundled, write_bundled_backbone
 from featinv_diffusion.diffusion.featinv_controlnet import FeatureControlNet
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
 from featinv_diffusion.diffusion.model_card import CardInfo
@@ -30,18 +31,23 @@ MEMBERS = {
     "swin": "controlnet-swin.yaml",
 }
 """Member → config of its ControlNet; the first is packed with the base that all share."""
+TEXT_TO_IMAGE = "text_to_image.yaml"
 CLASSIFIERS = {"vit": "vit.yaml"}
 """Member without a pipeline → config of its classifier."""
 STAGES = (
     *(("classifier", name) for name in ("resnet-small.yaml", "resnet.yaml", "convnext.yaml")),
     *(("classifier", name) for name in ("swin.yaml", "vit-half.yaml", "vit.yaml")),
     ("autoencoder", "autoencoder.yaml"),
-    ("text_to_image", "text_to_image.yaml"),
+    ("text_to_image", TEXT_TO_IMAGE),
     *(("controlnet", name) for name in MEMBERS.values()),
 )
 """(script in train/, config) in an order in which each finds what it needs."""
 
 COMMAND = "python train/tiny.py --data TINY_IMAGENET_200"
+CURVES = """\
+Configs in `configs/tiny`; held-back training images: all 1,000 for the classifier, 250 for the
+autoencoder, one sample of each of 64 for the ControlNet.
+"""
 LIMITS = """\
 ## Data
 
@@ -59,16 +65,24 @@ docs/tiny-results.md has the figures on validation images that nothing was train
 def pack_family(family: Path) -> Iterator[Path]:
     """Packs every member whose training is finished, the first with the base, and yields them.
 
+    What else the family held is removed: it was trained on another base.
+
     Raises:
         InputError: the first member is not trained yet, or one was trained on another base.
     """
+    packed = {BASE}
     for number, (name, config) in enumerate(MEMBERS.items()):
         path = CONFIGS / config
         if number == 0 or _final(path).exists():
+            packed.add(name)
             yield pack_member(path, family, name, replace_base=number == 0)
     for name, config in CLASSIFIERS.items():
         if _final(CONFIGS / config).exists():
+            packed.add(name)
             yield pack_classifier(CONFIGS / config, family, name)
+    for folder in family.iterdir():
+        if folder.is_dir() and folder.name not in packed:
+            shutil.rmtree(folder)
 
 
 def pack_member(config_path: Path, family: Path, name: str, *, replace_base: bool) -> Path:
@@ -97,10 +111,12 @@ def pack_member(config_path: Path, family: Path, name: str, *, replace_base: boo
         default_guidance_scale=validation.guidance_scale,
         default_guidance=validation.guidance,
     )
+    text_to_image = OmegaConf.load(CONFIGS / TEXT_TO_IMAGE)
     stages = {
-        "classifier, on 1,000 images": Path(config.model.backbone).parents[1],
+        "classifier": Path(config.model.backbone).parents[1],
+        "autoencoder": Path(text_to_image.model.vae).parents[1],
         "text-to-image model": base.parent,
-        f"ControlNet, on {config.run.n_validation_images} images": final.parent,
+        f"ControlNet ({config_path})": final.parent,
     }
     notes = f"{_curves(stages)}\n{LIMITS}"
     info = CardInfo(command=COMMAND, license="other", notes=notes)
@@ -116,7 +132,7 @@ def pack_classifier(config_path: Path, family: Path, name: str) -> Path:
         f"---\nlibrary_name: timm\nlicense: other\n---\n\n# {family.name}/{name}\n\n"
         f"A small {architecture} that `load_backbone('{family.name}/{name}')` gives.\n\n"
         f"Made by `{COMMAND}`.\n\n"
-        f"{_curves({'classifier, on 1,000 images': final.parent})}\n{LIMITS}"
+        f"{_curves({f'classifier ({config_path})': final.parent})}\n{LIMITS}"
     )
     return write_bundled_backbone(wrapper, family, name, card)
 
@@ -127,13 +143,17 @@ def _final(config_path: Path) -> Path:
 
 def _curves(stages: dict[str, Path]) -> str:
     """The validation records of each stage as tables: its curves, and in the last row its end."""
-    parts = ["## Figures while training\n\nOn held-back training images, one sample of each.\n"]
+    parts = ["## Recipe and figures while training\n", CURVES]
     for title, output in stages.items():
-        lines = (output / "validation.jsonl").read_text().splitlines()
-        records = [json.loads(line) for line in lines]
-        parts.append(f"| {title}: step | {' | '.join(list(records[-1])[1:])} |")
-        parts.append("|---" * len(records[-1]) + "|")
-        for step, *values in (record.values() for record in records):
-            parts.append(f"| {step} | {' | '.join(f'{value:.3f}' for value in values)} |")
+        path = output / "validation.jsonl"
+        if not path.exists():
+            raise InputError(f"{path} must hold the figures of the {title}, but is not there.")
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        names = [name for name in records[-1] if name != "step"]
+        parts.append(f"| {title}: step | {' | '.join(names)} |")
+        parts.append("|---" * (1 + len(names)) + "|")
+        for record in records:
+            values = (f"{record[name]:.3f}" if name in record else "–" for name in names)
+            parts.append(f"| {record['step']} | {' | '.join(values)} |")
         parts.append("")
     return "\n".join(parts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -198,6 +199,7 @@ class _Run:
         self.accelerator.print(f"world size {self.accelerator.num_processes}")
         self._resume()
         self._start_tracker()
+        self.started = time.monotonic() - self.progress.seconds
         resumed_at = self.progress.step
         if self.accelerator.is_main_process:
             remove_partial(self.output)
@@ -284,6 +286,7 @@ class _Run:
             self._checkpoint()
 
     def _checkpoint(self) -> None:
+        self.progress.seconds = time.monotonic() - self.started
         save_checkpoint(
             self.accelerator,
             self.output,
@@ -334,8 +337,10 @@ class _Run:
             )
             listing = ", ".join(f"{k} {v:.4f}" for k, v in scalars.items())
             self.accelerator.print(f"step {self.progress.step}: {listing}")
+            minutes = round((time.monotonic() - self.started) / 60, 1)
+            record = {"step": self.progress.step, "minutes": minutes, **scalars}
             with (self.output / "validation.jsonl").open("a") as file:
-                file.write(json.dumps({"step": self.progress.step, **scalars}) + "\n")
+                file.write(json.dumps(record) + "\n")
             for name, picture in pictures.items():
                 self._log_picture(name, picture)
         self.accelerator.wait_for_everyone()

@@ -15,7 +15,7 @@ from featinv_diffusion.errors import InputError
 from featinv_diffusion.training import family
 from tests import tiny
 
-RECORDS = [{"step": 3, "figure": 0.25}, {"step": 7, "figure": 0.5}]
+RECORDS = [{"step": 3, "figure": 0.25}, {"step": 7, "minutes": 1.5, "figure": 0.5}]
 
 
 @pytest.fixture
@@ -24,8 +24,10 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("vae", "unet", "text_encoder", "tokenizer", "scheduler"):
         getattr(tiny, f"make_{name}")().save_pretrained(str(tmp_path / "base/final" / name))
     tiny.make_backbone().save_pretrained(str(tmp_path / "classifier/final/classifier"))
-    for stage in ("base", "classifier"):
+    for stage in ("base", "classifier", "autoencoder"):
         write_records(tmp_path / stage)
+    vae = {"vae": str(tmp_path / "autoencoder/final/vae")}
+    write_config(tmp_path / "text_to_image.yaml", tmp_path / "base", vae)
     write_config(tmp_path / "vit.yaml", tmp_path / "classifier", {})
     for member in ("convnext", "convnext-pooled"):
         model = {
@@ -67,12 +69,9 @@ def test_a_packed_family_loads_with_its_defaults(runs: Path) -> None:
     assert [member.name for member in members] == ["convnext", "convnext-pooled", "vit"]
     assert bundled.list_bundled() == ["tiny/convnext", "tiny/convnext-pooled"]
     card = (members[0] / "README.md").read_text()
-    assert "| ControlNet, on 16 images: step | figure |" in card
-    assert card.count("| 3 | 0.250 |\n| 7 | 0.500 |") == 3
-    assert str(runs) not in card
-    assert card.count("| 7 | 0.500 |") == 3 * (members[2] / "README.md").read_text().count(
-        "| 7 | 0.500 |"
-    )
+    assert "convnext.yaml): step | minutes | figure |" in card
+    assert card.count("| 3 | – | 0.250 |\n| 7 | 1.500 | 0.500 |") == 4
+    assert (members[2] / "README.md").read_text().count("| 7 | 1.500 | 0.500 |") == 1
     pipeline = bundled.load_bundled("tiny/convnext")
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline.config["default_num_inference_steps"] == 3
@@ -92,5 +91,8 @@ def test_only_finished_members_are_packed_but_the_first_must_be(runs: Path) -> N
         list(family.pack_family(runs / "assets/tiny"))
     assert not (runs / "assets").exists()
     train(runs, "convnext")
+    (runs / "assets/tiny/trained-on-another-base").mkdir(parents=True)
     names = [member.name for member in family.pack_family(runs / "assets/tiny")]
     assert names == ["convnext", "vit"]
+    folders = {path.name for path in (runs / "assets/tiny").iterdir()}
+    assert folders == {"base", "convnext", "vit"}

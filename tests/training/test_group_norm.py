@@ -46,3 +46,23 @@ def test_a_module_keeps_its_weights_and_gives_the_same_gradient() -> None:
     assert norm.state_dict().keys() == before.keys()
     assert type(norm.forward(x).grad_fn).__name__.startswith("ChannelsLastGroupNorm")
     torch.testing.assert_close(norm.weight.grad, wanted, rtol=1e-3, atol=1e-2)
+
+
+def test_half_precision_stays_near_the_exact_result_where_the_mean_is_large() -> None:
+    torch.manual_seed(0)
+    exact = (torch.randn(2, 16, 16, 16, dtype=torch.float64) + 30).bfloat16().double()
+    x = exact.bfloat16().contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.ones(16), torch.zeros(16)
+    wanted = F.group_norm(exact, 4, eps=1e-5)
+    ours = ChannelsLastGroupNorm.apply(x, weight, bias, 4, 1e-5).double()
+    assert float((ours - wanted).abs().max()) < 0.02
+
+
+def test_a_norm_that_also_activates_is_left_alone() -> None:
+    class NormAct(nn.GroupNorm):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return super().forward(input).relu()
+
+    norm = NormAct(2, 8)
+    speed_up_group_norms(nn.Sequential(norm))
+    assert float(norm(random_map(1, 8, 16, 16).float()).min()) >= 0
