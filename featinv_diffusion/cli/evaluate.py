@@ -127,7 +127,7 @@ def evaluate(
     ] = None,
     shard_size: Annotated[
         int | None,
-        typer.Option(help="Images that one process does at a time.", show_default="64"),
+        typer.Option(help="Images that one process does at a time, 2–512.", show_default="64"),
     ] = None,
     save_images: Annotated[
         bool | None,
@@ -140,7 +140,7 @@ def evaluate(
     Writes metrics.json (each figure with its interval, beside nulls and ceilings),
     per_image.parquet and metrics.md. Runs on any number of processes as
     `accelerate launch -m featinv_diffusion evaluate …`; the same command again finishes what was
-    interrupted.
+    interrupted and tries again what failed.
     """
     given = {key: value for key, value in locals().items() if key not in ("config", "output")}
     settings = _read_settings(config, given)
@@ -155,8 +155,10 @@ def _read_settings(config: Path | None, given: dict[str, Any]) -> EvaluationSett
     from featinv_diffusion.evaluation.dataset import EXAMPLE
     from featinv_diffusion.evaluation.settings import EvaluationSettings
 
-    if names := given.get("evaluated_by"):
+    if (names := given.get("evaluated_by")) is not None:
         given["evaluated_by"] = tuple(name.strip() for name in names.split(",") if name.strip())
+        if not given["evaluated_by"]:
+            raise InputError("--evaluated-by must name a backbone, or several as A,B.")
     chosen = {key: value for key, value in given.items() if value is not None}
     settings = replace(load_config(EvaluationSettings, config), **chosen)
     if not settings.data:
@@ -181,7 +183,7 @@ def _run(settings: EvaluationSettings, output: Path) -> None:
     accelerator.end_training()
     if metrics is not None:
         _report(metrics, output)
-        if metrics["failures"]:
+        if metrics["failures"] or metrics["partial_failures"]:
             raise typer.Exit(1)
 
 
@@ -192,7 +194,7 @@ def _report(metrics: dict[str, Any], output: Path) -> None:
     from featinv_diffusion.evaluation.report import to_cell
     from featinv_diffusion.evaluation.run import METRICS, TABLE
 
-    for failure in metrics["failures"]:
+    for failure in (*metrics["failures"], *metrics["partial_failures"]):
         print(f"Failed: {failure['error']}", file=sys.stderr)
     parts = [f"cosine {to_cell(metrics['cosine'])}"]
     if normalised := metrics["normalised_agreement"]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from PIL import Image
 
 from featinv_diffusion.data import read_class_titles
 from featinv_diffusion.errors import InputError
+from featinv_diffusion.evaluation.splits import find_split
 from featinv_diffusion.images import decode_image, list_images, read_image
 
 EXAMPLE = "e.g. --data validation.parquet, --data photos/ or --data ILSVRC/imagenet-1k"
@@ -25,12 +27,18 @@ class ImageSet:
         ids: file path below the folder, or file stem and row.
         labels: index into `class_names` of each; None where there are no classes.
         read: decodes one; an `InputError` where it cannot be.
+        split: that was chosen; None where the data have none.
+        fingerprint: of the contents: sizes and times of files, or the Hub's revision.
+        notes: what a user may not expect, a sentence each.
     """
 
     ids: list[str]
     labels: list[int] | None
     class_names: list[str] | None
     read: Callable[[int], Image.Image]
+    split: str | None = None
+    fingerprint: str = ""
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -45,16 +53,19 @@ def open_images(
         exclude: folder whose pictures are left out, i.e. the output.
 
     Raises:
-        InputError: nothing there, no images in it, or no columns with images.
+        InputError: nothing there, no images in it, no columns with images, or other splits than
+            the one asked for.
     """
     if not data:
         raise InputError(f"The images to evaluate on must be named, {EXAMPLE}.")
     path = Path(data).expanduser()
     if path.is_dir():
-        part = path / split if (path / split).is_dir() else path
-        if tables := sorted(part.glob(f"{split}*.parquet")) or sorted(part.glob("*.parquet")):
-            return open_table(tables, None, split, classes)
-        return open_folder(part, classes, exclude)
+        part = find_split(path, split)
+        if part.tables:
+            images = open_table(part.tables, None, split, classes)
+        else:
+            images = open_folder(part.folder, classes, exclude)
+        return replace(images, split=part.split)
     if path.suffix in (".parquet", ".pq"):
         if not path.is_file():
             raise InputError(f"A parquet file must exist at {path}, but nothing is there.")
@@ -71,9 +82,19 @@ def open_folder(folder: Path, classes: str | None = None, exclude: Path | None =
     left_out = exclude.resolve() if exclude else None
     paths = [path for path in list_images(folder) if left_out not in path.resolve().parents]
     parts = [path.relative_to(folder).parts for path in paths]
-    if classes is None and any(len(part) == 1 for part in parts):
+    fingerprint = _fingerprint(paths)
+    n_loose = sum(len(part) == 1 for part in parts)
+    if classes is None and n_loose:
         ids = ["/".join(part) for part in parts]
-        return ImageSet(ids, None, None, lambda index: read_image(paths[index]))
+        notes = _note_of_loose(folder, n_loose) if n_loose < len(parts) else ()
+        return ImageSet(
+            ids,
+            labels=None,
+            class_names=None,
+            read=lambda index: read_image(paths[index]),
+            fingerprint=fingerprint,
+            notes=notes,
+        )
     titles = _read_titles(classes)
     names = list(titles) if titles else sorted({part[0] for part in parts})
     if missing := set(names) - {part[0] for part in parts}:
@@ -88,7 +109,25 @@ def open_folder(folder: Path, classes: str | None = None, exclude: Path | None =
         labels=[number[parts[i][0]] for i in kept],
         class_names=[titles.get(name) or name for name in names],
         read=lambda index: read_image(paths[kept[index]]),
+        fingerprint=fingerprint,
     )
+
+
+def _note_of_loose(folder: Path, n_loose: int) -> tuple[str]:
+    lie = "picture lies" if n_loose == 1 else "pictures lie"
+    return (
+        f"{n_loose} {lie} in {folder} itself, beside folders, so that the folders are not taken "
+        "for classes and the images have no labels.",
+    )
+
+
+def _fingerprint(paths: Iterable[Path]) -> str:
+    """Hashes names, sizes and times of change, which a file that is replaced does not keep."""
+    digest = hashlib.sha256()
+    for path in paths:
+        stat = path.stat()
+        digest.update(f"{path.name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
 
 
 def _read_titles(classes: str | None) -> dict[str, str]:
@@ -132,7 +171,9 @@ def open_table(
             return read_image(path)
         return decode_image(content or b"", f"{source}, {ids[index]}")
 
-    return ImageSet(ids, labels, class_names, read)
+    fingerprint = _fingerprint(files) if files else str(table._fingerprint)
+    split_of_hub = split if name else None
+    return ImageSet(ids, labels, class_names, read, split_of_hub, fingerprint)
 
 
 def _load_table(files: Sequence[Path], name: str | None, split: str) -> Any:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import zipfile
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from featinv_diffusion.backbones import Backbone
-from featinv_diffusion.errors import InputError
 from featinv_diffusion.evaluation.settings import EvaluationSettings
 from featinv_diffusion.evaluation.storage import ORIGINAL, RECONSTRUCTED, Shard, read_features
-from featinv_diffusion.images import list_images
 from featinv_diffusion.metrics.dinov2 import load_dinov2
 from featinv_diffusion.metrics.distribution import (
     frechet_distance,
@@ -24,12 +20,12 @@ from featinv_diffusion.metrics.distribution import (
 )
 from featinv_diffusion.metrics.extractors import ClassifierFeatures, ImageFeatures
 from featinv_diffusion.metrics.inception import InceptionFeatures
-from featinv_diffusion.metrics.reference import load_reference
+from featinv_diffusion.metrics.reference import check_reference, load_reference
 from featinv_diffusion.metrics.samples import FeatureSample
 from featinv_diffusion.metrics.statistics import FeatureMoments
 
 CLASSIFIER, INCEPTION, DINOV2 = "classifier", "inception", "dinov2"
-KID_SUBSET, NEIGHBOUR = 1000, 3
+KID_SUBSET, KID_SUBSETS, NEIGHBOUR = 1000, 100, 3
 
 Figure = dict[str, Any]
 
@@ -56,29 +52,16 @@ def load_extractors(settings: EvaluationSettings, backbone: Backbone) -> dict[st
     return {name: extractor.to(backbone.device) for name, extractor in extractors.items()}
 
 
-def check_reference(path: str | None, extractors: Collection[str]) -> None:
+def check_references(path: str | None, extractors: Mapping[str, ImageFeatures]) -> None:
     """Finds out before any sampling whether a reference can serve.
 
     Raises:
-        InputError: nothing there, a file of another kind, or moments alone where vectors of
-            another network than Inception are compared.
+        InputError: nothing there, a file of another kind, or moments of other features.
     """
-    if path is None:
-        return
-    if set(extractors) == {CLASSIFIER}:
-        raise InputError("A reference serves --fid and --fd-dinov2; give one of them, or none.")
-    if Path(path).is_dir():
-        list_images(path)
-        return
-    if not zipfile.is_zipfile(path):
-        raise InputError(f"The reference must be a folder of images or an npz file, not {path}.")
-    with zipfile.ZipFile(path) as archive:
-        has_images = "arr_0.npy" in archive.namelist()
-    if DINOV2 in extractors and not has_images:
-        raise InputError(
-            f"The reference {path} holds no images (arr_0), which --fd-dinov2 needs. "
-            "Give a folder of images, or leave --fd-dinov2 out."
-        )
+    if path is not None:
+        for name, extractor in extractors.items():
+            if name != CLASSIFIER:
+                check_reference(path, extractor)
 
 
 def measure_distributions(
@@ -102,8 +85,6 @@ def measure_distributions(
     figures: Figure = {}
     for name, extractor in extractors.items():
         made = _fold(read_features(shards, RECONSTRUCTED, name), extractor.dim)
-        if made.moments.count < 2:
-            continue
         if reference is None or name == CLASSIFIER:
             real = _fold(read_features(shards, ORIGINAL, name), extractor.dim)
             stated = originals
@@ -111,6 +92,8 @@ def measure_distributions(
             real = load_reference(reference, extractor, size=size, batch_size=batch_size)
             stated = {"name": real.source, "sha256": real.sha256, "preparation": real.preparation}
         basis = {"reference": stated, "conventions": extractor.conventions}
+        if made.moments.count < 2 or real.moments.count in (0, 1):
+            continue
         distance = frechet_distance(made.moments, real.moments)
         figures[extractor.distance_name] = {**asdict(distance), **basis}
         if name == INCEPTION and real.sample is not None:
@@ -119,12 +102,16 @@ def measure_distributions(
 
 
 def _fold(parts: Iterable[tuple[list[str], np.ndarray]], dim: int) -> _Spread:
-    """Folds parts of a stream, in the memory of a sample and a covariance."""
+    """Folds parts of a stream, in the memory of a sample and a covariance.
+
+    Vectors of NaN, which the evaluator has reported, are left out.
+    """
     spread = _Spread(FeatureMoments(dim), FeatureSample(dim))
     for ids, vectors in parts:
-        features = torch.from_numpy(vectors)
+        fine = np.flatnonzero(np.isfinite(vectors).all(axis=1)).tolist()
+        features = torch.from_numpy(vectors[fine])
         spread.moments.update(features)
-        spread.sample.update(features, ids)
+        spread.sample.update(features, [ids[i] for i in fine])
     return spread
 
 
@@ -133,10 +120,18 @@ def _of_vectors(made: FeatureSample, real: FeatureSample) -> Figure:
     a, b = made.features, real.features
     sizes: Figure = {"n": len(a), "n_reference": len(b)}
     n_least = min(len(a), len(b))
-    subset = min(KID_SUBSET, n_least)
-    kid = kernel_distance(a, b, subset_size=subset)
-    figures: Figure = {"kid": {"value": kid.mean, "std": kid.std, "subset_size": subset, **sizes}}
+    figures: Figure = {"kid": {**_kid(a, b), **sizes}} if n_least >= 2 else {}
     if n_least > NEIGHBOUR:
         for key, value in precision_recall(a, b, k=NEIGHBOUR)._asdict().items():
             figures[key] = {"value": value, "k": NEIGHBOUR, **sizes}
     return figures
+
+
+def _kid(made: torch.Tensor, real: torch.Tensor) -> Figure:
+    """The KID; `std` is None where a subset is a whole set, so that subsets do not differ in it."""
+    sizes = len(made), len(real)
+    subset = min(KID_SUBSET, *sizes)
+    n_subsets = 1 if subset == max(sizes) else KID_SUBSETS
+    kid = kernel_distance(made, real, subset_size=subset, n_subsets=n_subsets)
+    std = None if subset == min(sizes) else kid.std
+    return {"value": kid.mean, "std": std, "subset_size": subset, "n_subsets": n_subsets}

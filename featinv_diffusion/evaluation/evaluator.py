@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import TypeVar
@@ -20,51 +20,26 @@ from featinv_diffusion.evaluation.observers import (
     Columns,
     Observers,
     Pixels,
+    View,
     Views,
+    finite_rows,
     join_views,
     take_views,
     to_images,
     to_pixels,
 )
+from featinv_diffusion.evaluation.result import ShardResult
 from featinv_diffusion.evaluation.selection import Item
 from featinv_diffusion.features import permute_cells
 from featinv_diffusion.images import center_square, to_tensor
 from featinv_diffusion.inverters.base import Inverter, LatentInverter
 from featinv_diffusion.metrics.extractors import ImageFeatures
 from featinv_diffusion.seeds import make_generator
-from featinv_diffusion.types import Features
+from featinv_diffusion.types import Images
 
 T = TypeVar("T")
 OTHER_IMAGE, PERMUTED_CELLS, PRIOR_ONLY = NULLS = ("other_image", "permuted_cells", "prior_only")
 VAE_ROUND_TRIP, RESIZED_ORIGINAL = CEILINGS = ("vae_round_trip", "resized_original")
-
-
-@dataclass
-class ShardResult:
-    """What is kept of a shard.
-
-    Args:
-        items: those that were measured; rows of everything below.
-        digests: SHA-256 of the pixels of each original, at the resolution of the samples.
-        columns: float64, NaN where a figure was not taken.
-        failures: `id` and `error` of each image that could not be measured.
-        reconstructed, original: feature vectors `[n, d]` by extractor, for distances.
-    """
-
-    items: list[Item]
-    digests: list[str] = field(default_factory=list)
-    columns: dict[str, np.ndarray] = field(default_factory=dict)
-    failures: list[dict[str, str]] = field(default_factory=list)
-    pixels: Pixels | None = None
-    reconstructed: dict[str, np.ndarray] = field(default_factory=dict)
-    original: dict[str, np.ndarray] = field(default_factory=dict)
-
-    def put(self, prefix: str, rows: Sequence[int], columns: Columns) -> None:
-        """Sets figures of some rows under prefixed names."""
-        for name, values in columns.items():
-            column = np.full(len(self.items), np.nan)
-            column[list(rows)] = values.double().numpy()
-            self.columns[prefix + name] = column
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,8 +55,8 @@ class Evaluator:
     """Measures images with models that are loaded once.
 
     Args:
-        extractors: by name; their vectors are kept for distances of distributions.
-        originals_for: the extractors that look at the originals too.
+        extractors: by name; their vectors of originals and reconstructions are kept for distances
+            of distributions.
         seed: of the permutation of cells.
         class_of_label: a label to the class of the own backbone; None where they are not known to
             correspond.
@@ -93,7 +68,6 @@ class Evaluator:
     batch_size: int
     seed: int = 0
     extractors: Mapping[str, ImageFeatures] = field(default_factory=dict)
-    originals_for: Collection[str] = ()
     class_of_label: Sequence[int] | None = None
 
     def run(self, items: Sequence[Item]) -> ShardResult:
@@ -107,16 +81,19 @@ class Evaluator:
         originals = torch.cat([b.originals for b in batches])
         result.digests = [sha256(square.numpy().tobytes()).hexdigest() for square in originals]
         result.pixels = samples = torch.cat([b.samples for b in batches])
+        seen = self._view(samples)
         everyone = range(len(result.items))
-        result.put("", everyone, self._compare(views, originals, samples))
-        result.columns.update(self._label_columns(result, views))
-        self._put_other_image(result, views, originals, samples)
+        result.put("", everyone, self._compare(views, originals, seen, samples))
+        result.columns.update(self._label_columns(result, views[OWN], seen[OWN]))
+        self._put_other_image(result, views, originals, seen, samples)
         self._put_ceilings(result, views, originals)
         self._put_sampled_nulls(result, views, originals)
         for name, extractor in self.extractors.items():
             result.reconstructed[name] = self._extract(extractor, samples)
-            if name in self.originals_for:
-                result.original[name] = self._extract(extractor, originals)
+            result.original[name] = self._extract(extractor, originals)
+            for side in (result.reconstructed, result.original):
+                for row in np.flatnonzero(~np.isfinite(side[name]).all(axis=1)).tolist():
+                    result.miss(row, name, ["vector for the distance"])
         return result
 
     @property
@@ -135,16 +112,16 @@ class Evaluator:
         for batch in batched(readable, self.batch_size):
             members, pictures = [item for item, _ in batch], [picture for _, picture in batch]
             views = self.observers.view_originals(pictures)
-            finite = views[OWN].features.flatten(1).isfinite().all(dim=1)
+            finite = views[OWN].is_finite
             features = views[OWN].features.nan_to_num(posinf=0, neginf=0)
             samples = self.inverter.invert(features, generator=noise_of(members))
-            sampled = samples.flatten(1).isfinite().all(dim=1)
+            sampled = finite_rows(samples)
             for i, item in enumerate(members):
                 if not finite[i]:
-                    _fail(failures, item, "its features hold NaN or infinite values")
+                    _fail(failures, item, "its features or class scores are not finite")
                 elif not sampled[i]:
                     _fail(failures, item, "its sample holds NaN values; use --dtype float32")
-            kept = [i for i, fine in enumerate((finite.cpu() & sampled.cpu()).tolist()) if fine]
+            kept = [i for i, fine in enumerate((finite & sampled).tolist()) if fine]
             if kept:
                 size = samples.shape[-1]
                 squares = to_tensor([center_square(pictures[i], size) for i in kept])
@@ -166,79 +143,100 @@ class Evaluator:
 
     # ---- comparisons ---------------------------------------------------------------------------
 
-    def _compare(self, views: Views, originals: Pixels, pixels: Pixels) -> Columns:
+    def _view(self, pixels: Pixels) -> Views:
+        rows = batched(range(len(pixels)), self.batch_size)
+        return join_views([self.observers.view_pixels(pixels[part]) for part in rows])
+
+    def _compare(self, views: Views, originals: Pixels, seen: Views, pixels: Pixels) -> Columns:
         """Compares row by row, a batch at a time; `views` are those of the originals."""
         parts = [
-            self.observers.compare_views(take_views(views, rows), pixels[rows])
+            self.observers.compare_views(take_views(views, rows), take_views(seen, rows))
             | self.observers.compare_pixels(originals[rows], pixels[rows])
             for rows in batched(range(len(pixels)), self.batch_size)
         ]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _put_other_image(
-        self, result: ShardResult, views: Views, originals: Pixels, samples: Pixels
+        self, result: ShardResult, views: Views, originals: Pixels, seen: Views, samples: Pixels
     ) -> None:
         """The reconstruction of another image of the shard, beside the original."""
         partners = find_partners([item.label for item in result.items])
         if partners:
-            columns = self._compare(views, originals, samples[partners])
+            columns = self._compare(views, originals, take_views(seen, partners), samples[partners])
             result.put(f"{OTHER_IMAGE}_", range(len(partners)), columns)
 
     def _put_ceilings(self, result: ShardResult, views: Views, originals: Pixels) -> None:
         everyone = range(len(result.items))
-        resized = [
-            self.observers.compare_views(take_views(views, rows), originals[rows])
-            for rows in batched(everyone, self.batch_size)
-        ]
-        columns = {name: torch.cat([part[name] for part in resized]) for name in resized[0]}
+        columns = self.observers.compare_views(views, self._view(originals))
         result.put(f"{RESIZED_ORIGINAL}_", everyone, columns)
-        if isinstance(self.inverter, LatentInverter):
-            parts = [
-                to_pixels(self.inverter.round_trip(to_images(originals[rows])))
+        if isinstance(inverter := self.inverter, LatentInverter):
+            trips = (
+                inverter.round_trip(to_images(originals[rows]))
                 for rows in batched(everyone, self.batch_size)
-            ]
-            columns = self._compare(views, originals, torch.cat(parts))
-            result.put(f"{VAE_ROUND_TRIP}_", everyone, columns)
+            )
+            self._put_made(result, VAE_ROUND_TRIP, everyone, views, originals, trips)
 
     def _put_sampled_nulls(self, result: ShardResult, views: Views, originals: Pixels) -> None:
         """The nulls that cost a sample each, with the noise of the reconstruction."""
         rows = [i for i, item in enumerate(result.items) if item.has_null]
         if not rows:
             return
-        seen, squares = take_views(views, rows), originals[rows]
-        permuted, prior = [], []
-        for part in batched(range(len(rows)), self.batch_size):
-            items = [result.items[rows[i]] for i in part]
-            features = permute_cells(seen[OWN].features[part], self._permutation_of(items))
-            permuted.append(self._sample(items, features))
-            if isinstance(self.inverter, LatentInverter):
-                noise = noise_of(items)
-                prior.append(to_pixels(self.inverter.sample_prior(len(items), generator=noise)))
-        columns = self._compare(seen, squares, torch.cat(permuted))
-        result.put(f"{PERMUTED_CELLS}_", rows, columns)
-        if prior:
-            columns = self._compare(seen, squares, torch.cat(prior))
-            result.put(f"{PRIOR_ONLY}_", rows, columns)
+        features = views[OWN].features
+        batches = [
+            (part, [result.items[i] for i in part]) for part in batched(rows, self.batch_size)
+        ]
+        permuted = (
+            self.inverter.invert(
+                permute_cells(features[part], self._permutation_of(items)),
+                generator=noise_of(items),
+            )
+            for part, items in batches
+        )
+        self._put_made(result, PERMUTED_CELLS, rows, views, originals, permuted)
+        if isinstance(inverter := self.inverter, LatentInverter):
+            prior = (
+                inverter.sample_prior(len(items), generator=noise_of(items)) for _, items in batches
+            )
+            self._put_made(result, PRIOR_ONLY, rows, views, originals, prior)
 
-    def _sample(self, items: Sequence[Item], features: Features) -> Pixels:
-        return to_pixels(self.inverter.invert(features, generator=noise_of(items)))
+    def _put_made(
+        self,
+        result: ShardResult,
+        kind: str,
+        rows: Sequence[int],
+        views: Views,
+        originals: Pixels,
+        made: Iterable[Images],
+    ) -> None:
+        """Compares pictures that were made for some rows; those of NaN have no figures."""
+        parts = [(to_pixels(images), finite_rows(images)) for images in made]
+        pixels, finite = (torch.cat(part) for part in zip(*parts, strict=True))
+        index = list(rows)
+        columns = self._compare(
+            take_views(views, index), originals[index], self._view(pixels), pixels
+        )
+        broken = ~finite
+        columns = {name: values.masked_fill(broken, torch.nan) for name, values in columns.items()}
+        result.put(f"{kind}_", rows, columns)
 
     def _permutation_of(self, items: Sequence[Item]) -> list[torch.Generator]:
         return [make_generator(self.seed, item.id, PERMUTED_CELLS) for item in items]
 
-    def _label_columns(self, result: ShardResult, views: Views) -> dict[str, np.ndarray]:
-        """The class of the original, and whether the label is seen in both pictures."""
-        logits = views[OWN].logits
-        if logits is None:
+    def _label_columns(self, result: ShardResult, own: View, seen: View) -> dict[str, np.ndarray]:
+        """The classes of original and reconstruction, and whether they are the label's."""
+        if own.logits is None or seen.logits is None:
             return {}
-        original = logits.argmax(dim=1).double().cpu().numpy()
-        columns = {f"original_{PREDICTED}": original}
+        original = own.logits.argmax(dim=1).double().cpu()
+        again = seen.logits.argmax(dim=1).double().cpu()
+        again = again.masked_fill(~seen.is_finite, torch.nan)
+        columns = {f"original_{PREDICTED}": original, PREDICTED: again}
         if self.class_of_label is not None and result.items[0].label is not None:
             labels = [self.class_of_label[item.label or 0] for item in result.items]
-            wanted, seen = np.array(labels, dtype=np.float64), result.columns[PREDICTED]
-            columns["label_correct_original"] = (original == wanted).astype(np.float64)
-            columns["label_correct_reconstruction"] = (seen == wanted).astype(np.float64)
-        return columns
+            wanted = torch.tensor(labels, dtype=torch.float64)
+            for side, predicted in (("original", original), ("reconstruction", again)):
+                correct = (predicted == wanted).double()
+                columns[f"label_correct_{side}"] = correct.masked_fill(predicted.isnan(), torch.nan)
+        return {name: values.numpy() for name, values in columns.items()}
 
     def _extract(self, extractor: ImageFeatures, pixels: Pixels) -> np.ndarray:
         device = self.observers.own.device

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from torch import nn
 
-from featinv_diffusion.backbones import Backbone, list_backbones, load_backbone
+from featinv_diffusion.backbones import SHORT_NAMES, Backbone, list_backbones, load_backbone
+from featinv_diffusion.backbones.base import LAST
 from featinv_diffusion.diffusion.quiet import without_progress_bars
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.evaluation.dataset import ImageSet
-from featinv_diffusion.evaluation.distribution import CLASSIFIER, check_reference, load_extractors
+from featinv_diffusion.evaluation.distribution import (
+    CLASSIFIER,
+    check_references,
+    load_extractors,
+)
 from featinv_diffusion.evaluation.evaluator import Evaluator
+from featinv_diffusion.evaluation.fingerprints import describe_inverter, weights_sha256
 from featinv_diffusion.evaluation.observers import OWN, Observers
 from featinv_diffusion.evaluation.settings import EvaluationSettings
 from featinv_diffusion.metrics.perceptual import Lpips
 from featinv_diffusion.sampling import BUNDLED, open_inverter
+
+_NUMBER_LIKE = re.compile(r"n\d{8}|((label|class)[ _-]?)?\d+")
+"""Names of classes that say no more than a number: WordNet ids, `LABEL_3`, `class 3`, `3`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,11 +38,15 @@ class Opened:
     Args:
         settings: with nothing left to a default of the pipeline.
         labels_matched_by: `name`, `number`, or None where labels are not the backbone's classes.
+        weights: digests of the weights and what else decides samples; see `describe_inverter`.
+        notes: what a user may not expect, a sentence each.
     """
 
     evaluator: Evaluator
     settings: EvaluationSettings
     labels_matched_by: str | None
+    weights: dict[str, Any]
+    notes: tuple[str, ...] = ()
 
 
 def open_evaluator(
@@ -57,11 +73,12 @@ def open_evaluator(
         guidance=sampling.guidance,
         device=sampling.device,
     )
+    resolved, notes = _without_own(resolved, own)
     others = _load_others(resolved, own.device)
     matched_by, class_of_label = match_labels(images, own)
     lpips = Lpips(settings.lpips, settings.lpips_weights).to(own.device) if settings.lpips else None
     extractors = load_extractors(settings, own)
-    check_reference(settings.reference, extractors)
+    check_references(settings.reference, extractors)
     evaluator = Evaluator(
         inverter=inverter,
         observers=Observers({OWN: own, **others}, lpips),
@@ -69,30 +86,68 @@ def open_evaluator(
         batch_size=settings.batch_size,
         seed=settings.seed,
         extractors=extractors,
-        originals_for=[CLASSIFIER] if settings.reference else list(extractors),
         class_of_label=class_of_label,
     )
-    return Opened(evaluator, resolved, matched_by)
+    evaluators: dict[str, nn.Module] = {name: other.model for name, other in others.items()}
+    evaluators |= {name: e for name, e in extractors.items() if name != CLASSIFIER}
+    evaluators |= {} if lpips is None else {"lpips": lpips}
+    digests = {name: weights_sha256({"": model}) for name, model in evaluators.items()}
+    weights = {**describe_inverter(inverter, own), "evaluators_sha256": digests}
+    return Opened(evaluator, resolved, matched_by, weights, notes)
 
 
 def match_labels(images: ImageSet, backbone: Backbone) -> tuple[str | None, list[int] | None]:
     """Returns how labels are matched with the backbone's classes, and the class of each label.
 
-    By name, where the backbone has a class of every name; else by number, where there are as many
-    of both or the data have no names.
+    By name, where each name is that of one class. By number, where there are as many of both and
+    either the names are equal in their order (two classes may share one) or one side has no names
+    that say more than a number; equally many other names are no reason to think that they
+    correspond.
     """
     if images.labels is None or not backbone.has_head:
         return None, None
-    names, known = images.class_names, backbone.labels
-    if names and known:
-        number = {name.casefold(): i for i, name in enumerate(known)}
-        found = [number.get(name.casefold()) for name in names]
-        matched = [i for i in found if i is not None]
-        if len(matched) == len(names):
-            return "name", matched
+    names, known = (_fold_case(n) for n in (images.class_names, backbone.labels))
     n_labels = len(names) if names else max(images.labels) + 1
-    fits = known is None or n_labels == len(known) or (not names and n_labels < len(known))
-    return ("number", list(range(n_labels))) if fits else (None, None)
+    if names and known and len(set(names)) == len(names):
+        found = [i for name in names for i, other in enumerate(known) if other == name]
+        if [known[i] for i in found] == names:
+            return "name", found
+    by_number = list(range(n_labels))
+    if n_labels != (len(known) if known else _count_classes(backbone)):
+        return None, None
+    says_nothing = any(not n or all(map(_NUMBER_LIKE.fullmatch, n)) for n in (names, known))
+    return ("number", by_number) if says_nothing or names == known else (None, None)
+
+
+def _fold_case(names: Sequence[str] | None) -> list[str] | None:
+    return None if names is None else [name.casefold() for name in names]
+
+
+@torch.no_grad()
+def _count_classes(backbone: Backbone) -> int:
+    blank = torch.zeros(1, 3, *backbone.input_size, device=backbone.device)
+    return backbone.classify(blank).shape[1]
+
+
+def _without_own(
+    settings: EvaluationSettings, own: Backbone
+) -> tuple[EvaluationSettings, tuple[str, ...]]:
+    """Leaves out the backbone that is looked through anyway; at an earlier layer it is another."""
+    if own.spec.layer != LAST:
+        return settings, ()
+
+    def identify(name: str) -> str:
+        full = _full_name(name, settings.pipeline).removeprefix("timm/")
+        return SHORT_NAMES.get(full, full).removeprefix("timm/")
+
+    is_own = [identify(name) == identify(own.name) for name in settings.evaluated_by]
+    left_out = [name for name, same in zip(settings.evaluated_by, is_own, strict=True) if same]
+    others = tuple(n for n, same in zip(settings.evaluated_by, is_own, strict=True) if not same)
+    notes = tuple(
+        f"{name} is the backbone that is inverted and is left out of those that evaluate."
+        for name in left_out
+    )
+    return replace(settings, evaluated_by=others), notes
 
 
 def _load_others(settings: EvaluationSettings, device: torch.device) -> dict[str, Backbone]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Bool, UInt8
 from PIL import Image
 from torch import Tensor
 
@@ -24,7 +24,7 @@ OWN = ""
 """The name of the inverter's own backbone among those that look."""
 
 PREDICTED = "predicted_class"
-"""The column with the top-1 class that the own backbone sees."""
+"""The column with the top-1 class that the own backbone sees in the reconstruction."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +33,12 @@ class View:
 
     features: Features
     logits: Tensor | None
+
+    @property
+    def is_finite(self) -> Bool[Tensor, " b"]:
+        """Whether features and class scores of each picture are finite."""
+        finite = finite_rows(self.features)
+        return finite if self.logits is None else finite & finite_rows(self.logits)
 
 
 Views = dict[str, View]
@@ -63,16 +69,21 @@ class Observers:
         }
 
     @torch.no_grad()
-    def compare_views(self, originals: Views, pixels: Pixels) -> Columns:
-        """Shows the pictures to the backbones and compares with what they saw in the originals."""
+    def view_pixels(self, pixels: Pixels) -> Views:
+        """Shows the pictures to each backbone."""
+        return {
+            name: View(*backbone.features_and_logits(to_images(pixels, backbone.device)))
+            for name, backbone in self.backbones.items()
+        }
+
+    @torch.no_grad()
+    def compare_views(self, originals: Views, seen: Views) -> Columns:
+        """Compares what the backbones saw; NaN where one of the two views holds such values."""
         columns: Columns = {}
-        for name, backbone in self.backbones.items():
-            view = View(*backbone.features_and_logits(to_images(pixels, backbone.device)))
+        for name in self.backbones:
             prefix = f"evaluated_by_{name}_" if name != OWN else ""
-            for metric, values in _agreement(originals[name], view).items():
+            for metric, values in _agreement(originals[name], seen[name]).items():
                 columns[prefix + metric] = values
-            if name == OWN and view.logits is not None:
-                columns[PREDICTED] = view.logits.argmax(dim=1).float().cpu()
         return columns
 
     @torch.no_grad()
@@ -91,8 +102,16 @@ class Observers:
 
 
 def to_pixels(images: Images) -> Pixels:
-    """Rounds to 8 bits, as a PNG does; values beyond [0, 1] are clamped, NaN counts 0."""
+    """Rounds to 8 bits, as a PNG does; values beyond [0, 1] are clamped, NaN become 0.
+
+    So look at `finite_rows` first: a sample of NaN is no black picture.
+    """
     return (images.float().nan_to_num().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+
+
+def finite_rows(values: Tensor) -> Bool[Tensor, " b"]:
+    """Whether each row of a batch holds neither NaN nor infinite values; on the CPU."""
+    return values.flatten(1).isfinite().all(dim=1).cpu()
 
 
 def to_images(pixels: Pixels, device: torch.device | str = "cpu") -> Images:
@@ -121,7 +140,11 @@ def _agreement(original: View, seen: View) -> Columns:
         for k in (1, 5):
             match = top_k_match(original.logits, seen.logits, min(k, n_classes))
             columns[f"top{k}_match"] = match.float()
-    return {name: values.float().cpu() for name, values in columns.items()}
+    finite = original.is_finite & seen.is_finite
+    return {
+        name: values.float().cpu().masked_fill(~finite, torch.nan)
+        for name, values in columns.items()
+    }
 
 
 def _join(views: Sequence[View]) -> View:

@@ -16,14 +16,18 @@ TITLES = {
     "top5_match": "top-5 match",
     "psnr": "PSNR, dB",
     "ssim": "SSIM",
-    "lpips": "LPIPS",
+    "lpips": "LPIPS, lower is better",
 }
 NOTE = """\
 95 % bootstrap intervals over images. Cosine: mean over cells between the features of original and
 reconstruction. Match: the original's top class is among the top k of the reconstruction. Nulls are
 compared with the same originals: reconstructions from permuted cells, of another image, and
-samples without features. Normalised agreement: (cosine − other image) / (VAE round trip − other
-image)."""
+samples without features. n stands where a figure rests on other numbers of images than the page.
+Normalised agreement: (cosine − other image) / (VAE round trip − other image); none where the round
+trip is not above another image on every resample."""
+DEFICIENT = """\
+Rank-deficient: a set has no more images than the features have dimensions, so that the distance is
+too large; compare such figures only at equal n."""
 
 
 def to_markdown(metrics: Figure) -> str:
@@ -39,23 +43,44 @@ def to_markdown(metrics: Figure) -> str:
         "",
         *_agreement_table(metrics),
         "",
-        f"Normalised agreement: {to_cell(metrics['normalised_agreement'])}.",
+        f"Normalised agreement: {_cell(metrics['normalised_agreement'], '', metrics)}.",
     ]
-    labels = metrics["label_accuracy"]
-    if labels["original"]:
-        lines += [
-            f"Label accuracy: original {to_cell(labels['original'], 'top1_match')}, "
-            f"reconstruction {to_cell(labels['reconstruction'], 'top1_match')}."
-        ]
+    lines += _label_lines(metrics)
     if metrics["evaluated_by"]:
         lines += ["", *_evaluated_by_table(metrics)]
     if metrics.get("distribution"):
         lines += ["", *_distribution_table(metrics["distribution"])]
     if metrics["failures"]:
-        n = len(metrics["failures"])
-        lines += ["", f"{n} image{'' if n == 1 else 's'} could not be measured."]
+        lines += ["", f"{_images(metrics['failures'])} could not be measured."]
+    if metrics["partial_failures"]:
+        figures = sorted({failure["figure"] for failure in metrics["partial_failures"]})
+        lines += [
+            "",
+            f"Figures of {_images(metrics['partial_failures'])} are missing: {', '.join(figures)}.",
+        ]
+    lines += [line for note in metrics["notes"] for line in ("", f"Note: {note}")]
     lines += ["", NOTE, "", "```", metrics["command"], json.dumps(settings), "```", ""]
     return "\n".join(lines)
+
+
+def _label_lines(metrics: Figure) -> list[str]:
+    """How labels are matched with classes decides the accuracy, so it is said beside it."""
+    labels = metrics["label_accuracy"]
+    if not labels["original"]:
+        has_labels = metrics["data"]["n_classes"] is not None
+        return ["Label accuracy: the labels match no classes of the backbone."] * has_labels
+    original, again = (
+        _cell(labels[side], "top1_match", metrics) for side in ("original", "reconstruction")
+    )
+    return [
+        f"Label accuracy: original {original}, reconstruction {again}; labels and classes are "
+        f"matched by {labels['labels_matched_by']}."
+    ]
+
+
+def _images(failures: Sequence[Mapping[str, str]]) -> str:
+    n = len({failure["id"] for failure in failures})
+    return f"{n} image{'' if n == 1 else 's'}"
 
 
 def _agreement_table(metrics: Figure) -> list[str]:
@@ -65,7 +90,8 @@ def _agreement_table(metrics: Figure) -> list[str]:
         if figure := metrics.get(name):
             ceilings = [(metrics["ceilings"][c] or {}).get(name) for c in CEILINGS]
             others = [*(figure["nulls"][null] for null in NULLS), *ceilings]
-            rows.append([TITLES[name], *(to_cell(x, name) for x in (figure, *others))])
+            cells = (_cell(x, name, metrics) for x in (figure, *others))
+            rows.append([TITLES[name], *cells])
     return _table(header, rows)
 
 
@@ -74,19 +100,25 @@ def _evaluated_by_table(metrics: Figure) -> list[str]:
     figures = [metrics, *metrics["evaluated_by"].values()]
     agreement = ("cosine", "top1_match", "top5_match")
     rows = [
-        [name, *(to_cell(figure.get(metric), metric) for metric in agreement)]
+        [name, *(_cell(figure.get(metric), metric, metrics) for metric in agreement)]
         for name, figure in zip(names, figures, strict=True)
     ]
     return _table(["evaluated by", *(TITLES[metric] for metric in agreement)], rows)
 
 
 def _distribution_table(distribution: Figure) -> list[str]:
+    figures = {name: figure for name, figure in distribution.items() if figure is not None}
     rows = [
-        [name, f"{figure['value']:.4g}", _count(figure["n"]), _count(figure["n_reference"])]
-        for name, figure in distribution.items()
-        if figure is not None
+        [name, _distance(figure), _count(figure["n"]), _count(figure["n_reference"])]
+        for name, figure in figures.items()
     ]
-    return _table(["distance of distributions", "value", "n", "n reference"], rows)
+    table = _table(["distance of distributions", "value", "n", "n reference"], rows)
+    is_deficient = any(figure.get("rank_deficient") for figure in figures.values())
+    return [*table, "", DEFICIENT] if is_deficient else table
+
+
+def _distance(figure: Figure) -> str:
+    return f"{figure['value']:.4g}{' (rank-deficient)' if figure.get('rank_deficient') else ''}"
 
 
 def _count(n: int | None) -> str:
@@ -95,6 +127,12 @@ def _count(n: int | None) -> str:
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
+
+
+def _cell(figure: Figure | None, metric: str, page: Figure) -> str:
+    """As `to_cell`, with n where it is not that of the page."""
+    is_other = figure is not None and figure["n"] != page["n_images"]
+    return to_cell(figure, metric) + (f", n = {figure['n']}" if figure and is_other else "")
 
 
 def to_cell(figure: Figure | None, metric: str = "") -> str:

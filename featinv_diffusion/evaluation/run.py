@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
@@ -15,19 +16,29 @@ from featinv_diffusion import __version__
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.evaluation.dataset import ImageSet, open_images
 from featinv_diffusion.evaluation.distribution import measure_distributions
-from featinv_diffusion.evaluation.evaluator import ShardResult
 from featinv_diffusion.evaluation.models import Opened, open_evaluator
 from featinv_diffusion.evaluation.observers import to_images
 from featinv_diffusion.evaluation.report import to_markdown
+from featinv_diffusion.evaluation.result import ShardResult
 from featinv_diffusion.evaluation.selection import Item, digest, select_items
 from featinv_diffusion.evaluation.settings import EvaluationSettings
-from featinv_diffusion.evaluation.storage import Shard, make_shards, merge_rows, write_shard
+from featinv_diffusion.evaluation.storage import (
+    Shard,
+    discard_run,
+    make_shards,
+    merge_rows,
+    write_rows,
+    write_shard,
+)
 from featinv_diffusion.evaluation.summary import summarise
 from featinv_diffusion.files import write_text
 from featinv_diffusion.images import to_pil, write_png
 from featinv_diffusion.manifest import read_environment
+from featinv_diffusion.metrics.perceptual import Lpips
 from featinv_diffusion.processes import device_name
 from featinv_diffusion.shards import check_run
+
+logger = logging.getLogger(__name__)
 
 METRICS, TABLE, IMAGES = "metrics.json", "metrics.md", "images"
 
@@ -44,7 +55,7 @@ def evaluate(
 ) -> dict[str, Any] | None:
     """Does this process's share; writes and returns the figures on the main process, else None.
 
-    The same call again finishes what was interrupted.
+    The same call again finishes what was interrupted and tries again what failed.
 
     Raises:
         InputError: settings, data or models that cannot be used, or not one image that could.
@@ -59,7 +70,12 @@ def evaluate(
     with progress_bar(len(taken) + 2 * sum(item.has_null for item in taken)) as advance:
         with accelerator.main_process_first():
             opened = open_evaluator(settings, images, advance)
-        identity = {**opened.settings.identity(), "ids_sha256": digest(item.id for item in items)}
+        identity = {
+            **opened.settings.identity(),
+            **opened.weights,
+            "ids_sha256": digest(item.id for item in items),
+            "data_fingerprint": images.fingerprint,
+        }
         check_run(identity, output, write=accelerator.is_main_process)
         accelerator.wait_for_everyone()  # all have counted what is done before any does more
         for shard in mine:
@@ -81,21 +97,26 @@ def _finish(
     output: Path,
     command: str,
 ) -> dict[str, Any]:
-    rows = merge_rows(shards, output)
+    for note in (notes := [*images.notes, *opened.notes]):
+        logger.warning("%s", note)
+    rows = merge_rows(shards)
     if not rows.ids:
+        discard_run(output)
         reasons = "\n".join(failure["error"] for failure in rows.failures)
         raise InputError(f"No image could be evaluated.\n{reasons}")
-    settings = opened.settings
+    settings, evaluator = opened.settings, opened.evaluator
     figures = summarise(rows.columns, settings.evaluated_by)
     figures["label_accuracy"]["labels_matched_by"] = opened.labels_matched_by
-    evaluator = opened.evaluator
+    if figures.get("lpips") and isinstance(lpips := evaluator.observers.lpips, Lpips):
+        figures["lpips"]["conventions"] = lpips.conventions
     data = {
         "name": settings.data,
-        "split": settings.split,
+        "split": images.split,
         "n_available": len(images),
         "n_classes": len({item.label for item in items if item.label is not None}) or None,
         "ids_sha256": digest(item.id for item in items),
         "pixels_sha256": digest(rows.digests),
+        "fingerprint": images.fingerprint,
     }
     distribution = measure_distributions(
         shards,
@@ -110,12 +131,16 @@ def _finish(
         "distribution": distribution,
         "n_images": len(rows.ids),
         "failures": rows.failures,
+        "partial_failures": rows.partial_failures,
+        "notes": notes,
         "data": data,
         "settings": asdict(settings),
+        **opened.weights,
         "version": __version__,
         "command": command,
         "environment": read_environment(settings.device),
     }
+    write_rows(rows, output)
     write_text(output / TABLE, to_markdown(metrics))
     write_text(output / METRICS, json.dumps(metrics, indent=2, allow_nan=False) + "\n")
     return metrics

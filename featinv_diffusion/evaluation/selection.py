@@ -39,8 +39,14 @@ def select_items(images: ImageSet, settings: EvaluationSettings) -> list[Item]:
     selection of n.
 
     Raises:
-        InputError: fewer images than asked for.
+        InputError: fewer images than asked for, or a number per class without classes.
     """
+    for name in ("per_class", "held_back_per_class"):
+        if getattr(settings, name) and images.labels is None:
+            raise InputError(
+                f"--{name.replace('_', '-')} needs images with classes, but those of "
+                f"{settings.data} have none: no label column and no folder for each class."
+            )
     drawn = _draw(images, settings)
     n_images = settings.n_images or len(drawn)
     if n_images > len(drawn):

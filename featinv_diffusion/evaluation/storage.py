@@ -2,7 +2,8 @@
 
 OUTPUT/run.json                    settings and a digest of the images; guards a resumed run
 OUTPUT/shards/00012/features.npz   vectors for distances of distributions, where asked for
-OUTPUT/shards/00012/rows.parquet   one row per image, written last: the shard is done
+OUTPUT/shards/00012/rows.parquet   one row per image, written last: the shard is done; its metadata
+                                   list what failed, for which it is done again by a repeated run
 OUTPUT/images/*.png                reconstructions, where asked for
 OUTPUT/per_image.parquet, metrics.json, metrics.md
 """
@@ -10,6 +11,7 @@ OUTPUT/per_image.parquet, metrics.json, metrics.md
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +20,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from featinv_diffusion.evaluation.evaluator import ShardResult
+from featinv_diffusion.evaluation.result import ShardResult
 from featinv_diffusion.evaluation.selection import Item
 from featinv_diffusion.files import replacing
+from featinv_diffusion.shards import RUN
 
 SHARDS, ROWS, FEATURES = "shards", "rows.parquet", "features.npz"
 PER_IMAGE = "per_image.parquet"
 RECONSTRUCTED, ORIGINAL = "reconstructed", "original"
-_FAILURES = b"failures"
+_FAILURES, _PARTIAL = b"failures", b"partial_failures"
 
 
 @dataclass(frozen=True)
@@ -37,17 +40,27 @@ class Shard:
 
     @property
     def is_done(self) -> bool:
-        return (self.folder / ROWS).is_file()
+        """Whether it was measured and nothing failed."""
+        path = self.folder / ROWS
+        return path.is_file() and not any(_read_failures(pq.read_schema(path)))
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of all shards in the order of the items."""
+    """The rows of all shards in the order of the items.
 
+    Args:
+        table: of `per_image.parquet`.
+        failures: images that could not be measured.
+        partial_failures: figures of single images that could not be.
+    """
+
+    table: pa.Table
     ids: list[str]
     digests: list[str]
     columns: dict[str, np.ndarray]
     failures: list[dict[str, str]]
+    partial_failures: list[dict[str, str]]
 
 
 def make_shards(items: Sequence[Item], size: int, output: Path) -> list[Shard]:
@@ -64,6 +77,8 @@ def make_shards(items: Sequence[Item], size: int, output: Path) -> list[Shard]:
 
 def write_shard(result: ShardResult, shard: Shard) -> None:
     """Writes a shard; it is done once its rows are there."""
+    for name in (ROWS, FEATURES):  # of a time before, when something failed
+        (shard.folder / name).unlink(missing_ok=True)
     if result.reconstructed:
         arrays = {f"{RECONSTRUCTED}/{name}": v for name, v in result.reconstructed.items()}
         arrays |= {f"{ORIGINAL}/{name}": v for name, v in result.original.items()}
@@ -78,15 +93,16 @@ def write_shard(result: ShardResult, shard: Shard) -> None:
             **{name: pa.array(values, pa.float64()) for name, values in result.columns.items()},
         }
     )
-    table = table.replace_schema_metadata({_FAILURES: json.dumps(result.failures).encode()})
+    failed = {_FAILURES: result.failures, _PARTIAL: result.partial_failures}
+    table = table.replace_schema_metadata({k: json.dumps(v).encode() for k, v in failed.items()})
     with replacing(shard.folder / ROWS) as partial:
         pq.write_table(table, partial)
 
 
-def merge_rows(shards: Sequence[Shard], output: Path) -> Rows:
-    """Joins the rows of finished shards and writes `per_image.parquet`."""
+def merge_rows(shards: Sequence[Shard]) -> Rows:
+    """Joins the rows of finished shards."""
     tables = [pq.read_table(shard.folder / ROWS) for shard in shards]
-    failures = [f for t in tables for f in json.loads((t.schema.metadata or {})[_FAILURES])]
+    failed = [_read_failures(table.schema) for table in tables]
     joined = pa.concat_tables(
         [table.replace_schema_metadata(None) for table in tables], promote_options="default"
     )
@@ -98,10 +114,28 @@ def merge_rows(shards: Sequence[Shard], output: Path) -> Rows:
     for name, values in columns.items():  # a shard without a figure leaves nulls
         place = joined.column_names.index(name)
         joined = joined.set_column(place, name, pa.array(values, pa.float64()))
+    return Rows(
+        table=joined,
+        ids=joined["id"].to_pylist(),
+        digests=joined["original_sha256"].to_pylist(),
+        columns=columns,
+        failures=[failure for whole, _ in failed for failure in whole],
+        partial_failures=[failure for _, partial in failed for failure in partial],
+    )
+
+
+def write_rows(rows: Rows, output: Path) -> None:
+    """Writes `per_image.parquet`."""
     with replacing(output / PER_IMAGE) as partial:
-        pq.write_table(joined, partial)
-    ids, digests = (joined[name].to_pylist() for name in ("id", "original_sha256"))
-    return Rows(ids, digests, columns, failures)
+        pq.write_table(rows.table, partial)
+
+
+def discard_run(output: Path) -> None:
+    """Removes what a run left that measured nothing, and the folder where nothing else is in it."""
+    shutil.rmtree(output / SHARDS, ignore_errors=True)
+    (output / RUN).unlink(missing_ok=True)
+    if output.is_dir() and not any(output.iterdir()):
+        output.rmdir()
 
 
 def read_features(
@@ -114,3 +148,10 @@ def read_features(
             ids = pq.read_table(shard.folder / ROWS, columns=["id"])["id"].to_pylist()
             with np.load(path) as arrays:
                 yield ids, arrays[f"{side}/{name}"]
+
+
+def _read_failures(schema: pa.Schema) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """Returns the images that failed, and the figures of single images that did."""
+    kept = schema.metadata or {}
+    whole, partial = (json.loads(kept.get(key, b"[]")) for key in (_FAILURES, _PARTIAL))
+    return whole, partial

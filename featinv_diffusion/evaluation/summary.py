@@ -59,7 +59,8 @@ def normalised_agreement(columns: Columns) -> Figure | None:
     """Returns (cosine − other image) / (VAE round trip − other image), of means.
 
     0 is what any image of the data agrees, 1 what the autoencoder lets through. None where one of
-    the three is missing, or where the denominator is zero for some resample of the images.
+    the three is missing, or where the round trip is not above another image on every resample of
+    the images: a ratio whose denominator may change its sign says nothing.
     """
     names = ("cosine", f"{OTHER_IMAGE}_cosine", f"{VAE_ROUND_TRIP}_cosine")
     if any(name not in columns for name in names):
@@ -72,11 +73,16 @@ def normalised_agreement(columns: Columns) -> Figure | None:
         return asdict(
             bootstrap_statistic(
                 {"cosine": cosine, "other": other, "ceiling": ceiling},
-                lambda m: (m["cosine"] - m["other"]) / (m["ceiling"] - m["other"]),
+                _share_of_span,
             )
         )
     except InputError:
         return None
+
+
+def _share_of_span(means: Mapping[str, float]) -> float:
+    span = means["ceiling"] - means["other"]
+    return (means["cosine"] - means["other"]) / span if span > 0 else float("nan")
 
 
 def _ceiling(columns: Columns, ceiling: str) -> Figure | None:

@@ -6,8 +6,10 @@ import hashlib
 import math
 import zipfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -97,6 +99,36 @@ def load_reference(
     return _load_npz(path, collected, batch_size)
 
 
+def check_reference(path: str | Path, extractor: ImageFeatures) -> None:
+    """Finds out whether `load_reference` will succeed, without describing an image.
+
+    Of a folder the first picture is read, of an npz the shapes and the moments.
+
+    Raises:
+        InputError: as `load_reference`, and fewer than two images.
+    """
+    path = Path(path)
+    if path.is_dir():
+        files = list_images(path)
+        read_image(files[0])
+        _check_count(path, len(files))
+        return
+    if not path.is_file():
+        raise InputError(f"A reference must be a folder of images or an npz file, not {path}.")
+    with _open_npz(path) as archive:
+        published = _find_moments(archive, path, extractor)
+        if "arr_0.npy" in archive.namelist():
+            with archive.open("arr_0.npy") as member:
+                shape = _read_header(member, path)
+            if published is None:
+                _check_count(path, shape[0])
+
+
+def _check_count(path: Path, count: int) -> None:
+    if count < 2:
+        raise InputError(f"A reference must hold at least 2 images, but {path} holds {count}.")
+
+
 class _Collector:
     """Moments and a sample of what an extractor says of a stream of images."""
 
@@ -124,23 +156,38 @@ class _Collector:
 
 
 def _load_npz(path: Path, collected: _Collector, batch_size: int) -> Reference:
+    with _open_npz(path) as archive:
+        published = _find_moments(archive, path, collected.extractor)
+        if "arr_0.npy" in archive.namelist():
+            _collect_array(archive, path, collected, batch_size)
+    return collected.finish(path, file_sha256(path), "as the file holds them", published)
+
+
+@contextmanager
+def _open_npz(path: Path) -> Iterator[zipfile.ZipFile]:
+    """Opens an archive; what goes wrong while it is read is an `InputError`."""
     try:
         with zipfile.ZipFile(path) as archive:
-            names = set(archive.namelist())
-            published = _read_moments(path, collected.extractor) if "mu.npy" in names else None
-            if published is None and "arr_0.npy" not in names:
-                raise InputError(
-                    f"{path} must hold images arr_0, or moments mu and sigma of "
-                    f"{collected.extractor.name} features of length {collected.extractor.dim} "
-                    f"under the same convention, but holds {', '.join(sorted(names)) or 'nothing'}."
-                )
-            if "arr_0.npy" in names:
-                _collect_array(archive, path, collected, batch_size)
+            yield archive
     except InputError:
         raise
     except _UNREADABLE as error:
         raise InputError(f"{path} must be an npz file, but cannot be read: {error}.") from error
-    return collected.finish(path, file_sha256(path), "as the file holds them", published)
+
+
+def _find_moments(
+    archive: zipfile.ZipFile, path: Path, extractor: ImageFeatures
+) -> PublishedMoments | None:
+    """Returns the moments of the file; None where its images must serve instead."""
+    names = set(archive.namelist())
+    published = _read_moments(path, extractor) if "mu.npy" in names else None
+    if published is None and "arr_0.npy" not in names:
+        raise InputError(
+            f"{path} must hold images arr_0, or moments mu and sigma of {extractor.name} features "
+            f"of length {extractor.dim} under the same convention, but holds "
+            f"{', '.join(sorted(names)) or 'nothing'}."
+        )
+    return published
 
 
 def _read_moments(path: Path, extractor: ImageFeatures) -> PublishedMoments | None:
@@ -152,6 +199,8 @@ def _read_moments(path: Path, extractor: ImageFeatures) -> PublishedMoments | No
             raise InputError(f"{path} holds mu without sigma; a Fréchet distance needs both.")
         mean, covariance = (file[name].astype(np.float64) for name in ("mu", "sigma"))
     fits = mean.shape == (extractor.dim,) and covariance.shape == 2 * mean.shape
+    if fits and not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise InputError(f"mu and sigma of {path} must be finite, but hold NaN or infinite values.")
     return PublishedMoments(mean, covariance) if fits else None
 
 
@@ -168,18 +217,24 @@ def _collect_array(
 def _read_array(archive: zipfile.ZipFile, path: Path, batch_size: int) -> Iterator[Tensor]:
     """Yields batches of images, of which all may be larger than memory."""
     with archive.open("arr_0.npy") as member:
-        version = np.lib.format.read_magic(member)
-        if version not in _NPY_HEADERS:
-            raise InputError(f"{path} holds an array of npy version {version}, which is unknown.")
-        shape, is_fortran, dtype = _NPY_HEADERS[version](member)
-        if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8 or is_fortran:
-            raise InputError(
-                f"arr_0 of {path} must be 8-bit images [n, h, w, 3], but is {dtype} {list(shape)}."
-            )
+        shape = _read_header(member, path)
         for start in range(0, shape[0], batch_size):
             batch = (min(batch_size, shape[0] - start), *shape[1:])
             data = bytearray(member.read(math.prod(batch)))
             yield torch.from_numpy(np.frombuffer(data, dtype=np.uint8).reshape(batch))
+
+
+def _read_header(member: Any, path: Path) -> tuple[int, ...]:
+    """Returns the shape of an array of images, whose bytes come next."""
+    version = np.lib.format.read_magic(member)
+    if version not in _NPY_HEADERS:
+        raise InputError(f"{path} holds an array of npy version {version}, which is unknown.")
+    shape, is_fortran, dtype = _NPY_HEADERS[version](member)
+    if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8 or is_fortran:
+        raise InputError(
+            f"arr_0 of {path} must be 8-bit images [n, h, w, 3], but is {dtype} {list(shape)}."
+        )
+    return shape
 
 
 def _folder_sha256(folder: Path, files: Sequence[Path]) -> str:

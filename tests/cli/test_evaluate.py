@@ -9,19 +9,26 @@ import signal
 import subprocess
 import sys
 import time
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from accelerate.state import AcceleratorState, GradientState
 from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageFeature
 from PIL import Image
+from safetensors.torch import load_file, save_file
+from torchvision.models import AlexNet
 
 import featinv_diffusion
+from featinv_diffusion.evaluation import models
+from featinv_diffusion.evaluation.evaluator import Evaluator
 from featinv_diffusion.images import read_image, to_pil
+from featinv_diffusion.metrics.extractors import ClassifierFeatures
 from tests import tiny
 from tests.cli.conftest import Featinv
 
@@ -171,20 +178,32 @@ def test_the_configs_of_the_repository_can_be_read(name: str):
         (["--data", "TABLE", "--device", "tpu9"], "device 'tpu9' cannot be used"),
         (["--data", "TABLE", "--lpips", "alex"], "--lpips-weights"),
         (["--data", "TABLE", "--fid", "clean"], "--inception-weights"),
-        (["--data", "TABLE", "--reference", "ref.npz"], "serves --fid and --fd-dinov2"),
+        (["--data", "TABLE", "--reference", "ref.npz"], "without --fid or --fd-dinov2"),
         (["--data", "TABLE", "--scheduler", "dim"], "did you mean 'ddim'"),
+        (["--data", "TABLE", "--inception-weights", "a.pth"], "does nothing without --fid"),
+        (["--data", "TABLE", "--lpips-weights", "a.pth"], "does nothing without --lpips"),
+        (["--data", "TABLE", "--evaluated-by", ""], "--evaluated-by must name a backbone"),
+        (["--data", "TABLE", "--evaluated-by", ","], "--evaluated-by must name a backbone"),
+        (["--data", "TABLE", "--shard-size", 513], "shard_size must be at most 512"),
+        (["--data", "PHOTOS", "--per-class", 1], "--per-class needs images with classes"),
+        (["--data", "PHOTOS", "--held-back-per-class", 1], "needs images with classes"),
+        (["--data", "SPLITS"], "must hold the split 'validation', but holds train"),
     ],
 )
 def test_bad_input_is_one_sentence_and_writes_nothing(
-    featinv: Featinv, table: Path, arguments, sentence: str, monkeypatch, tmp_path: Path
+    featinv: Featinv, table: Path, photos, arguments, sentence: str, monkeypatch, tmp_path: Path
 ):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "no-weights"))
-    given = [table if argument == "TABLE" else argument for argument in arguments]
+    (tmp_path / "splits").mkdir()
+    shutil.copy(table, tmp_path / "splits" / "train-0.parquet")
+    places = {"TABLE": table, "PHOTOS": photos, "SPLITS": tmp_path / "splits"}
+    given = [places.get(argument, argument) for argument in arguments]
     done = featinv("evaluate", *given, "--output", "out")
     assert done.code == 2
     assert done.err.startswith("Error: ")
     assert sentence in done.err
-    assert "Traceback" not in done.err
+    assert done.err.endswith("\n")
+    assert done.err.count("\n") == 1
     assert not Path("out").exists()
 
 
@@ -211,7 +230,25 @@ def test_nothing_but_broken_pictures(featinv: Featinv, tmp_path: Path):
     done = featinv("evaluate", "--data", tmp_path / "bad", "-o", "out")
     assert done.code == 2
     assert "No image could be evaluated" in done.err
-    assert not Path("out/metrics.json").exists()
+    assert not Path("out").exists()
+
+
+def test_pictures_beside_folders_are_noted(featinv: Featinv, photos: Path):
+    done = featinv("evaluate", "--data", photos, "--n-images", 2, "-o", "out")
+    assert done.code == 0
+    (note,) = load("out")["notes"]
+    assert note.startswith("2 pictures lie in")
+    assert done.err == f"Note: {note}\n"
+    assert f"Note: {note}" in Path("out/metrics.md").read_text()
+
+
+def test_the_own_backbone_is_left_out_of_the_others(featinv: Featinv, table: Path):
+    options = ("--n-images", 2, "--n-null-images", 0, "--evaluated-by", "convnext")
+    done = featinv("evaluate", "--data", table, *options, "-o", "out")
+    assert done.code == 0
+    assert "convnext is the backbone that is inverted" in done.err
+    assert load("out")["evaluated_by"] == {}
+    assert load("out")["settings"]["evaluated_by"] == []
 
 
 # ---- again, and together -------------------------------------------------------------------------
@@ -235,6 +272,82 @@ def test_other_settings_or_images_may_not_join_a_run(featinv: Featinv, table: Pa
     assert done.code == 2
     assert "seed: 0 → 1" in done.err
     assert Path("out/metrics.json").read_bytes() == before
+
+
+def test_other_weights_or_contents_may_not_join_a_run(
+    featinv: Featinv, table: Path, saved_pipeline: Path, tmp_path: Path
+):
+    folder, data = tmp_path / "pipeline", tmp_path / "data.parquet"
+    shutil.copytree(saved_pipeline, folder)
+    shutil.copy(table, data)
+    options = ("--pipeline", folder, "--n-images", 2, "--n-null-images", 0, "--steps", 1)
+    run = ("evaluate", "--data", data, *options, "-o", "out")
+    assert featinv(*run).code == 0
+    before = load("out")
+    assert len(before["pipeline_sha256"]) == 64
+    assert before["evaluators_sha256"] == {}
+    weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    state = load_file(weights)
+    state["decoder.conv_out.bias"][0] += 1e-3
+    save_file(state, weights)
+    done = featinv(*run)
+    assert done.code == 2
+    assert "pipeline_sha256" in done.err
+    shutil.copy(saved_pipeline / "vae" / weights.name, weights)
+    assert featinv(*run).code == 0
+    os.utime(data, ns=(1, 1))
+    done = featinv(*run)
+    assert done.code == 2
+    assert "data_fingerprint" in done.err
+    assert load("out") == before
+
+
+def test_what_failed_is_tried_again(featinv: Featinv, photos: Path):
+    picture = photos / "a.png"
+    content, stat = picture.read_bytes(), picture.stat()
+
+    def put(data: bytes) -> None:
+        picture.write_bytes(data)
+        os.utime(picture, ns=(stat.st_mtime_ns, stat.st_mtime_ns))
+
+    put(bytes(len(content)))
+    run = ("evaluate", "--data", photos, "--n-null-images", 0, "-o", "out")
+    assert featinv(*run).code == 1
+    assert load("out")["n_images"] == 2
+    put(content)
+    assert featinv(*run).code == 0
+    assert (load("out")["n_images"], load("out")["failures"]) == (3, [])
+
+
+def test_a_finished_run_is_summarised_anew_with_a_reference(
+    featinv: Featinv, table: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def load_extractors(settings, backbone):
+        return {name: ClassifierFeatures(backbone) for name in ("classifier", "inception")}
+
+    monkeypatch.setattr(models, "load_extractors", load_extractors)
+    run = ("evaluate", "--data", table, "--fid", "clean", "--n-null-images", 0, "-o", "out")
+    assert featinv(*run, "--reference", photos).code == 0
+    kid = load("out")["distribution"]["kid"]
+    assert (kid["reference"]["name"], kid["n_reference"]) == (str(photos), 3)
+    monkeypatch.setattr(Evaluator, "run", None)  # nothing is sampled again
+    assert featinv(*run).code == 0
+    kid = load("out")["distribution"]["kid"]
+    assert (kid["reference"]["name"], kid["n_reference"]) == (str(table), N_IMAGES)
+
+
+def test_lpips_stands_with_what_it_is(
+    featinv: Featinv, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    state = {f"features.{k}": v for k, v in AlexNet().features.state_dict().items()}
+    torch.save(state, tmp_path / "alex.pth")
+    options = ("--lpips", "alex", "--lpips-weights", tmp_path / "alex.pth")
+    run = ("--data", table, "--n-images", 2, "--n-null-images", 0, *options, "-o", "out")
+    assert featinv("evaluate", *run).code == 0
+    stated = load("out")["lpips"]["conventions"]
+    assert (stated["network"], stated["version"], stated["weights"]) == ("alex", "0.1", "alex.pth")
+    assert stated["weights_sha256"] == sha256((tmp_path / "alex.pth").read_bytes()).hexdigest()
+    assert set(load("out")["evaluators_sha256"]) == {"lpips"}
 
 
 def environment() -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from io import BytesIO
 from pathlib import Path
 
@@ -130,6 +131,9 @@ def test_a_flat_folder_has_no_classes_and_its_own_output_is_left_out(tmp_path: P
     images = open_images(str(tmp_path), "validation", exclude=tmp_path / "out")
     assert images.ids == ["a.png", "b.png", "sub/c.png"]
     assert images.labels is None
+    (note,) = images.notes
+    assert note.startswith("2 pictures lie in")
+    assert open_images(str(tmp_path / "sub"), "validation").notes == ()
 
 
 def test_a_folder_of_parquet_files_and_its_split(tmp_path: Path):
@@ -137,7 +141,23 @@ def test_a_folder_of_parquet_files_and_its_split(tmp_path: Path):
         write_table(tmp_path / f"{part}.parquet", [encode(picture(shade))], [0])
     images = open_images(str(tmp_path), "validation")
     assert [shade_of(images.read(i)) for i in range(len(images))] == [2, 3]
+    assert images.split == "validation"
     assert len(open_images(str(tmp_path), "train")) == 1
+    with pytest.raises(InputError, match="but holds train, validation"):
+        open_images(str(tmp_path), "test")
+    assert open_images(str(tmp_path / "train-0.parquet"), "validation").split is None
+
+
+def test_the_fingerprint_tells_of_files_that_were_replaced(tmp_path: Path):
+    (tmp_path / "a").mkdir()
+    file = write_table(tmp_path / "a.parquet", [encode(picture(1))])
+    picture(1).save(tmp_path / "a" / "a.png")
+    for path in (file, tmp_path / "a" / "a.png"):
+        data = str(path if path == file else path.parent)
+        before = open_images(data, "x").fingerprint
+        assert open_images(data, "x").fingerprint == before
+        os.utime(path, ns=(1, 1))
+        assert open_images(data, "x").fingerprint != before
 
 
 def test_what_is_no_data_is_refused_in_one_sentence(tmp_path: Path):

@@ -14,11 +14,12 @@ from torch import nn
 
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.evaluation import distribution
-from featinv_diffusion.evaluation.distribution import check_reference, measure_distributions
-from featinv_diffusion.evaluation.evaluator import ShardResult
+from featinv_diffusion.evaluation.distribution import check_references, measure_distributions
+from featinv_diffusion.evaluation.result import ShardResult
 from featinv_diffusion.evaluation.selection import Item
 from featinv_diffusion.evaluation.storage import Shard, make_shards, write_shard
 from featinv_diffusion.metrics.extractors import ImageFeatures
+from featinv_diffusion.metrics.samples import FeatureSample
 
 DIM = 3
 ORIGINALS = {"name": "photos", "pixels_sha256": "abc"}
@@ -80,7 +81,8 @@ def test_inception_has_kid_precision_and_recall_besides(tmp_path: Path):
         "precision",
         "recall",
     }
-    assert figures["kid"]["subset_size"] == 40
+    assert (figures["kid"]["subset_size"], figures["kid"]["n_subsets"]) == (40, 1)
+    assert figures["kid"]["std"] is None  # there is one subset: the whole
     assert figures["precision"]["value"] == figures["recall"]["value"] == 1
     assert figures["precision"]["reference"] == ORIGINALS
     json.dumps(figures, allow_nan=False)
@@ -130,24 +132,75 @@ def test_memory_does_not_grow_with_the_number_of_images():
     assert peak(900) < 1.1 * few
 
 
+def test_the_spread_of_kid_is_given_where_subsets_differ_in_both_sets(monkeypatch):
+    def kid(n: int, n_reference: int) -> dict:
+        samples = []
+        for size in (n, n_reference):
+            samples.append(FeatureSample(DIM))
+            samples[-1].update(torch.from_numpy(vectors(size)), [str(i) for i in range(size)])
+        return distribution._of_vectors(*samples)["kid"]
+
+    monkeypatch.setattr(distribution, "KID_SUBSET", 10)
+    assert kid(12, 20)["std"] > 0
+    assert (kid(12, 20)["subset_size"], kid(12, 20)["n_subsets"]) == (10, 100)
+    assert (kid(10, 20)["std"], kid(10, 20)["n_subsets"]) == (None, 100)
+    assert kid(6, 20)["std"] is None
+
+
+def test_vectors_of_nan_are_left_out_and_n_says_so(tmp_path: Path):
+    made = vectors(40)
+    made[3, 1] = np.nan
+    figure = measure(write(tmp_path / "a", made, vectors(40)))["distance_classifier"]
+    assert (figure["n"], figure["n_reference"]) == (39, 40)
+    assert figure["value"] < 0.1
+
+
+class Moments(Colour):
+    """Takes published moments."""
+
+    def __init__(self, name: str):
+        super().__init__(name)
+        self.conventions["convention"] = "adm"
+
+
 @pytest.mark.parametrize(
-    ("reference", "extractors", "sentence"),
+    ("reference", "sentence"),
     [
-        ("FOLDER", ["classifier"], "serves --fid and --fd-dinov2"),
-        ("FOLDER", ["classifier", "inception"], "holds no picture"),
-        ("none.npz", ["classifier", "inception"], "a folder of images or an npz file"),
-        ("MOMENTS", ["classifier", "dinov2"], "holds no images"),
+        ("empty", "holds no picture"),
+        ("single", "at least 2 images, but .* holds 1"),
+        ("broken", "is not a picture"),
+        ("none.npz", "a folder of images or an npz file"),
+        ("text.npz", "must be an npz file"),
+        ("long.npz", f"length {DIM}"),
+        ("half.npz", "mu without sigma"),
+        ("nan.npz", "must be finite"),
+        ("floats.npz", "must be 8-bit images"),
+        ("one.npz", "at least 2 images, but .* holds 1"),
     ],
 )
-def test_a_reference_that_cannot_serve_is_refused(tmp_path, reference, extractors, sentence):
-    np.savez(tmp_path / "moments.npz", mu=np.zeros(2), sigma=np.eye(2))
-    (tmp_path / "empty").mkdir()
-    path = {"FOLDER": tmp_path / "empty", "MOMENTS": tmp_path / "moments.npz"}
+def test_a_reference_that_cannot_serve_is_refused_before_sampling(tmp_path, reference, sentence):
+    for name in ("empty", "single", "broken"):
+        (tmp_path / name).mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "single" / "a.png")
+    for name in ("a.png", "b.png"):
+        (tmp_path / "broken" / name).write_text("hello")
+    (tmp_path / "text.npz").write_text("hello")
+    np.savez(tmp_path / "long.npz", mu=np.zeros(5), sigma=np.eye(5))
+    np.savez(tmp_path / "half.npz", mu=np.zeros(DIM))
+    np.savez(tmp_path / "nan.npz", mu=np.zeros(DIM), sigma=np.full((DIM, DIM), np.nan))
+    np.savez(tmp_path / "floats.npz", np.zeros((2, 8, 8, 3)))
+    np.savez(tmp_path / "one.npz", np.zeros((1, 8, 8, 3), dtype=np.uint8))
+    extractors = {"classifier": Colour("classifier"), "inception": Moments("inception")}
     with pytest.raises(InputError, match=sentence):
-        check_reference(str(path.get(reference, reference)), extractors)
+        check_references(str(tmp_path / reference), extractors)
 
 
-def test_a_reference_that_can_serve(tmp_path: Path):
-    np.savez(tmp_path / "moments.npz", mu=np.zeros(2), sigma=np.eye(2))
-    check_reference(None, ["classifier"])
-    check_reference(str(tmp_path / "moments.npz"), ["classifier", "inception"])
+def test_moments_do_not_serve_another_convention_but_images_do(tmp_path: Path):
+    both = {"classifier": Colour("classifier"), "dinov2": Colour("dinov2")}
+    np.savez(tmp_path / "moments.npz", mu=np.zeros(DIM), sigma=np.eye(DIM))
+    with pytest.raises(InputError, match="under the same convention"):
+        check_references(str(tmp_path / "moments.npz"), both)
+    np.savez(tmp_path / "images.npz", np.zeros((2, 8, 8, 3), dtype=np.uint8))
+    check_references(str(tmp_path / "images.npz"), both)
+    check_references(str(tmp_path / "moments.npz"), {"inception": Moments("inception")})
+    check_references(None, both)

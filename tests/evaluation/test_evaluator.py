@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -241,13 +242,12 @@ def test_vectors_for_distances(backbone, originals):
         Memory(backbone, originals, originals.flip(0)),
         images,
         extractors=extractors,
-        originals_for=["classifier"],
     )
     result = evaluator.run(make_items(images))
     expected = backbone.features(originals).mean(dim=(2, 3))
     np.testing.assert_allclose(result.original["classifier"], expected, atol=1e-5)
     np.testing.assert_allclose(result.reconstructed["more"], expected.flip(0), atol=1e-5)
-    assert list(result.original) == ["classifier"]
+    assert list(result.original) == list(result.reconstructed) == ["classifier", "more"]
 
 
 def test_partners_are_others_and_of_other_classes_where_there_are_any():
@@ -263,8 +263,11 @@ def test_partners_are_others_and_of_other_classes_where_there_are_any():
     ("labels", "names", "expected"),
     [
         ([0, 1], ["class 7", "Class 2"], ("name", [7, 2])),
-        ([0], [f"n{i}" for i in range(tiny.CLASSES)], ("number", list(range(tiny.CLASSES)))),
-        ([0, 3], None, ("number", [0, 1, 2, 3])),
+        ([0], [f"n{i:08d}" for i in range(tiny.CLASSES)], ("number", list(range(tiny.CLASSES)))),
+        ([0, 3], None, (None, None)),
+        ([0, tiny.CLASSES - 1], None, ("number", list(range(tiny.CLASSES)))),
+        ([0, 1], ["class 7", "class 7"], (None, None)),
+        ([0], [f"n{i:08d}" for i in range(tiny.CLASSES - 1)], (None, None)),
         ([0, 1], ["class 7", "unknown"], (None, None)),
         ([0, tiny.CLASSES], None, (None, None)),
         (None, None, (None, None)),
@@ -273,3 +276,87 @@ def test_partners_are_others_and_of_other_classes_where_there_are_any():
 def test_labels_are_matched_by_name_else_by_number(backbone, labels, names, expected):
     images = ImageSet(["a", "b"], labels, names, lambda _: Image.new("RGB", (4, 4)))
     assert match_labels(images, backbone) == expected
+
+
+@pytest.mark.parametrize(
+    ("names", "known", "expected"),
+    [
+        (["crane", "dog", "crane"], ["crane", "dog", "crane"], ("number", [0, 1, 2])),
+        (["dog", "crane", "crane"], ["crane", "dog", "crane"], (None, None)),
+        (["dog", "crane"], ["crane", "dog", "crane"], (None, None)),  # which of the two?
+        (["dog", "cat"], ["cat", "crane", "Dog", "crane"], ("name", [2, 0])),
+        (["dog", "cat", "eel"], ["ant", "bee", "cow"], (None, None)),  # as many, of other things
+        (["dog", "cat", "eel"], ["LABEL_0", "LABEL_1", "LABEL_2"], ("number", [0, 1, 2])),
+        (["n01443537", "n01629819", "n01641577"], ["fish", "newt", "frog"], ("number", [0, 1, 2])),
+        (["0", "1", "2"], None, ("number", [0, 1, 2])),
+        (["0", "1"], None, (None, None)),
+    ],
+)
+def test_only_equal_classes_are_matched(names, known, expected):
+    model = timm.create_model("convnext_atto", num_classes=3, depths=(1,) * 4, dims=(4,) * 4)
+    backbone = wrap_model(model, name="a", input_size=32)
+    backbone.__dict__["labels"] = known and tuple(known)
+    images = ImageSet(["a"], [0], names, lambda _: Image.new("RGB", (4, 4)))
+    assert match_labels(images, backbone) == expected
+
+
+class Broken(DiffusionInverter):
+    """Some of what it makes is NaN."""
+
+    def sample_prior(self, n, *, generator=None):
+        return self._break(super().sample_prior(n, generator=generator), 0)
+
+    def round_trip(self, images):
+        return self._break(super().round_trip(images), 1)
+
+    def _break(self, images, row: int):
+        images[row:] = torch.nan
+        return images
+
+
+def test_nan_of_a_null_or_a_ceiling_is_no_black_picture(originals):
+    images = image_set(originals[:2])
+    broken = Broken(tiny.make_pipeline(), num_inference_steps=2)
+    result = make_evaluator(broken, images).run(make_items(images, nulls=(1,)))
+    assert np.isfinite(result.columns["vae_round_trip_psnr"]).tolist() == [True, False]
+    assert not np.isfinite(result.columns["prior_only_cosine"]).any()
+    assert np.isfinite(result.columns["permuted_cells_cosine"]).tolist() == [False, True]
+    assert np.isfinite(result.columns["cosine"]).all()
+    assert result.failures == []
+    found = [(failure["id"], failure["figure"]) for failure in result.partial_failures]
+    assert found == [("image1", "vae_round_trip"), ("image1", "prior_only")]
+    assert "image1 has no cosine, top1_match" in result.partial_failures[0]["error"]
+
+
+def test_nan_of_another_backbone_or_extractor_is_reported(backbone, originals):
+    other = wrap_model(tiny.make_backbone(dims=(8, 8, 16, 16)), name="b")
+    first = next(other.model.parameters())
+    first.data[:] = torch.nan
+    images = image_set(originals)
+    memory = Memory(backbone, originals, originals)
+    observers = Observers({OWN: backbone, "b": other})
+    extractors = {"broken": ClassifierFeatures(other)}
+    evaluator = Evaluator(memory, observers, images, 2, extractors=extractors)
+    result = evaluator.run(make_items(images))
+    assert np.isfinite(result.columns["cosine"]).all()
+    assert not np.isfinite(result.columns["evaluated_by_b_top5_match"]).any()
+    reported = {(failure["id"], failure["figure"]) for failure in result.partial_failures}
+    figures = ("reconstruction", "other_image", "resized_original", "broken")
+    assert reported == {(f"image{i}", figure) for i in range(N) for figure in figures}
+
+
+def test_reconstructions_are_looked_at_once(backbone, originals, monkeypatch):
+    seen = []
+    view_pixels = Observers.view_pixels
+
+    def count(self, pixels):
+        seen.append(len(pixels))
+        return view_pixels(self, pixels)
+
+    monkeypatch.setattr(Observers, "view_pixels", count)
+    images = image_set(originals)
+    result = make_evaluator(Memory(backbone, originals, originals), images).run(make_items(images))
+    assert sum(seen) == 2 * N  # the reconstructions, and the resized originals
+    assert "other_image_cosine" in result.columns
+    predicted = [name for name in result.columns if name.endswith("predicted_class")]
+    assert sorted(predicted) == ["original_predicted_class", "predicted_class"]

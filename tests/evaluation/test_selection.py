@@ -114,3 +114,9 @@ def test_the_digest_tells_the_order():
 def test_settings_that_cannot_be_are_refused(options, sentence):
     with pytest.raises(InputError, match=sentence):
         EvaluationSettings(**options)
+
+
+@pytest.mark.parametrize("option", ["per_class", "held_back_per_class"])
+def test_numbers_per_class_need_classes(option: str):
+    with pytest.raises(InputError, match=f"--{option.replace('_', '-')} needs images with classes"):
+        select(make_set(None, 4), **{option: 1})

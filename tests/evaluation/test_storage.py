@@ -8,12 +8,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from featinv_diffusion.evaluation.evaluator import ShardResult
+from featinv_diffusion.evaluation.result import ShardResult
 from featinv_diffusion.evaluation.selection import Item
 from featinv_diffusion.evaluation.storage import (
+    discard_run,
     make_shards,
     merge_rows,
     read_features,
+    write_rows,
     write_shard,
 )
 
@@ -43,9 +45,9 @@ def test_joined_rows_keep_their_order_and_lack_nothing_but_values(tmp_path: Path
     late.failures.append({"id": "image2", "error": "broken"})
     write_shard(late, second)
     assert not first.is_done
-    assert second.is_done
     write_shard(result(first.items, cosine=[0.1, np.nan]), first)
-    rows = merge_rows(shards, tmp_path)
+    rows = merge_rows(shards)
+    write_rows(rows, tmp_path)
     assert rows.ids == ["image0", "image1", "image3"]
     assert rows.digests == ["0egami", "1egami", "3egami"]
     assert rows.failures == [{"id": "image2", "error": "broken"}]
@@ -62,7 +64,7 @@ def test_a_shard_of_failures_alone_joins_the_others(tmp_path: Path):
     failed = ShardResult([], failures=[{"id": i.id, "error": "no"} for i in first.items])
     write_shard(failed, first)
     write_shard(result(second.items, cosine=[0.5, 0.25]), second)
-    rows = merge_rows(shards, tmp_path)
+    rows = merge_rows(shards)
     assert rows.ids == ["image2", "image3"]
     assert [f["id"] for f in rows.failures] == ["image0", "image1"]
     assert list(rows.columns) == ["cosine"]
@@ -91,3 +93,29 @@ def test_an_interrupted_write_leaves_no_done_shard(tmp_path: Path, monkeypatch):
         write_shard(result(shard.items, cosine=[1, 1]), shard)
     assert not shard.is_done
     assert not list(shard.folder.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["failures", "partial_failures"])
+def test_a_shard_with_failures_is_done_again_and_keeps_nothing_of_before(tmp_path, kind: str):
+    (shard,) = make_shards(items(2), 2, tmp_path)
+    before = result(shard.items, cosine=[0.5, 0.25])
+    before.reconstructed["inception"] = np.zeros((2, 3), dtype=np.float32)
+    getattr(before, kind).append({"id": "image1", "error": "NaN"})
+    write_shard(before, shard)
+    assert not shard.is_done
+    assert getattr(merge_rows([shard]), kind) == [{"id": "image1", "error": "NaN"}]
+    write_shard(result(shard.items, cosine=[0.5, 0.25]), shard)
+    assert shard.is_done
+    assert not list(read_features([shard], "reconstructed", "inception"))
+
+
+def test_a_run_that_measured_nothing_leaves_nothing_of_its_own(tmp_path: Path):
+    output = tmp_path / "out"
+    for other in (False, True):
+        write_shard(ShardResult([]), make_shards(items(2), 2, output)[0])
+        (output / "run.json").write_text("{}")
+        if other:
+            (output / "mine.txt").touch()
+        discard_run(output)
+        assert output.exists() == other
+    assert [path.name for path in output.iterdir()] == ["mine.txt"]

@@ -70,3 +70,14 @@ def test_normalised_agreement_is_absent_without_an_autoencoder_or_a_span():
 def test_a_column_without_a_value_is_none():
     assert interval(columns(a=[NAN, NAN]), "a") is None
     assert interval(columns(a=[1.0]), "b") is None
+
+
+def test_normalised_agreement_is_absent_where_the_span_may_change_its_sign():
+    unsure = columns(
+        cosine=[0.5, 0.5, 0.5, 0.5],
+        other_image_cosine=[0.9, 0.1, 0.1, 0.1],
+        vae_round_trip_cosine=[0.4, 0.6, 0.6, 0.6],  # below on some resamples, above in the mean
+    )
+    assert normalised_agreement(unsure) is None
+    below = columns(cosine=[0.5] * 2, other_image_cosine=[0.9] * 2, vae_round_trip_cosine=[0.4] * 2)
+    assert normalised_agreement(below) is None

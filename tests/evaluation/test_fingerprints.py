@@ -1,0 +1,64 @@
+"""Digests of weights: every value, name, type and shape counts, and nothing else."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler
+from torch import nn
+
+from featinv_diffusion.evaluation.fingerprints import describe_inverter, weights_sha256
+from featinv_diffusion.inverters import DiffusionInverter
+from tests import tiny
+
+
+class Weights(nn.Module):
+    def __init__(self, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.weight = nn.Parameter(torch.arange(6, dtype=dtype).view(2, 3))
+        self.register_buffer("count", torch.tensor(3))
+
+
+def test_equal_weights_have_equal_digests_whatever_the_order():
+    a, b = Weights(), Weights()
+    assert weights_sha256({"a": a, "b": b}) == weights_sha256({"b": Weights(), "a": Weights()})
+    assert weights_sha256({"a": a}) != weights_sha256({"b": a})
+
+
+@pytest.mark.parametrize("change", ["value", "buffer", "shape", "dtype"])
+def test_any_change_changes_the_digest(change: str):
+    model = Weights(torch.bfloat16 if change == "dtype" else torch.float32)
+    if change == "value":
+        model.weight.data[1, 2] += 1e-6
+    if change == "buffer":
+        model.count += 1  # pyright: ignore[reportOperatorIssue]
+    if change == "shape":
+        model.weight.data = model.weight.data.view(3, 2)
+    assert weights_sha256({"": model}) != weights_sha256({"": Weights()})
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "controlnet", "backbone"])
+def test_each_part_of_a_pipeline_counts(part: str):
+    def digest(pipeline) -> str:
+        inverter = DiffusionInverter(pipeline)
+        assert inverter.backbone is not None
+        return describe_inverter(inverter, inverter.backbone)["pipeline_sha256"]
+
+    pipeline = tiny.make_pipeline()
+    before = digest(pipeline)
+    with torch.no_grad():
+        next(getattr(pipeline, part).parameters()).add_(1e-3)
+    assert digest(pipeline) != before
+
+
+def test_the_schedule_is_json_also_where_it_holds_infinity():
+    pipeline = tiny.make_pipeline()
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    inverter = DiffusionInverter(pipeline)
+    assert inverter.backbone is not None
+    described = describe_inverter(inverter, inverter.backbone)
+    json.dumps(described, allow_nan=False)
+    assert described["scheduler_config"]["beta_end"] == 0.012
+    assert described["prompt"] == pipeline.config["default_prompt"]
