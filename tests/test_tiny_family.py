@@ -45,7 +45,7 @@ def test_nothing_in_the_assets_names_the_machine_they_were_made_on() -> None:
 
 def test_the_card_has_figures_data_and_limits() -> None:
     card = (TINY / "convnext/README.md").read_text()
-    for heading in ("## Figures", "## Data", "## Limits", "cosine_shuffled"):
+    for heading in ("## Recipe and figures", "## Data", "## Limits", "cosine_shuffled"):
         assert heading in card
 
 
