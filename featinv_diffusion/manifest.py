@@ -7,7 +7,7 @@ import platform
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from omegaconf import OmegaConf
@@ -18,6 +18,8 @@ from featinv_diffusion.errors import InputError
 from featinv_diffusion.files import write_text
 from featinv_diffusion.reconstruction import Job, Reconstruction
 from featinv_diffusion.sampling import SampleSettings
+
+T = TypeVar("T")
 
 MANIFEST = "manifest.json"
 PER_SAMPLE = ("seed", "cosine", "cosine_shuffled", "top1_match", "top5_match")
@@ -80,18 +82,13 @@ def read_manifest(path: Path) -> Manifest:
     Raises:
         InputError: no such file, no JSON, keys missing or of a wrong kind.
     """
-    path = path / MANIFEST if path.is_dir() else path
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"A manifest must exist at {path}, but nothing is there.") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} must be a manifest in JSON: {error}.") from error
+    path = path_of(path)
+    content = read_content(path)
     names = [f.name for f in fields(SampleSettings)]
     if not isinstance(content, dict) or not {*names, "images"} <= content.keys():
         missing = sorted({*names, "images"} - set(content)) if isinstance(content, dict) else names
         raise InputError(f"{path} is no manifest of featinv sample; it lacks {', '.join(missing)}.")
-    settings = _to_settings({name: content[name] for name in names}, path)
+    settings = from_values(SampleSettings, {name: content[name] for name in names}, path)
     manifest = Manifest(
         settings, content["images"], content.get("failures", []), content.get("environment", {})
     )
@@ -100,21 +97,45 @@ def read_manifest(path: Path) -> Manifest:
     return manifest
 
 
+def path_of(path: Path) -> Path:
+    """Returns the manifest's own path, of it or of the folder that holds it."""
+    return path / MANIFEST if path.is_dir() else path
+
+
+def read_content(path: Path) -> Any:
+    """Returns what a manifest's JSON holds.
+
+    Raises:
+        InputError: no such file, or no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"A manifest must exist at {path}, but nothing is there.") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} must be a manifest in JSON: {error}.") from error
+
+
+def from_values(kind: type[T], values: dict[str, Any], path: Path) -> T:
+    """Builds a dataclass of what a manifest holds.
+
+    Raises:
+        InputError: a value of a wrong type.
+    """
+    try:
+        config = OmegaConf.merge(OmegaConf.structured(kind), values)
+        return cast(T, OmegaConf.to_object(config))
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path} holds a setting of a wrong type: {reason}.") from error
+
+
 def to_jobs(manifest: Manifest) -> list[Job]:
     """Returns the jobs that make the same pictures again."""
     return [
         Job(Path(entry["input"]), tuple(entry["outputs"]), tuple(entry["seed"]))
         for entry in manifest.images
     ]
-
-
-def _to_settings(values: dict[str, Any], path: Path) -> SampleSettings:
-    try:
-        config = OmegaConf.merge(OmegaConf.structured(SampleSettings), values)
-        return cast(SampleSettings, OmegaConf.to_object(config))
-    except OmegaConfBaseException as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path} holds a setting of a wrong type: {reason}.") from error
 
 
 def _check_entry(entry: Any, path: Path) -> None:

@@ -13,7 +13,18 @@ import typer
 from featinv_diffusion import __version__
 from featinv_diffusion.cli import exits
 
-COMMANDS = ("sample", "replay", "evaluate", "layers", "export", "push", "convert")
+COMMANDS = (
+    "sample",
+    "interpolate",
+    "compose",
+    "variability",
+    "replay",
+    "evaluate",
+    "layers",
+    "export",
+    "push",
+    "convert",
+)
 
 app = typer.Typer(
     help="Turn the feature maps of frozen vision models back into images.",

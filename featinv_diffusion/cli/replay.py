@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from featinv_diffusion.analysis.study import Study
+    from featinv_diffusion.sampling import SampleSettings
 
 
 def replay(
@@ -25,27 +30,69 @@ def replay(
 
     On the same machine and libraries they are identical; says how many are.
     """
-    import torch
-
-    from featinv_diffusion.cli.run import report, run_jobs
-    from featinv_diffusion.manifest import MANIFEST, read_manifest, to_jobs
+    from featinv_diffusion.analysis.studies import read_study
 
     folder = manifest if manifest.is_dir() else manifest.parent
-    before = read_manifest(manifest)
-    settings = before.settings if device is None else replace(before.settings, device=device)
     target = output or folder / "replay"
-    names = [name for entry in before.images for name in entry["outputs"]]
-    digests = {name: _digest(folder / name) for name in names if (folder / name).is_file()}
-    if n_threads := before.environment.get("n_threads"):
-        torch.set_num_threads(n_threads)  # sums are taken in another order on more threads
-    after = run_jobs(settings, to_jobs(before), target)
+    if (found := read_study(manifest)) is None:
+        _replay_samples(manifest, folder, target, device)
+    else:
+        _replay_study(*found, folder, target, device)
+
+
+def _replay_samples(manifest: Path, folder: Path, target: Path, device: str | None) -> None:
+    from featinv_diffusion.cli.run import report, run_jobs
+    from featinv_diffusion.manifest import read_manifest, to_jobs
+
+    before = read_manifest(manifest)
+    digests = _digests(folder, [name for entry in before.images for name in entry["outputs"]])
+    _use_threads(before.environment)
+    after = run_jobs(_on(before.settings, device), to_jobs(before), target)
     report(after, target)
-    made = [name for entry in after.images for name in entry["outputs"] if name in digests]
+    _compare(digests, target, [name for entry in after.images for name in entry["outputs"]])
+    if after.failures:
+        raise typer.Exit(1)
+
+
+def _replay_study(
+    study: Study,
+    settings: SampleSettings,
+    content: dict[str, Any],
+    folder: Path,
+    target: Path,
+    device: str | None,
+) -> None:
+    from featinv_diffusion.cli import studies
+
+    digests = _digests(folder, content["outputs"])
+    _use_threads(content["environment"])
+    after = studies.run(study, _on(settings, device), target)
+    _compare(digests, target, after["outputs"])
+
+
+def _on(settings: SampleSettings, device: str | None) -> SampleSettings:
+    return settings if device is None else replace(settings, device=device)
+
+
+def _use_threads(environment: dict[str, Any]) -> None:
+    import torch
+
+    if n_threads := environment.get("n_threads"):
+        torch.set_num_threads(n_threads)  # sums are taken in another order on more threads
+
+
+def _digests(folder: Path, names: Sequence[str]) -> dict[str, str]:
+    return {name: _digest(folder / name) for name in names if (folder / name).is_file()}
+
+
+def _compare(digests: Mapping[str, str], target: Path, names: Sequence[str]) -> None:
+    """Says how many pictures are those that were there before."""
+    from featinv_diffusion.manifest import MANIFEST
+
+    made = [name for name in names if name in digests]
     n_same = sum(_digest(target / name) == digests[name] for name in made)
     if made:
         print(f"{n_same} of {len(made)} pictures are identical to those beside {MANIFEST}.")
-    if after.failures:
-        raise typer.Exit(1)
 
 
 def _digest(path: Path) -> str:

@@ -325,6 +325,18 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
                 "Look for overflow in half precision or a broken edit."
             )
 
+    def _edit(
+        self, features: torch.Tensor, edit: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        edited = edit(features)
+        self._check_features(edited, "the feature_edit gives")
+        if len(edited) != len(features):
+            raise ValueError(
+                f"A feature_edit must return one map for each of the {len(features)} that it gets, "
+                f"but returned {len(edited)}."
+            )
+        return edited
+
     def _shape_error(self, source: str, shape: Sequence[int]) -> ValueError:
         spec, grid = self.controlnet.config.get("feature_spec") or {}, self._grid or ("h", "w")
         wanted = ["b", self.controlnet.config.feature_channels, *grid]
@@ -398,6 +410,7 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
         self,
         images: Image | Sequence[Image] | torch.Tensor | None = None,
         features: torch.Tensor | None = None,
+        feature_edit: Callable[[torch.Tensor], torch.Tensor] | None = None,
         prompt: str | Sequence[str] | None = None,
         negative_prompt: str | Sequence[str] = "",
         num_inference_steps: int | None = None,
@@ -422,6 +435,8 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
         Args:
             images: as for `encode_features`; exactly one of `images` and `features` is given.
             features: `[b, c, h, w]`, from the backbone and layer the controlnet was trained on.
+            feature_edit: turns the features into those that are inverted, of the same shape; it
+                must not change its input in place.
             prompt: one, or one per image; None is the prompt of training.
             guidance_scale: s of eps = eps_n + s (eps_p - eps_n), p the positive and n the negative
                 branch. At 1 the negative branch cancels and is not evaluated.
@@ -460,6 +475,8 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
         if features is None:
             features = self.encode_features(images)  # pyright: ignore[reportArgumentType]
         self._check_features(features)
+        if feature_edit is not None:
+            features = self._edit(features, feature_edit)
         n_images, n_samples = len(features), num_images_per_prompt
         x = self._prepare_latents(n_images * n_samples, generator, latents)
         encoded_cond = self._encode_condition(features, x.shape[-2:], guidance, n_samples)

@@ -28,8 +28,8 @@ ROOT = Path(featinv_diffusion.__file__).parents[1]
 def test_help_lists_every_command(featinv: Featinv):
     done = featinv("--help")
     assert done.code == 0
-    commands = ("sample", "replay", "evaluate", "layers", "export", "push", "convert")
-    assert commands == cli.COMMANDS
+    commands = ("sample", "interpolate", "compose", "variability", "replay", "evaluate", "layers")
+    assert (*commands, "export", "push", "convert") == cli.COMMANDS
     for name in cli.COMMANDS:
         assert f" {name} " in done.out
 

@@ -798,3 +798,33 @@ def test_sampling_changes_no_weight(pipeline):
     before = state()
     sample(pipeline, images=tiny.make_images(2))
     assert all(torch.equal(a, b) for a, b in zip(before, state(), strict=True))
+
+
+# ---- edits ---------------------------------------------------------------------------------------
+
+
+def test_an_edit_is_that_of_the_features(pipeline):
+    features = tiny.make_features(2)
+    edited = sample(pipeline, features, feature_edit=lambda f: 0.5 * f.flip(0))
+    assert torch.equal(edited, sample(pipeline, 0.5 * features.flip(0)))
+    assert not torch.equal(edited, sample(pipeline, features))
+    assert torch.equal(features, tiny.make_features(2))
+
+
+def test_an_edit_applies_to_the_features_of_images(pipeline):
+    images = tiny.make_images(2)
+    edited = sample(pipeline, images=images, feature_edit=torch.zeros_like)
+    assert torch.equal(edited, sample(pipeline, torch.zeros(2, 32, 8, 8)))
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda f: f[:, :3], r"the feature_edit gives shape \[2, 3, 8, 8\]"),
+        (lambda f: f / 0, "finite"),
+        (lambda f: f[:1], "each of the 2 that it gets, but returned 1"),
+    ],
+)
+def test_edits_that_break_the_features(pipeline, edit, words):
+    with pytest.raises(ValueError, match=words):
+        sample(pipeline, feature_edit=edit)

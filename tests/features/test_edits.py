@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from featinv_diffusion.errors import InputError
-from featinv_diffusion.features import permute_cells
+from featinv_diffusion.features import (
+    in_sequence,
+    interpolate,
+    mix,
+    paste,
+    permute_cells,
+    scale_part,
+)
+
+FRACTION = st.floats(-2, 2, allow_nan=False)
 
 
 def make_generator(seed: int = 0) -> torch.Generator:
@@ -64,3 +77,145 @@ def test_every_permutation_is_about_as_likely():
 def test_wrong_number_of_generators():
     with pytest.raises(InputError, match="3 came for 2 maps"):
         permute_cells(make_map(), [make_generator()] * 3)
+
+
+# ---- mixtures ----------------------------------------------------------------------------------
+
+
+def random_maps(b: int = 2, seed: int = 0) -> torch.Tensor:
+    return torch.randn(b, 3, 4, 5, generator=make_generator(seed))
+
+
+def test_mix_is_the_weighted_sum_of_any_number_of_maps():
+    maps = [random_maps(seed=i) for i in range(3)]
+    mixed = mix(maps, [0.5, -2, 0.25])
+    assert mixed[1, 2, 3, 4].item() == pytest.approx(
+        0.5 * maps[0][1, 2, 3, 4].item()
+        - 2 * maps[1][1, 2, 3, 4].item()
+        + 0.25 * maps[2][1, 2, 3, 4].item()
+    )
+
+
+def test_interpolating_to_the_ends_gives_the_maps_bit_for_bit():
+    a, b = random_maps(), random_maps(seed=1)
+    assert torch.equal(interpolate(a, b, 1), a)
+    assert torch.equal(interpolate(a, b, 0), b)
+
+
+@given(FRACTION)
+def test_interpolation_is_symmetric(weight: float):
+    a, b = random_maps(), random_maps(seed=1)
+    torch.testing.assert_close(interpolate(a, b, weight), interpolate(b, a, 1 - weight))
+
+
+def test_one_other_map_serves_a_whole_batch():
+    a, b = random_maps(3), random_maps(1, seed=1)
+    mixed = interpolate(a, b, 0.3)
+    torch.testing.assert_close(mixed[2:], interpolate(a[2:], b, 0.3))
+
+
+@pytest.mark.parametrize(
+    ("maps", "weights", "words"),
+    [
+        ([], [], "0 maps"),
+        ([random_maps()], [1, 2], "2 weights came for 1 maps"),
+        ([random_maps()], [float("nan")], "finite"),
+        ([random_maps(), random_maps()[:, :2]], [1, 2], r"\[2, 3, 4, 5\] and \[2, 2, 4, 5\]"),
+        ([random_maps(), random_maps(3)], [1, 2], r"\[3, 3, 4, 5\]"),
+    ],
+)
+def test_maps_that_cannot_be_mixed(maps, weights, words):
+    with pytest.raises(InputError, match=words):
+        mix(maps, weights)
+
+
+# ---- regions -----------------------------------------------------------------------------------
+
+
+def corner_mask() -> torch.Tensor:
+    """Cells (0, 0), (0, 1) of 4×5."""
+    mask = torch.zeros(4, 5, dtype=torch.bool)
+    mask[0, :2] = True
+    return mask
+
+
+def test_paste_takes_whole_vectors_of_marked_cells_only():
+    a, b = make_map(), -make_map()
+    pasted = paste(a, b, corner_mask())
+    assert pasted[0, :, 0, 1].tolist() == [-1, -101, -201]
+    assert pasted[0, :, 0, 2].tolist() == [2, 102, 202]
+    assert (pasted != a).sum() == 2 * (2 * 3 - 1)  # of the first cell, channel 0 holds ±0
+
+
+def test_swapping_a_region_twice_is_the_identity():
+    a, b, mask = random_maps(), random_maps(seed=1), corner_mask()
+    assert torch.equal(paste(paste(a, b, mask), a, mask), a)
+
+
+def test_a_mask_per_map():
+    a, b = random_maps(), random_maps(seed=1)
+    masks = torch.stack([corner_mask(), ~corner_mask()])
+    pasted = paste(a, b, masks)
+    assert torch.equal(pasted[0], paste(a, b, corner_mask())[0])
+    assert torch.equal(pasted[1], paste(a, b, ~corner_mask())[1])
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (3, 4, 5), (2, 2, 4, 5), (4,)])
+def test_a_mask_of_another_shape(shape):
+    with pytest.raises(InputError, match="mask"):
+        paste(random_maps(), random_maps(), torch.ones(shape, dtype=torch.bool))
+
+
+# ---- parts -------------------------------------------------------------------------------------
+
+
+def first_channel(features: torch.Tensor) -> torch.Tensor:
+    return torch.cat([features[:, :1], torch.zeros_like(features[:, 1:])], dim=1)
+
+
+@given(FRACTION)
+def test_scaling_a_part_scales_it_and_leaves_the_rest(factor: float):
+    features = random_maps()
+    edited = scale_part(features, first_channel, factor)
+    torch.testing.assert_close(edited[:, 0], factor * features[:, 0])
+    assert torch.equal(edited[:, 1:], features[:, 1:])
+
+
+def test_factor_one_is_the_identity_bit_for_bit():
+    features = random_maps()
+    assert torch.equal(scale_part(features, random_maps(seed=1), 1), features)
+
+
+def test_a_part_may_be_scaled_in_a_region():
+    features = random_maps()
+    edited = scale_part(features, features, 0.25, corner_mask())
+    expected = features.clone()
+    expected[:, :, 0, :2] *= 0.25
+    torch.testing.assert_close(edited, expected)
+
+
+def test_a_factor_must_be_finite():
+    with pytest.raises(InputError, match="finite"):
+        scale_part(random_maps(), first_channel, float("inf"))
+
+
+# ---- all ---------------------------------------------------------------------------------------
+
+
+def test_edits_compose_in_order_and_leave_their_input():
+    a, b = random_maps(), random_maps(seed=1)
+    before = a.clone()
+    double = partial(scale_part, part=lambda f: f, factor=2.0)
+    put = partial(paste, other=b, mask=corner_mask())
+    assert torch.equal(in_sequence(double, put)(a), paste(2 * a, b, corner_mask()))
+    assert torch.equal(in_sequence(put, double)(a), 2 * paste(a, b, corner_mask()))
+    assert in_sequence()(a) is a
+    interpolate(a, b, 0.5)
+    assert torch.equal(a, before)
+
+
+def test_edits_keep_the_dtype():
+    half = random_maps().half()
+    assert interpolate(half, random_maps(seed=1), 0.5).dtype == torch.float16
+    assert paste(half, random_maps(seed=1), corner_mask()).dtype == torch.float16
+    assert scale_part(half, first_channel, 0.5).dtype == torch.float16

@@ -1,0 +1,180 @@
+"""The study of `featinv compose`: a region of one picture's features, from another picture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any, ClassVar
+
+from matplotlib.figure import Figure
+
+from featinv_diffusion.analysis import figures
+from featinv_diffusion.analysis.composition import Composition, compose
+from featinv_diffusion.analysis.figures import Board
+from featinv_diffusion.analysis.sampling import Encoded, encode_picture, to_list
+from featinv_diffusion.analysis.study import Outcome, Study, settings_line
+from featinv_diffusion.errors import InputError
+from featinv_diffusion.features import box_mask, picture_mask
+from featinv_diffusion.features.masks import CellMask
+from featinv_diffusion.images import read_image, to_pil
+from featinv_diffusion.inverters.base import Inverter
+from featinv_diffusion.sampling import SampleSettings
+
+MAX_COLUMNS = 6
+
+
+@dataclass(frozen=True)
+class SpatialComposition(Study):
+    """Samples of A's map before and after some of its cells come from B's.
+
+    Args:
+        a: path of the picture that is edited, and whose name the seeds derive from.
+        b: path of the picture that the cells come from, at the same places.
+        box: the region, see `box_mask`.
+        mask: path of a picture of the region instead, see `picture_mask`.
+    """
+
+    command: ClassVar[str] = "compose"
+
+    a: str
+    b: str
+    box: list[float] | None
+    mask: str | None
+
+    def __post_init__(self) -> None:
+        figures.check_name(self.figure)
+        if (self.box is None) == (self.mask is None):
+            came = "none" if self.box is None else "both"
+            raise InputError(f"Exactly one of a box and a mask must be given, but {came} came.")
+        if self.box is not None:
+            box_mask(self.box, (1, 1))  # a bad one is said before anything is loaded
+
+    @property
+    def n_samples(self) -> int:
+        return 2 * len(self.seeds)
+
+    def run(self, inverter: Inverter, settings: SampleSettings) -> Outcome:
+        a, b = encode_picture(inverter, self.a), encode_picture(inverter, self.b)
+        cells = self._cells(a, inverter.spec.grid)
+        found = compose(inverter, a.features, b.features, cells, self.seeds, settings.batch_size)
+        rows = self._rows(found)
+        held = {
+            "cosines": [found.cosine.double().mean().item()],
+            "cosines_unedited": [found.cosine_before.double().mean().item()],
+            "change_inside": _mean(found.change_inside),
+            "change_outside": _mean(found.change_outside),
+        }
+        pictures = [*to_pil(found.after), *to_pil(found.before)]
+        names = [row[key] for key in ("output", "output_unedited") for row in rows]
+        return Outcome(
+            figures=held,
+            numbers={**held, "cells": cells.int().tolist(), "samples": rows},
+            rows=rows,
+            pictures=dict(zip(names, pictures, strict=True)),
+            drawing=self._draw(a, b, cells, found, settings),
+            summary=_summary(cells, held),
+        )
+
+    def _cells(self, a: Encoded, grid: tuple[int, int]) -> CellMask:
+        if self.box is not None:
+            return box_mask(self.box, grid)
+        return picture_mask(read_image(self.mask or ""), grid, a.size)
+
+    def _rows(self, found: Composition) -> list[dict[str, Any]]:
+        nothing = [None] * len(self.seeds)
+        columns = zip(
+            self.seeds,
+            to_list(found.cosine),
+            to_list(found.cosine_before),
+            found.change_inside or nothing,
+            found.change_outside or nothing,
+            strict=True,
+        )
+        return [
+            {
+                "sample": j,
+                "seed": seed,
+                "output": f"composed_{j}.png",
+                "output_unedited": f"unedited_{j}.png",
+                "cosine": cosine,
+                "cosine_unedited": before,
+                "change_inside": inside,
+                "change_outside": outside,
+            }
+            for j, (seed, cosine, before, inside, outside) in enumerate(columns)
+        ]
+
+    def _draw(
+        self, a: Encoded, b: Encoded, cells: CellMask, found: Composition, settings: SampleSettings
+    ) -> Figure:
+        """Draws A above B at the left; then of each seed before, after, and what changed."""
+        n_columns = min(len(self.seeds), MAX_COLUMNS)
+        shown = f" · first {n_columns} of {len(self.seeds)} seeds"
+        board = Board(
+            3,
+            1 + n_columns,
+            "One feature map with cells of another",
+            [
+                settings_line(settings) + (shown if n_columns < len(self.seeds) else ""),
+                "Outlined: the cells of A's map that come from B's. Under each picture the cosine "
+                "of its features to the map it was sampled from; one column per seed.",
+            ],
+            after_first=0.22,
+            right=0.75,
+        )
+        figure = board.make()
+        self._draw_originals(board, figure, a, b, cells)
+        high = max(found.change.max().item(), 1e-3)
+        for j in range(n_columns):
+            before, after, change = (board.tile_axes(figure, row, j + 1) for row in range(3))
+            figures.show_picture(before, found.before[j])
+            figures.caption(before, figures.number(found.cosine_before[j].item()))
+            figures.show_picture(after, found.after[j])
+            figures.caption(after, figures.number(found.cosine[j].item()))
+            image = figures.show_map(change, found.change[j], 0, high)
+            figures.caption(change, _change_text(found, j))
+            for axes in (before, after, change):
+                figures.outline(axes, cells)
+            if j == 0:
+                figures.side_label(before, "A's map")
+                figures.side_label(after, "composed map")
+                figures.side_label(change, "change")
+            if j == n_columns - 1:
+                figures.add_colour_bar(board, figure, 2, image, "mean |ΔRGB|")
+        return figure
+
+    def _draw_originals(
+        self, board: Board, figure: Figure, a: Encoded, b: Encoded, cells: CellMask
+    ) -> None:
+        for row, (picture, letter, path) in enumerate(((a, "A", self.a), (b, "B", self.b))):
+            axes = board.tile_axes(figure, row, 0)
+            figures.show_picture(axes, picture.square)
+            figures.outline(axes, cells)
+            figures.label(axes, f"{letter} (original)", weight="bold")
+            figures.caption(axes, figures.short_name(path), color=figures.GREY)
+
+
+def _mean(values: list[float] | None) -> float | None:
+    return None if values is None else fmean(values)
+
+
+def _change_text(found: Composition, j: int) -> str:
+    parts = []
+    if found.change_inside is not None:
+        parts.append(f"in {found.change_inside[j]:.2f}")
+    if found.change_outside is not None:
+        parts.append(f"out {found.change_outside[j]:.2f}")
+    return " · ".join(parts)
+
+
+def _summary(cells: CellMask, held: dict[str, Any]) -> str:
+    changes = [
+        f"{held[key]:.3f} {where}"
+        for key, where in (("change_inside", "inside"), ("change_outside", "outside"))
+        if held[key] is not None
+    ]
+    return (
+        f"{int(cells.sum())} of {cells.numel()} cells come from B: cosine to the composed map "
+        f"{figures.number(held['cosines'][0])} (A's own map: "
+        f"{figures.number(held['cosines_unedited'][0])}), mean RGB change {', '.join(changes)}."
+    )

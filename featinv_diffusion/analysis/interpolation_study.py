@@ -1,0 +1,166 @@
+"""The study of `featinv interpolate`: two pictures' features, mixed by several weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from featinv_diffusion.analysis import figures
+from featinv_diffusion.analysis.figures import Board
+from featinv_diffusion.analysis.interpolation import Mixtures, sample_mixtures
+from featinv_diffusion.analysis.sampling import Encoded, encode_picture, to_list
+from featinv_diffusion.analysis.study import Outcome, Study, settings_line
+from featinv_diffusion.errors import InputError
+from featinv_diffusion.images import to_pil
+from featinv_diffusion.inverters.base import Inverter
+from featinv_diffusion.sampling import SampleSettings
+
+MAX_ROWS = 8
+_CURVE = 1.25  # inches
+
+
+@dataclass(frozen=True)
+class Interpolation(Study):
+    """Samples of weight · A + (1 − weight) · B for each of the weights.
+
+    Args:
+        a: path of the picture whose weights are given, and whose name the seeds derive from.
+        b: path of the other one.
+        weights: in any order; below 0 and above 1 they extrapolate.
+    """
+
+    command: ClassVar[str] = "interpolate"
+
+    a: str
+    b: str
+    weights: list[float]
+
+    def __post_init__(self) -> None:
+        figures.check_name(self.figure)
+        finite = all(map(math.isfinite, self.weights))
+        n_different = len(set(map(_text, self.weights))) if finite else 0
+        if not self.weights or n_different != len(self.weights):
+            listed = ",".join(f"{weight:g}" for weight in self.weights)
+            raise InputError(
+                f"Weights must be finite numbers, each given once, but {listed or 'none'} came."
+            )
+
+    @property
+    def n_samples(self) -> int:
+        return len(self.weights) * len(self.seeds)
+
+    def run(self, inverter: Inverter, settings: SampleSettings) -> Outcome:
+        a, b = encode_picture(inverter, self.a), encode_picture(inverter, self.b)
+        pairs = [(weight, 1 - weight) for weight in self.weights]
+        maps = [a.features, b.features]
+        found = sample_mixtures(inverter, maps, pairs, self.seeds, settings.batch_size)
+        cosines = to_list(found.cosine.mean(dim=1))
+        rows = self._rows(found)
+        return Outcome(
+            figures={"cosines": cosines},
+            numbers={
+                "weights": self.weights,
+                "cosines": cosines,
+                "cosines_to_a": to_list(found.cosine_to_maps[..., 0].mean(dim=1)),
+                "cosines_to_b": to_list(found.cosine_to_maps[..., 1].mean(dim=1)),
+                "samples": rows,
+            },
+            rows=rows,
+            pictures=dict(
+                zip((r["output"] for r in rows), to_pil(found.images.flatten(0, 1)), strict=True)
+            ),
+            drawing=self._draw(a, b, found, settings),
+            summary=self._summary(cosines),
+        )
+
+    def _rows(self, found: Mixtures) -> list[dict[str, Any]]:
+        return [
+            {
+                "weight": weight,
+                "sample": j,
+                "seed": seed,
+                "output": f"weight_{_text(weight)}_{j}.png",
+                "cosine": found.cosine[i, j].item(),
+                "cosine_to_a": found.cosine_to_maps[i, j, 0].item(),
+                "cosine_to_b": found.cosine_to_maps[i, j, 1].item(),
+            }
+            for i, weight in enumerate(self.weights)
+            for j, seed in enumerate(self.seeds)
+        ]
+
+    def _summary(self, cosines: Sequence[float]) -> str:
+        parts = [
+            f"{_text(weight)}: {figures.number(cosine)}"
+            for weight, cosine in zip(self.weights, cosines, strict=True)
+        ]
+        return f"Cosine to the mixed map by weight of A: {', '.join(parts)}."
+
+    def _draw(self, a: Encoded, b: Encoded, found: Mixtures, settings: SampleSettings) -> Figure:
+        """Draws A | samples by falling weight of A | B, and the cosines by weight below."""
+        order = sorted(range(len(self.weights)), key=lambda i: -self.weights[i])
+        n_rows = min(len(self.seeds), MAX_ROWS)
+        shown = f" · first {n_rows} of {len(self.seeds)} seeds" if n_rows < len(self.seeds) else ""
+        board = Board(
+            n_rows,
+            len(order) + 2,
+            "Mixtures of two feature maps, as pictures",
+            [
+                f"{settings_line(settings)}{shown}",
+                "One row per seed; under each picture the cosine of its features to the mixed map.",
+            ],
+            headers="first",
+            extra=_CURVE + 0.5,
+        )
+        figure = board.make()
+        ends = ((a.square, "A", self.a), (b.square, "B", self.b))
+        for column, (square, letter, path) in zip((0, len(order) + 1), ends, strict=True):
+            axes = board.tile_axes(figure, 0, column)
+            figures.show_picture(axes, square)
+            figures.label(axes, f"{letter} (original)", weight="bold")
+            figures.caption(axes, figures.short_name(path), color=figures.GREY)
+        for row in range(n_rows):
+            for column, i in enumerate(order, start=1):
+                self._draw_sample(board.tile_axes(figure, row, column), found, i, row)
+        width = len(order) * (board.tile + board.gap) - board.gap
+        top = board.bottom_of(n_rows - 1) + 0.15
+        self._draw_curve(board.axes(figure, board.left_of(1), top, width, _CURVE), found, order)
+        return figure
+
+    def _draw_sample(self, axes: Axes, found: Mixtures, i: int, row: int) -> None:
+        figures.show_picture(axes, found.images[i, row])
+        figures.caption(axes, figures.number(found.cosine[i, row].item()))
+        if row == 0:
+            figures.label(axes, f"{_text(self.weights[i])} A + {_text(1 - self.weights[i])} B")
+
+    def _draw_curve(self, axes: Axes, found: Mixtures, order: Sequence[int]) -> None:
+        """The means as lines and every sample as a dot, each weight below its own column."""
+        weights = np.array([self.weights[i] for i in order])
+        places = (np.arange(len(order)) + 0.5) / len(order)
+        columns = (
+            ("to the mixed map", found.cosine, figures.INK, "o"),
+            ("to A", found.cosine_to_maps[..., 0], figures.BLUE, "^"),
+            ("to B", found.cosine_to_maps[..., 1], figures.ORANGE, "s"),
+        )
+        for _, cosine, colour, marker in columns:
+            values = cosine[list(order)].cpu().numpy()
+            axes.plot(places, values, marker, color=colour, ms=2, alpha=0.4, mew=0)
+            axes.plot(places, values.mean(axis=1), marker=marker, color=colour, lw=1, ms=4)
+        ends = [cosine[order[-1]].mean().item() for _, cosine, _, _ in columns]
+        low, high = axes.get_ylim()
+        heights = figures.spread(ends, 0.13 / _CURVE * (high - low))
+        for (name, _, colour, _), height in zip(columns, heights, strict=True):
+            axes.text(1.01, height, name, color=colour, va="center", size=figures.TEXT)
+        axes.set(xlim=(0, 1), xticks=places, xticklabels=[_text(w) for w in weights])
+        axes.set(xlabel="weight of A", ylabel="cosine, mean over cells")
+
+
+def _text(weight: float) -> str:
+    """Returns the shortest text that is this number, so that no two weights share a name."""
+    rounded = round(weight, 12) + 0.0
+    return f"{rounded:g}" if float(f"{rounded:g}") == rounded else repr(rounded)

@@ -1,0 +1,134 @@
+"""The study of `featinv variability`: many samples of one picture's features."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from featinv_diffusion.analysis import figures
+from featinv_diffusion.analysis.figures import Board
+from featinv_diffusion.analysis.sampling import Encoded, encode_picture, to_list
+from featinv_diffusion.analysis.study import Outcome, Study, settings_line
+from featinv_diffusion.analysis.variability import Variability, measure_variability
+from featinv_diffusion.errors import InputError
+from featinv_diffusion.images import to_pil
+from featinv_diffusion.inverters.base import Inverter
+from featinv_diffusion.sampling import SampleSettings
+
+LEVELS = (0.05, 0.25, 0.5, 0.75, 0.95)
+SHOWN = (0.05, 0.5, 0.95)
+N_EXAMPLES = 2
+
+
+@dataclass(frozen=True)
+class SampleVariability(Study):
+    """Mean, standard deviation and cosine quantiles of the samples of one map.
+
+    Args:
+        image: path of the picture.
+    """
+
+    command: ClassVar[str] = "variability"
+
+    image: str
+
+    def __post_init__(self) -> None:
+        figures.check_name(self.figure)
+        if len(self.seeds) < 2:
+            raise InputError(f"n_samples must be at least 2 here, but {len(self.seeds)} came.")
+
+    @property
+    def n_samples(self) -> int:
+        return len(self.seeds)
+
+    def run(self, inverter: Inverter, settings: SampleSettings) -> Outcome:
+        picture = encode_picture(inverter, self.image)
+        found = measure_variability(
+            inverter, picture.features, self.seeds, settings.batch_size, N_EXAMPLES
+        )
+        quantiles = _by_level(found.cosine_quantiles(LEVELS))
+        held = {"pixel_std_mean": found.std.double().mean().item(), "cosine_quantiles": quantiles}
+        return Outcome(
+            figures=held,
+            numbers={
+                **held,
+                "cosine_quantiles_per_cell": _by_level(found.cosine_quantiles_per_cell(LEVELS)),
+                "cosines": to_list(found.cosine.mean(dim=(1, 2))),
+                "seeds": self.seeds,
+            },
+            rows=_rows(found),
+            pictures={"mean.png": to_pil(found.mean[None])[0]},
+            drawing=self._draw(picture, found, settings),
+            summary=(
+                f"{self.n_samples} samples: standard deviation of a pixel "
+                f"{held['pixel_std_mean']:.3f} on average, cosine of a cell "
+                f"{figures.number(quantiles['0.5'])} in the median (5 % of them below "
+                f"{figures.number(quantiles['0.05'])})."
+            ),
+        )
+
+    def _draw(self, picture: Encoded, found: Variability, settings: SampleSettings) -> Figure:
+        """Draws original, samples, their mean and deviation; below, quantiles of the cosine."""
+        board = Board(
+            2,
+            4,
+            f"What the features fix, and what the prior fills in: {self.n_samples} samples",
+            [
+                settings_line(settings),
+                "Bright in the upper map: pixels that the features leave open.",
+            ],
+            right=0.8,
+        )
+        figure = board.make()
+        titles = ("original", "sample 0", "mean of samples", "std of pixels")
+        tiles = [board.tile_axes(figure, 0, column) for column in range(4)]
+        for axes, title in zip(tiles, titles, strict=True):
+            figures.label(axes, title)
+        figures.show_picture(tiles[0], picture.square)
+        figures.caption(tiles[0], figures.short_name(self.image), color=figures.GREY)
+        _show_sample(tiles[1], found, 0)
+        figures.show_picture(tiles[2], found.mean)
+        image = figures.show_map(tiles[3], found.std, 0, max(found.std.max().item(), 1e-3))
+        figures.caption(tiles[3], f"mean {found.std.mean().item():.3f}")
+        figures.add_colour_bar(board, figure, 0, image, "std, RGB in 0 … 1")
+        self._draw_cosines(board, figure, found)
+        return figure
+
+    def _draw_cosines(self, board: Board, figure: Figure, found: Variability) -> None:
+        maps = found.cosine_quantiles_per_cell(SHOWN)
+        low, high = maps.min().item(), max(maps.max().item(), maps.min().item() + 1e-3)
+        axes = board.tile_axes(figure, 1, 0)
+        figures.label(axes, "sample 1")
+        _show_sample(axes, found, 1)
+        image: Any = None
+        for column, (level, values) in enumerate(zip(SHOWN, maps, strict=True), start=1):
+            axes = board.tile_axes(figure, 1, column)
+            figures.label(axes, f"cosine, {level:.0%} quantile")
+            image = figures.show_map(axes, values, low, high)
+            figures.caption(axes, f"mean {figures.number(values.mean().item())}")
+        figures.add_colour_bar(board, figure, 1, image, "cosine of a cell")
+
+
+def _show_sample(axes: Axes, found: Variability, j: int) -> None:
+    figures.show_picture(axes, found.examples[j])
+    figures.caption(axes, f"cosine {figures.number(found.cosine[j].mean().item())}")
+
+
+def _by_level(values: torch.Tensor) -> dict[str, Any]:
+    return dict(zip(map(str, LEVELS), to_list(values), strict=True))
+
+
+def _rows(found: Variability) -> list[dict[str, Any]]:
+    """One row per pixel."""
+    red, green, blue = (to_list(channel.flatten()) for channel in found.mean)
+    height, width = found.std.shape
+    places = [(y, x) for y in range(height) for x in range(width)]
+    columns = zip(places, red, green, blue, to_list(found.std.flatten()), strict=True)
+    return [
+        {"y": y, "x": x, "mean_red": r, "mean_green": g, "mean_blue": b, "std": std}
+        for (y, x), r, g, b, std in columns
+    ]

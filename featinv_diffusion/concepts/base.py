@@ -1,0 +1,322 @@
+"""`ConceptDictionary`: directions in feature space, in groups, and how features split over them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from featinv_diffusion.concepts.heads import PooledHead
+from featinv_diffusion.concepts.storage import (
+    read_concepts,
+    spec_from_json,
+    spec_to_json,
+    write_concepts,
+)
+from featinv_diffusion.concepts.subspaces import (
+    Decomposition,
+    check_direction,
+    completeness,
+    decompose,
+)
+from featinv_diffusion.errors import InputError, choices_hint
+from featinv_diffusion.types import Features, FeatureSpec
+
+Scaling = Literal["image", "cell", "none"]
+
+
+class ConceptDictionary(ABC):
+    """A set of concepts, each spanned by one or more directions of length c.
+
+    Every feature vector splits as `f = Σ_l part_l + remainder`, a part being the combination of a
+    concept's directions that `encode` gives. Inputs are never changed; results have the dtype and
+    device of the features.
+
+    Args:
+        spec: where the features come from; features of another width are refused.
+        settings: what the subclass was built with; saved, so values must be plain.
+
+    Attributes:
+        report: figures of the last fit, plain values that are saved too.
+    """
+
+    kind: ClassVar[str]
+    kinds: ClassVar[dict[str, type[ConceptDictionary]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        ConceptDictionary.kinds[cls.kind] = cls
+
+    def __init__(self, spec: FeatureSpec | None = None, **settings: Any):
+        self.spec = spec
+        self.settings = settings
+        self.report: dict[str, Any] = {}
+        self._directions: Tensor | None = None
+        self._offset: Tensor | None = None
+        self._sizes: tuple[int, ...] = ()
+
+    # What a dictionary supplies.
+
+    @abstractmethod
+    def fit(self, features: Features, *, progress: bool = False) -> ConceptDictionary:
+        """Finds the concepts of feature maps; returns itself."""
+
+    @abstractmethod
+    def _encode(self, cells: Float[Tensor, "n c"]) -> Float[Tensor, "n k"]:
+        """Returns the codes of vectors from which the offset is subtracted."""
+
+    # What everyone uses.
+
+    @property
+    def directions(self) -> Float[Tensor, "k c"]:
+        """All concepts' directions, one concept's after the other's."""
+        if self._directions is None:
+            raise InputError("The dictionary holds no concepts yet. Call fit or load first.")
+        return self._directions
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """How many directions each concept has."""
+        return self._sizes
+
+    @property
+    def n_concepts(self) -> int:
+        return len(self._sizes)
+
+    @property
+    def channels(self) -> int:
+        """The length c of feature vectors."""
+        return self.directions.shape[1]
+
+    def basis(self, concept: int) -> Float[Tensor, "k c"]:
+        """Returns the directions of one concept."""
+        return self.directions[self._slice(concept)]
+
+    def encode(self, features: Features) -> Float[Tensor, "b k h w"]:
+        """Returns the codes of every cell, the concepts' first, in the order of `directions`."""
+        cells = to_cells(features, self.channels)
+        offset = self._offset
+        codes = self._encode(cells if offset is None else cells - offset.to(cells))
+        return _to_map(codes, features)
+
+    def decode(self, codes: Float[Tensor, "b k h w"]) -> Features:
+        """Returns what the codes stand for; of MCD all that was encoded, of others most of it.
+
+        Raises:
+            InputError: another number of codes than `encode` gives.
+        """
+        decoder = self._decoder
+        if codes.shape[1] != len(decoder):
+            raise InputError(f"Codes must have {len(decoder)} channels, but {codes.shape[1]} came.")
+        cells = _from_map(codes) @ decoder.to(codes)
+        if self._offset is not None:
+            cells = cells + self._offset.to(cells)
+        return _to_map(cells, codes)
+
+    def part(self, features: Features, concept: int) -> Features:
+        """Returns the part of the features that lies in one concept.
+
+        Raises:
+            InputError: no such concept.
+        """
+        return self._part(self.encode(features), self._slice(concept))
+
+    def parts(self, features: Features) -> Float[Tensor, "b n_concepts c h w"]:
+        """Returns the parts of all concepts; takes n times the memory of the features."""
+        codes = self.encode(features)
+        slices = map(self._slice, range(self.n_concepts))
+        return torch.stack([self._part(codes, chosen) for chosen in slices], dim=1)
+
+    def remainder(self, features: Features) -> Features:
+        """Returns what no concept holds: features minus all parts."""
+        codes = self.encode(features)[:, : len(self.directions)]
+        return features - _to_map(_from_map(codes) @ self.directions.to(codes), codes)
+
+    def activations(
+        self, features: Features, scaling: Scaling = "image"
+    ) -> Float[Tensor, "b n_concepts h w"]:
+        """Returns the concept activation maps ‖part_l(y, x)‖.
+
+        Args:
+            features: `[b, c, h, w]`.
+            scaling: divided by the greatest ‖f‖ of the `image` (as published), by ‖f‖ of each
+                `cell`, or by nothing.
+        """
+        codes = self.encode(features)
+        slices = map(self._slice, range(self.n_concepts))
+        norms = torch.stack([self._part(codes, s).norm(dim=1) for s in slices], dim=1)
+        if scaling == "none":
+            return norms
+        lengths = features.norm(dim=1, keepdim=True)
+        if scaling == "image":
+            lengths = lengths.amax(dim=(2, 3), keepdim=True)
+        return norms / lengths.clamp(min=torch.finfo(lengths.dtype).tiny)
+
+    def local_relevance(
+        self, features: Features, head: PooledHead, class_index: int
+    ) -> Float[Tensor, "b n_concepts_and_rest h w"]:
+        """Returns what each cell of each concept, and last of the remainder, adds to a logit.
+
+        `R_l(y, x) = s u · part_l(y, x)` with s and u of the `PooledHead`, so that exactly
+        `logit − b = Σ_l mean_yx R_l(y, x)`.
+        """
+        direction = head.direction(class_index).to(features)
+        codes = self.encode(features)[:, : len(self.directions)]
+        weighted = codes * (self.directions.to(features) @ direction)[:, None, None]
+        shares = [weighted[:, self._slice(i)].sum(dim=1) for i in range(self.n_concepts)]
+        total = torch.einsum("bchw,c->bhw", features, direction)
+        relevance = torch.stack([*shares, total - weighted.sum(dim=1)], dim=1)
+        return relevance * head.scale(features)[:, None, None, None]
+
+    def global_relevance(
+        self, direction: Float[Tensor, " c"]
+    ) -> Float[Tensor, " n_concepts_and_rest"]:
+        """Returns ‖w_l‖ of the split of w / ‖w‖ over the concepts, and last over their complement.
+
+        As published, not squared: only squares add up to 1, and only for orthogonal subspaces.
+        Where directions depend on each other, the split is that of least norm.
+
+        Args:
+            direction: w of a class, `PooledHead.direction`.
+        """
+        check_direction(direction, self.channels)
+        unit = (direction / direction.norm()).double()
+        codes = self._split.encoder @ unit
+        rows = self.directions.double()
+        slices = [self._slice(i) for i in range(self.n_concepts)]
+        norms = [(codes[chosen] @ rows[chosen]).norm() for chosen in slices]
+        rest = (self._split.complement @ unit).norm()
+        return torch.stack([*norms, rest]).to(direction.dtype)
+
+    def completeness(self, direction: Float[Tensor, " c"]) -> float:
+        """Returns ‖P w‖ / ‖w‖ in [0, 1], P the projection on all concepts together.
+
+        The published figure is this norm; its square is the share of the squared length.
+        """
+        return completeness(self._split.span, direction)
+
+    def reorder(self, order: Sequence[int]) -> ConceptDictionary:
+        """Puts concepts into another order, in place, or drops some; returns itself.
+
+        Args:
+            order: positions of the concepts to keep, each at most once.
+        """
+        if len(set(order)) != len(order) or not order:
+            raise InputError(f"An order must name concepts, each once, but {list(order)} came.")
+        bases = [self.basis(i) for i in order]
+        self._set(torch.cat(bases), [len(basis) for basis in bases], self._offset)
+        return self
+
+    def sort_by_relevance(self, direction: Float[Tensor, " c"]) -> ConceptDictionary:
+        """Orders concepts by global relevance to a class, greatest first, in place."""
+        relevance = self.global_relevance(direction)[:-1]
+        return self.reorder(relevance.argsort(descending=True, stable=True).tolist())
+
+    def save(self, path: str | Path) -> None:
+        """Writes a safetensors file with a JSON header, whole or not at all."""
+        tensors = {"directions": self.directions}
+        if self._offset is not None:
+            tensors["offset"] = self._offset
+        header = {
+            "kind": self.kind,
+            "sizes": self._sizes,
+            "settings": self.settings,
+            "spec": spec_to_json(self.spec),
+            "report": self.report,
+        }
+        write_concepts(Path(path), tensors, header)
+
+    @staticmethod
+    def load(path: str | Path) -> ConceptDictionary:
+        """Reads what `save` wrote, of whichever kind.
+
+        Raises:
+            InputError: no such file, or not one of concepts.
+        """
+        tensors, header = read_concepts(Path(path))
+        if header["kind"] not in ConceptDictionary.kinds:
+            hint = choices_hint(header["kind"], sorted(ConceptDictionary.kinds))
+            raise InputError(
+                f"{path} must hold a known kind of concepts, not {header['kind']!r}; {hint}"
+            )
+        kind = ConceptDictionary.kinds[header["kind"]]
+        dictionary = kind._rebuild(tensors, header["settings"], spec_from_json(header["spec"]))
+        dictionary.report = header["report"]
+        dictionary._set(tensors["directions"], header["sizes"], tensors.get("offset"))
+        return dictionary
+
+    @classmethod
+    def _rebuild(
+        cls, tensors: dict[str, Tensor], settings: dict[str, Any], spec: FeatureSpec | None
+    ) -> ConceptDictionary:
+        return cls(spec=spec, **settings)
+
+    # How it works.
+
+    def _cells_to_fit(self, features: Features) -> Float[Tensor, "n c"]:
+        return to_cells(features.detach(), self.spec.channels if self.spec else None)
+
+    @property
+    def _decoder(self) -> Tensor:
+        return self.directions
+
+    @cached_property
+    def _split(self) -> Decomposition:
+        return decompose(self.directions)
+
+    def _set(self, directions: Tensor, sizes: Sequence[int], offset: Tensor | None = None) -> None:
+        self._directions = directions.detach().float().cpu().contiguous()
+        self._sizes = tuple(sizes)
+        self._offset = None if offset is None else offset.detach().float().cpu()
+        vars(self).pop("_split", None)  # a cached property
+
+    def _slice(self, concept: int) -> slice:
+        if not 0 <= concept < self.n_concepts:
+            raise InputError(
+                f"The concept must lie in 0 … {self.n_concepts - 1}, but {concept} came."
+            )
+        first = sum(self._sizes[:concept])
+        return slice(first, first + self._sizes[concept])
+
+    def _part(self, codes: Tensor, chosen: slice) -> Tensor:
+        return _to_map(_from_map(codes[:, chosen]) @ self.directions[chosen].to(codes), codes)
+
+
+def to_cells(features: Tensor, channels: int | None) -> Tensor:
+    """Returns the cells `[b·h·w, c]`, image after image in raster order, in float32 or float64.
+
+    Raises:
+        InputError: not a finite batch of maps of this width (any width where None).
+    """
+    if features.ndim != 4 or channels not in (None, features.shape[1]) or not features.numel():
+        raise InputError(
+            f"Features must be maps [batch, {channels or 'channels'}, height, width], "
+            f"but came with shape {list(features.shape)}."
+        )
+    if not bool(features.isfinite().all()):
+        raise InputError("Features must be finite, but NaN or infinite values came.")
+    cells = _from_map(features)
+    return cells if cells.dtype == torch.float64 else cells.float()
+
+
+def check_n_concepts(n_concepts: int, n_cells: int) -> None:
+    """Raises `InputError` unless there are at least as many cells as concepts, and one of these."""
+    if not 1 <= n_concepts <= n_cells:
+        raise InputError(
+            f"n_concepts must lie in 1 … {n_cells} (the cells), but {n_concepts} came."
+        )
+
+
+def _from_map(features: Tensor) -> Tensor:
+    return features.permute(0, 2, 3, 1).reshape(-1, features.shape[1])
+
+
+def _to_map(cells: Tensor, like: Tensor) -> Tensor:
+    b, _, h, w = like.shape
+    return cells.reshape(b, h, w, -1).permute(0, 3, 1, 2).contiguous().to(like.dtype)

@@ -1,0 +1,329 @@
+"""Multi-dimensional concept discovery: concepts as linear subspaces (Vielhaben et al., 2023)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from featinv_diffusion.concepts.base import ConceptDictionary, check_n_concepts
+from featinv_diffusion.concepts.clustering import (
+    cluster_embedding,
+    cluster_rows,
+    find_inliers,
+    make_affinity,
+    spectral_embedding,
+)
+from featinv_diffusion.concepts.elastic_net import ElasticNet, self_representation
+from featinv_diffusion.concepts.subspaces import (
+    check_direction,
+    completeness,
+    decompose,
+    energy_share,
+    orthogonalise,
+    principal_basis,
+)
+from featinv_diffusion.errors import InputError
+from featinv_diffusion.types import Features, FeatureSpec
+
+Basis = Literal["auto", "uncentred", "centred"]
+_BASES: tuple[Literal["uncentred", "centred"], ...] = ("uncentred", "centred")
+
+
+class MCD(ConceptDictionary):
+    """Concepts are subspaces, found by clustering cells that represent each other sparsely.
+
+    Cells of unit norm → sparse self-representation → outliers out, again → spectral clustering →
+    the principal directions of each cluster. What no concept holds is the complement subspace:
+    codes of concepts and complement together are as many as channels (more where subspaces
+    intersect) and decode to the features without loss.
+
+    Args:
+        n_concepts: K; None takes the smallest that reaches `min_completeness` for the class
+            direction given to `fit`.
+        clustering: `sparse` self-representation, or `kmeans` on the unit cells as a baseline.
+        basis: of each cluster: `centred` subtracts its mean, as published; `uncentred` goes
+            through the origin and may hold the mean; `auto` takes whichever concepts hold more of
+            the unit cells' energy. The figures of both are in `report`.
+        gamma, tau, n_nonzero: of `ElasticNet`; tau 1 is the lasso.
+        outlier_quantile: share of the cells to keep, those with the smallest L1 norm of
+            coefficients; 1 keeps all.
+        fo_threshold: eigenvalues above this share of the cluster's largest count (Fukunaga-Olsen).
+        one_dimensional: keeps the leading direction of each cluster only.
+        orthogonal: makes the subspaces orthogonal, see `orthogonalise`; needs a class direction.
+        min_completeness: ‖P w‖ / ‖w‖ to reach where `n_concepts` is None.
+        max_concepts: where to give up.
+        max_cells: cells drawn without replacement where there are more; None takes all. Time grows
+            with the square.
+        seed: of the draw, the eigenvectors' start and k-means.
+        spec: as in `ConceptDictionary`.
+
+    Attributes:
+        labels: `[b, h, w]` after `fit`: the concept of each cell; -1 for outliers, cells of zeros
+            and those not drawn. Not saved.
+    """
+
+    kind = "mcd"
+
+    def __init__(
+        self,
+        n_concepts: int | None = None,
+        *,
+        clustering: Literal["sparse", "kmeans"] = "sparse",
+        basis: Basis = "auto",
+        gamma: float = 10.0,
+        tau: float = 1.0,
+        n_nonzero: int | None = None,
+        outlier_quantile: float = 0.75,
+        fo_threshold: float = 0.05,
+        one_dimensional: bool = False,
+        orthogonal: bool = False,
+        min_completeness: float = 0.5,
+        max_concepts: int = 19,
+        max_cells: int | None = 20_000,
+        seed: int = 42,
+        spec: FeatureSpec | None = None,
+    ):
+        settings = {k: v for k, v in locals().items() if k not in ("self", "spec", "__class__")}
+        super().__init__(spec, **settings)
+        _check_settings(settings)
+        self.problem = ElasticNet(gamma, tau, n_nonzero=n_nonzero)
+        self.labels: Tensor | None = None
+
+    def fit(
+        self,
+        features: Features,
+        *,
+        direction: Float[Tensor, " d"] | None = None,
+        progress: bool = False,
+    ) -> MCD:
+        """Finds the concepts of maps, usually of images of one class.
+
+        Concepts come sorted by global relevance where there is a direction, else by the number of
+        their cells.
+
+        Args:
+            features: `[b, c, h, w]`.
+            direction: w of the class, `PooledHead.direction`, d = c; needed to choose the number of
+                concepts and to make them orthogonal.
+            progress: show a bar.
+
+        Raises:
+            InputError: too few cells, no direction where one is needed, or a completeness that is
+                not reached.
+        """
+        cells = self._cells_to_fit(features)
+        self._check_direction(direction, cells.shape[1])
+        used, rows = self._draw(cells)
+        groups = self._group(rows, progress)
+        clusters = self._choose(groups, direction)
+        bases, order = self._arrange(clusters, direction)
+        self._set(torch.cat(bases), [len(basis) for basis in bases])
+        self.report = self._describe(cells, rows, groups, clusters)
+        labels = torch.full((len(cells),), -1, dtype=torch.int64)
+        position = torch.full((len(clusters.bases) + 1,), -1)
+        position[order] = torch.arange(len(order))
+        labels[used[torch.from_numpy(groups.inliers)]] = position[torch.from_numpy(clusters.labels)]
+        self.labels = labels.reshape(len(features), *features.shape[2:])
+        return self
+
+    def complement(self) -> Float[Tensor, "r c"]:
+        """Returns an orthonormal basis of what no concept holds."""
+        return self._split.complement.float()
+
+    def _encode(self, cells: Tensor) -> Tensor:
+        return cells @ torch.cat([self._split.encoder, self._split.complement]).T.to(cells)
+
+    @property
+    def _decoder(self) -> Tensor:
+        return torch.cat([self.directions.double(), self._split.complement])
+
+    # The steps of a fit.
+
+    def _check_direction(self, direction: Tensor | None, channels: int) -> None:
+        if direction is not None:
+            check_direction(direction, channels)
+        elif self.settings["n_concepts"] is None:
+            raise InputError(
+                "The number of concepts is chosen by completeness, which needs the direction of a "
+                "class, but none came. Give fit a direction, or MCD n_concepts."
+            )
+        elif self.settings["orthogonal"]:
+            raise InputError(
+                "Subspaces are made orthogonal in the order of their completeness, which needs the "
+                "direction of a class, but none came. Give fit a direction."
+            )
+
+    def _draw(self, cells: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the indices of the cells used, and these cells scaled to unit norm."""
+        norms = cells.norm(dim=1)
+        used = (norms > 0).nonzero()[:, 0].cpu()
+        limit = self.settings["max_cells"]
+        if limit is not None and len(used) > limit:
+            generator = torch.Generator().manual_seed(self.settings["seed"])
+            used = used[torch.randperm(len(used), generator=generator)[:limit].sort().values]
+        if len(used) < 2:
+            raise InputError(
+                f"Concepts need at least 2 cells that are not zero, but {len(used)} came."
+            )
+        chosen = used.to(cells.device)
+        return used, cells[chosen] / norms[chosen, None]
+
+    def _group(self, rows: Tensor, progress: bool) -> _Groups:
+        settings = self.settings
+        if settings["clustering"] == "kmeans":
+            return _Groups(rows, np.arange(len(rows)), None, settings["seed"])
+        coefficients = self_representation(rows, self.problem, progress=progress)
+        inliers = np.flatnonzero(find_inliers(coefficients, settings["outlier_quantile"]))
+        if len(inliers) < len(rows):
+            rows = rows[torch.from_numpy(inliers).to(rows.device)]
+            coefficients = self_representation(rows, self.problem, progress=progress)
+        most = settings["n_concepts"] or settings["max_concepts"]
+        embedding = spectral_embedding(
+            make_affinity(coefficients), min(most, len(rows)), settings["seed"]
+        )
+        return _Groups(rows, inliers, embedding, settings["seed"], coefficients.nnz / len(rows))
+
+    def _choose(self, groups: _Groups, direction: Tensor | None) -> _Clusters:
+        """Returns K clusters, the given K or the smallest that is complete enough."""
+        n_concepts = self.settings["n_concepts"]
+        if n_concepts is not None:
+            check_n_concepts(n_concepts, len(groups.rows))
+            return self._cut(groups, n_concepts, direction)
+        reached = 0.0
+        for k in range(1, min(self.settings["max_concepts"], len(groups.rows)) + 1):
+            clusters = self._cut(groups, k, direction)
+            reached = max(reached, clusters.completeness[clusters.chosen])
+            if reached >= self.settings["min_completeness"]:
+                return clusters
+        raise InputError(
+            f"Completeness must reach {self.settings['min_completeness']}, but up to "
+            f"{self.settings['max_concepts']} concepts reach only {reached:.3f}. "
+            "Lower min_completeness, raise max_concepts, or give n_concepts."
+        )
+
+    def _cut(self, groups: _Groups, k: int, direction: Tensor | None) -> _Clusters:
+        labels = groups.cut(k)
+        members = [groups.rows[torch.from_numpy(np.flatnonzero(labels == i))] for i in range(k)]
+        clusters = _Clusters(labels)
+        for name in _BASES:
+            clusters.add(
+                name, [self._basis(rows, name) for rows in members], groups.rows, direction
+            )
+        clusters.choose(self.settings["basis"])
+        return clusters
+
+    def _basis(self, rows: Tensor, name: str) -> Tensor:
+        threshold = self.settings["fo_threshold"]
+        basis = principal_basis(rows, centred=name == "centred", threshold=threshold).cpu()
+        return basis[:1] if self.settings["one_dimensional"] else basis
+
+    def _arrange(
+        self, clusters: _Clusters, direction: Tensor | None
+    ) -> tuple[list[Tensor], list[int]]:
+        """Returns the bases in their final order, and the cluster each comes from."""
+        bases, order = clusters.bases, list(range(len(clusters.bases)))
+        if self.settings["orthogonal"] and direction is not None:
+            bases, order = orthogonalise(bases, direction)
+        if direction is None:
+            counts = np.bincount(clusters.labels, minlength=len(bases))
+            rank = np.argsort(-counts, kind="stable")
+        else:
+            split = decompose(torch.cat(bases))
+            codes = (split.encoder @ direction.to(split.encoder)).split([len(b) for b in bases])
+            norms = [float((c @ b).norm()) for c, b in zip(codes, bases, strict=True)]
+            rank = np.argsort(-np.array(norms), kind="stable")
+        return [bases[i] for i in rank], [order[i] for i in rank]
+
+    def _describe(
+        self, cells: Tensor, rows: Tensor, groups: _Groups, clusters: _Clusters
+    ) -> dict[str, Any]:
+        return {
+            "n_cells": len(cells),
+            "n_zero_cells": int((cells.norm(dim=1) == 0).sum()),
+            "n_cells_used": len(rows),
+            "n_outliers": len(rows) - len(groups.inliers),
+            "mean_nonzero": groups.mean_nonzero,
+            "basis": clusters.chosen,
+            "energy": clusters.energy,
+            "dimensions": clusters.dimensions,
+            "completeness": clusters.completeness or None,
+            "rank": self._split.rank,
+            "rank_deficiency": len(self.directions) - self._split.rank,
+            "n_absorbed": len(clusters.bases) - self.n_concepts,
+        }
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """Unit cells without outliers, ready to be cut into any number of clusters."""
+
+    rows: Tensor
+    inliers: np.ndarray
+    embedding: np.ndarray | None
+    seed: int
+    mean_nonzero: float | None = None
+
+    def cut(self, k: int) -> Int[np.ndarray, " n"]:
+        if self.embedding is None:
+            return cluster_rows(self.rows.cpu().numpy(), k, self.seed)
+        return cluster_embedding(self.embedding, k, self.seed)
+
+
+@dataclass
+class _Clusters:
+    """K clusters with both kinds of basis; figures by kind."""
+
+    labels: np.ndarray
+    candidates: dict[str, list[Tensor]] = field(default_factory=dict)
+    energy: dict[str, float] = field(default_factory=dict)
+    completeness: dict[str, float] = field(default_factory=dict)
+    dimensions: dict[str, list[int]] = field(default_factory=dict)
+    chosen: str = ""
+
+    @property
+    def bases(self) -> list[Tensor]:
+        return self.candidates[self.chosen]
+
+    def add(self, name: str, bases: list[Tensor], rows: Tensor, direction: Tensor | None) -> None:
+        """Keeps a kind of basis where it has a direction in every cluster."""
+        self.dimensions[name] = [len(basis) for basis in bases]
+        if not all(self.dimensions[name]):
+            return
+        span = decompose(torch.cat(bases)).span
+        self.candidates[name] = bases
+        self.energy[name] = energy_share(span, rows)
+        if direction is not None:
+            self.completeness[name] = completeness(span, direction)
+
+    def choose(self, basis: str) -> None:
+        if basis == "auto":
+            basis = max(self.energy, key=lambda name: self.energy[name])
+        elif basis not in self.candidates:
+            raise InputError(
+                "A centred basis needs cells that differ in every cluster, but one cluster has "
+                "none. Take fewer concepts, or an uncentred basis."
+            )
+        self.chosen = basis
+
+
+def _check_settings(settings: dict[str, Any]) -> None:
+    choices = {"clustering": ("sparse", "kmeans"), "basis": ("auto", *_BASES)}
+    for name, allowed in choices.items():
+        if settings[name] not in allowed:
+            raise InputError(
+                f"{name} must be one of {', '.join(allowed)}, but {settings[name]!r} came."
+            )
+    for name in ("outlier_quantile", "min_completeness"):
+        if not 0 < settings[name] <= 1:
+            raise InputError(f"{name} must lie in (0, 1], but {settings[name]} came.")
+    if not 0 <= settings["fo_threshold"] < 1:
+        raise InputError(f"fo_threshold must lie in [0, 1), but {settings['fo_threshold']} came.")
+    for name in ("n_concepts", "max_cells", "max_concepts"):
+        value = cast("int | None", settings[name])
+        if value is not None and value < 1:
+            raise InputError(f"{name} must be at least 1, but {value} came.")
