@@ -176,7 +176,7 @@ def _encode(
     batch_size: int,
     on_failure: OnFailure,
 ) -> Iterator[_Encoded]:
-    for batch in _batched(pictures, batch_size):
+    for batch in batched(pictures, batch_size):
         features, logits = _look(backbone, [original for _, original in batch])
         for i, (job, original) in enumerate(batch):
             if features[i].isfinite().all():
@@ -189,7 +189,7 @@ def _sample(
     inverter: Inverter, backbone: Backbone, encoded: Iterable[_Encoded], batch_size: int
 ) -> Iterator[_Sample]:
     pairs = ((source, seed) for source in encoded for seed in source.job.seeds)
-    for batch in _batched(pairs, batch_size):
+    for batch in batched(pairs, batch_size):
         sources, seeds = [source for source, _ in batch], [seed for _, seed in batch]
         features = torch.stack([source.features for source in sources])
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -261,7 +261,8 @@ def output_stems(ids: Sequence[str]) -> Iterator[str]:
         yield stem
 
 
-def _batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Yields lists of `size`, the last one shorter."""
     iterator = iter(items)
     while batch := list(itertools.islice(iterator, size)):
         yield batch

@@ -9,6 +9,7 @@ The same command again finishes what was interrupted: shards that are done are k
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -36,21 +37,11 @@ from featinv_diffusion.viz import GridRow
 N_GRID_ROWS = 24
 
 
+@options.with_sampling(n_samples=1, without=["device"])
 def main(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE|FOLDER...")],
-    backbone: options.Backbone = None,
-    pipeline: options.Pipeline = None,
-    layer: options.Layer = None,
-    n_samples: options.NSamples = 1,
-    seed: options.Seed = 0,
-    steps: options.Steps = None,
-    scheduler: options.Scheduler = None,
-    guidance_scale: options.GuidanceScale = None,
-    guidance: options.Guidance = None,
-    strength: options.Strength = 1.0,
-    batch_size: options.BatchSize = 8,
-    attention: options.Attention = "native",
-    dtype: options.Dtype = "float32",
+    *,
+    settings: SampleSettings,
     output: options.Output = Path("outputs/reconstruct"),
     shard_size: Annotated[
         int, typer.Option(help="Pictures that one process does, and keeps, at a time.")
@@ -58,23 +49,8 @@ def main(
 ) -> None:
     """Reconstruct all pictures, a shard of them at a time, on as many processes as were started."""
     accelerator = make_accelerator()
-    settings = SampleSettings(
-        pipeline=pipeline,
-        backbone=backbone,
-        layer=layer,
-        n_samples=n_samples,
-        seed=seed,
-        steps=steps,
-        scheduler=scheduler,
-        guidance_scale=guidance_scale,
-        guidance=guidance,
-        strength=strength,
-        batch_size=batch_size,
-        attention=attention,
-        device=device_name(accelerator),
-        dtype=dtype,
-    )
-    jobs = make_jobs(find_images(images, exclude=output), seed, n_samples)
+    settings = replace(settings, device=device_name(accelerator))
+    jobs = make_jobs(find_images(images, exclude=output), settings.seed, settings.n_samples)
     manifest = reconstruct_shards(accelerator, settings, make_shards(jobs, shard_size), output)
     accelerator.end_training()
     if manifest is not None and manifest.failures:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from featinv_diffusion.cli import options, studies
 
+if TYPE_CHECKING:
+    from featinv_diffusion.sampling import SampleSettings
 
+
+@options.with_sampling(n_samples=4)
 def compose(
     a: studies.PictureA,
     b: studies.PictureB,
@@ -24,20 +28,8 @@ def compose(
         Path | None,
         typer.Option(metavar="IMAGE", help="Region by a picture instead: where it is light."),
     ] = None,
-    backbone: options.Backbone = None,
-    pipeline: options.Pipeline = None,
-    layer: options.Layer = None,
-    n_samples: options.NSamples = 4,
-    seed: options.Seed = 0,
-    steps: options.Steps = None,
-    scheduler: options.Scheduler = None,
-    guidance_scale: options.GuidanceScale = None,
-    guidance: options.Guidance = None,
-    strength: options.Strength = 1.0,
-    batch_size: options.BatchSize = 8,
-    attention: options.Attention = "native",
-    device: options.Device = "auto",
-    dtype: options.Dtype = "float32",
+    *,
+    settings: SampleSettings,
     figure: studies.FigureName = "figure.png",
     output: options.Output = Path("outputs/compose"),
 ) -> None:
@@ -49,30 +41,13 @@ def compose(
     """
     from featinv_diffusion.analysis.studies import SpatialComposition
     from featinv_diffusion.analysis.study import seeds_of
-    from featinv_diffusion.sampling import SampleSettings
 
-    settings = SampleSettings(
-        pipeline=pipeline,
-        backbone=backbone,
-        layer=layer,
-        n_samples=n_samples,
-        seed=seed,
-        steps=steps,
-        scheduler=scheduler,
-        guidance_scale=guidance_scale,
-        guidance=guidance,
-        strength=strength,
-        batch_size=batch_size,
-        attention=attention,
-        device=device,
-        dtype=dtype,
-    )
     study = SpatialComposition(
         a=str(a.absolute()),
         b=str(b.absolute()),
         box=None if box is None else studies.to_numbers("--box", box),
         mask=None if mask is None else str(mask.absolute()),
-        seeds=seeds_of(a, seed, n_samples),
+        seeds=seeds_of(a, settings.seed, settings.n_samples),
         figure=figure,
     )
     studies.run(study, settings, output)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -61,3 +64,60 @@ Dtype = Annotated[
     str, typer.Option(help="float32, float16 or bfloat16; the backbone stays in float32.")
 ]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write to.")]
+
+_SAMPLING: dict[str, tuple[Any, Any]] = {
+    "backbone": (Backbone, None),
+    "pipeline": (Pipeline, None),
+    "layer": (Layer, None),
+    "n_samples": (NSamples, 1),
+    "seed": (Seed, 0),
+    "steps": (Steps, None),
+    "scheduler": (Scheduler, None),
+    "guidance_scale": (GuidanceScale, None),
+    "guidance": (Guidance, None),
+    "strength": (Strength, 1.0),
+    "batch_size": (BatchSize, 8),
+    "attention": (Attention, "native"),
+    "device": (Device, "auto"),
+    "dtype": (Dtype, "float32"),
+}
+"""Field of `SampleSettings` → its option and default."""
+
+
+def with_sampling(
+    n_samples: int, without: Collection[str] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorates a command that takes `settings: SampleSettings`: gives it an option per field.
+
+    Args:
+        n_samples: default of `--n-samples`.
+        without: fields that get no option and keep the default of `SampleSettings`.
+    """
+    fields = {name: option for name, option in _SAMPLING.items() if name not in without}
+    fields["n_samples"] = (NSamples, n_samples)
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        hints = get_type_hints(command, localns={"SampleSettings": Any}, include_extras=True)
+        parameters: list[inspect.Parameter] = []
+        for parameter in inspect.signature(command).parameters.values():
+            if parameter.name == "settings":
+                parameters += [
+                    inspect.Parameter(name, parameter.KEYWORD_ONLY, default=value, annotation=hint)
+                    for name, (hint, value) in fields.items()
+                ]
+            else:
+                hint = hints[parameter.name]
+                parameters.append(parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=hint))
+
+        @functools.wraps(command)
+        def with_settings(**given: Any) -> None:
+            from featinv_diffusion.sampling import SampleSettings
+
+            settings = SampleSettings(**{name: given.pop(name) for name in fields})
+            command(**given, settings=settings)
+
+        with_settings.__dict__["__signature__"] = inspect.Signature(parameters)
+        with_settings.__annotations__ = {p.name: p.annotation for p in parameters}
+        return with_settings
+
+    return decorate

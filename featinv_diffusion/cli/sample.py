@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from featinv_diffusion.cli import options
 
+if TYPE_CHECKING:
+    from featinv_diffusion.sampling import SampleSettings
 
+
+@options.with_sampling(n_samples=4)
 def sample(
     images: options.Images = None,
-    backbone: options.Backbone = None,
-    pipeline: options.Pipeline = None,
-    layer: options.Layer = None,
-    n_samples: options.NSamples = 4,
-    seed: options.Seed = 0,
-    steps: options.Steps = None,
-    scheduler: options.Scheduler = None,
-    guidance_scale: options.GuidanceScale = None,
-    guidance: options.Guidance = None,
-    strength: options.Strength = 1.0,
-    batch_size: options.BatchSize = 8,
-    attention: options.Attention = "native",
-    device: options.Device = "auto",
-    dtype: options.Dtype = "float32",
+    *,
+    settings: SampleSettings,
     output: options.Output = Path("outputs/sample"),
 ) -> None:
     """Reconstruct pictures from the features a vision model sees in them.
@@ -35,27 +28,11 @@ def sample(
     from featinv_diffusion.cli.run import report, run_jobs
     from featinv_diffusion.images import builtin_photo
     from featinv_diffusion.reconstruction import find_images, make_jobs
-    from featinv_diffusion.sampling import SampleSettings, pipeline_name
+    from featinv_diffusion.sampling import pipeline_name
 
-    settings = SampleSettings(
-        pipeline=pipeline,
-        backbone=backbone,
-        layer=layer,
-        n_samples=n_samples,
-        seed=seed,
-        steps=steps,
-        scheduler=scheduler,
-        guidance_scale=guidance_scale,
-        guidance=guidance,
-        strength=strength,
-        batch_size=batch_size,
-        attention=attention,
-        device=device,
-        dtype=dtype,
-    )
     found = find_images(images or [builtin_photo()], exclude=output)
-    _say_defaults(None if pipeline else pipeline_name(settings), photo=not images)
-    manifest = run_jobs(settings, make_jobs(found, seed, n_samples), output)
+    _say_defaults(None if settings.pipeline else pipeline_name(settings), photo=not images)
+    manifest = run_jobs(settings, make_jobs(found, settings.seed, settings.n_samples), output)
     report(manifest, output)
     if manifest.failures:
         raise typer.Exit(1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from featinv_diffusion.data import to_images
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.evaluation.dataset import ImageSet
 from featinv_diffusion.evaluation.observers import (
@@ -25,7 +25,6 @@ from featinv_diffusion.evaluation.observers import (
     finite_rows,
     join_views,
     take_views,
-    to_images,
     to_pixels,
 )
 from featinv_diffusion.evaluation.result import ShardResult
@@ -34,6 +33,7 @@ from featinv_diffusion.features import permute_cells
 from featinv_diffusion.images import center_square, to_tensor
 from featinv_diffusion.inverters.base import Inverter, LatentInverter
 from featinv_diffusion.metrics.extractors import ImageFeatures
+from featinv_diffusion.reconstruction import batched
 from featinv_diffusion.seeds import make_generator
 from featinv_diffusion.types import Images
 
@@ -242,7 +242,7 @@ class Evaluator:
         device = self.observers.own.device
         with torch.no_grad():
             parts = [
-                extractor(to_images(pixels[rows], device)).float().cpu()
+                extractor(to_images(pixels[rows].to(device))).float().cpu()
                 for rows in batched(range(len(pixels)), self.batch_size)
             ]
         return torch.cat(parts).numpy()
@@ -266,13 +266,6 @@ def find_partners(labels: Sequence[int | None]) -> list[int]:
 def noise_of(items: Iterable[Item]) -> list[torch.Generator]:
     """Returns the generator of each image's noise, from its beginning."""
     return [torch.Generator().manual_seed(item.seed) for item in items]
-
-
-def batched(things: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Yields lists of `size`, the last one shorter."""
-    iterator = iter(things)
-    while batch := list(itertools.islice(iterator, size)):
-        yield batch
 
 
 def _fail(failures: list[dict[str, str]], item: Item, reason: str) -> None:

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from featinv_diffusion.backbones.base import Backbone
+from featinv_diffusion.data import to_images
 from featinv_diffusion.images import center_square, to_tensor
 from featinv_diffusion.metrics import feature_cosine, top_k_match
 from featinv_diffusion.metrics.pixels import psnr, ssim
@@ -72,7 +73,7 @@ class Observers:
     def view_pixels(self, pixels: Pixels) -> Views:
         """Shows the pictures to each backbone."""
         return {
-            name: View(*backbone.features_and_logits(to_images(pixels, backbone.device)))
+            name: View(*backbone.features_and_logits(to_images(pixels.to(backbone.device))))
             for name, backbone in self.backbones.items()
         }
 
@@ -90,7 +91,7 @@ class Observers:
     def compare_pixels(self, originals: Pixels, pixels: Pixels) -> Columns:
         """Compares pictures of one size."""
         device = self.own.device
-        a, b = to_images(originals, device), to_images(pixels, device)
+        a, b = to_images(originals.to(device)), to_images(pixels.to(device))
         columns = {"psnr": psnr(b, a), "ssim": ssim(b, a)}
         if self.lpips is not None:
             columns["lpips"] = self.lpips(b, a)
@@ -112,11 +113,6 @@ def to_pixels(images: Images) -> Pixels:
 def finite_rows(values: Tensor) -> Bool[Tensor, " b"]:
     """Whether each row of a batch holds neither NaN nor infinite values; on the CPU."""
     return values.flatten(1).isfinite().all(dim=1).cpu()
-
-
-def to_images(pixels: Pixels, device: torch.device | str = "cpu") -> Images:
-    """Returns `Images` of 8-bit pixels."""
-    return pixels.to(device).float() / 255
 
 
 def join_views(parts: Sequence[Views]) -> Views:

@@ -13,11 +13,11 @@ from typing import Any
 from accelerate import Accelerator
 
 from featinv_diffusion import __version__
+from featinv_diffusion.data import to_images
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.evaluation.dataset import ImageSet, open_images
 from featinv_diffusion.evaluation.distribution import measure_distributions
 from featinv_diffusion.evaluation.models import Opened, open_evaluator
-from featinv_diffusion.evaluation.observers import to_images
 from featinv_diffusion.evaluation.report import to_markdown
 from featinv_diffusion.evaluation.result import ShardResult
 from featinv_diffusion.evaluation.selection import Item, digest, select_items

@@ -93,4 +93,4 @@ def load_dinov2(
 
 def _width(model: nn.Module) -> int:
     config = getattr(model, "config", None)
-    return int(model.embed_dim if config is None else config.hidden_size)  # type: ignore[arg-type]
+    return int(model.embed_dim if config is None else config.hidden_size)  # pyright: ignore[reportArgumentType]

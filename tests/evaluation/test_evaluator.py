@@ -11,11 +11,12 @@ import torch
 from PIL import Image
 
 from featinv_diffusion.backbones import wrap_model
+from featinv_diffusion.data import to_images
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.evaluation.dataset import ImageSet
 from featinv_diffusion.evaluation.evaluator import Evaluator, find_partners
 from featinv_diffusion.evaluation.models import match_labels
-from featinv_diffusion.evaluation.observers import OWN, Observers, to_images, to_pixels
+from featinv_diffusion.evaluation.observers import OWN, Observers, to_pixels
 from featinv_diffusion.evaluation.selection import Item
 from featinv_diffusion.features import permute_cells
 from featinv_diffusion.images import to_pil
