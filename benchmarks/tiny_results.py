@@ -1,6 +1,6 @@
 """Measure the tiny family and write docs/tiny-results.md with its pictures.
 
-    python benchmarks/tiny_results.py --data tiny-imagenet-val.parquet
+    python benchmarks/tiny_results.py --data tiny-imagenet-val.parquet --machine 'two-core AMD EPYC'
 
 `--data` is anything that `featinv evaluate` reads. Every row is one run of that command below
 outputs/tiny-results, resumable: shards that are finished are not sampled again. `--only TABLE …`
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import shlex
 import subprocess
 import sys
@@ -239,13 +238,15 @@ def draw_figures() -> None:
 
 def write_page(arguments: argparse.Namespace) -> None:
     own = f"python benchmarks/tiny_results.py --data {Path(arguments.data).name}"
-    run = next((m for name in MEMBERS if (m := read(name))), None)
-    if run is None:
+    first = next((name for name in MEMBERS if read(name)), None)
+    run = read(first) if first else None
+    if first is None or run is None:
         sys.exit("Error: no member is measured yet; leave --write-only out.")
     s = run["settings"]
+    measured = date.fromtimestamp((ROOT / first / "metrics.json").stat().st_mtime)
     parts = [
         "# What the tiny family reaches",
-        f"Measured {date.today()} by `{own}` on {_machine()}, on {run['n_images']} validation "
+        f"Measured {measured} by `{own}` on {arguments.machine}, on {run['n_images']} validation "
         "images of Tiny-ImageNet's 100 classes, none of which was trained or chosen on. One sample "
         f"per image at the shipped defaults: {s['steps']} steps of {s['scheduler']}, guidance "
         f"{s['guidance']} {s['guidance_scale']:g}. In brackets: 95 % bootstrap intervals over "
@@ -299,24 +300,12 @@ def _autoencoder_note(data: str, n_images: int) -> str:
     )
 
 
-def _machine() -> str:
-    cpu = next(
-        (x.split(":")[1].strip() for x in _cpuinfo() if x.startswith("model name")),
-        platform.processor(),
-    )
-    return f"{cpu}, {torch.get_num_threads()} threads, torch {torch.__version__.split('+')[0]}"
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", required=True)
     parser.add_argument("--n-images", type=int, default=3000)
     parser.add_argument("--only", nargs="*", choices=TABLES, default=TABLES)
+    parser.add_argument("--machine", required=True, help="its kind, for the page")
     parser.add_argument("--write-only", action="store_true")
     arguments = parser.parse_args()
     if not arguments.write_only:

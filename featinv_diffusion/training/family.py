@@ -54,11 +54,17 @@ LIMITS = """\
 Tiny-ImageNet-200's training split, the 100 classes of `configs/tiny/classes.txt`, 64 × 64 pixels,
 without the last 10 images of each class. ImageNet's terms hold: non-commercial research.
 
+## As trained
+
+The weights of 2026-11-20 differ from the recipes in this: the autoencoder followed the learning
+rate of 4,000 steps up to step 1,500, then that of 2,500; group norms were summed in bfloat16 but
+for convnext's ControlNet; the ControlNet of resnet began with one of convnext of 1,000 steps.
+
 ## Limits
 
 A demonstration at 64 pixels, small enough to run on a laptop: it shows what the method does and is
 what the tests run on. Conclusions about a model need a ControlNet trained at full scale.
-docs/tiny-results.md has the figures on validation images that nothing was trained or chosen on.
+README.md of the repository has figures on validation images that nothing was trained or chosen on.
 """
 
 
