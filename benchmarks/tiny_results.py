@@ -59,7 +59,12 @@ GUIDANCE = (
     ("text", 3.0),
 )
 STRENGTHS = (0.5, 0.75, 1.0, 1.25)
+DEFAULT = "default"
+SHIPPED = (("dpmsolver++", 10), ("features", 3.0), 1.0)
+"""Sampler, guidance and strength of the run `DEFAULT`, a row of each curve."""
 N_CURVE = 300
+N_EARLIER = 1000
+"""Images at most for the earlier layer."""
 TABLES = ("members", "samplers", "guidance", "strength")
 
 
@@ -72,25 +77,42 @@ def plan(data: str, n_images: int, tables: Sequence[str]) -> Iterator[tuple[str,
         if f"tiny/{member}" in list_bundled():
             own = f"tiny/{member.partition('-')[0]}"
             others = ",".join(name for name in backbones if name != own)
-            size = ["--n-images", str(n_images), "--n-null-images", "300"]
+            n = min(n_images, N_EARLIER) if "stages" in member else n_images
+            size = ["--n-images", str(n), "--n-null-images", "300"]
             yield (
                 member,
                 [*common, "--pipeline", f"tiny/{member}", *size, "--evaluated-by", others],
             )
+    curves: dict[str, list[str]] = {}
     for name, steps in SAMPLERS if "samplers" in tables else ():
-        options = ["--scheduler", name, "--steps", str(steps)]
-        yield f"sampler-{name}-{steps}", [*common, *curve, *options]
+        curves[sampler_run(name, steps)] = ["--scheduler", name, "--steps", str(steps)]
     for name, scale in GUIDANCE if "guidance" in tables else ():
-        options = ["--guidance", name, "--guidance-scale", str(scale)]
-        yield f"guidance-{name}-{scale}", [*common, *curve, *options]
+        curves[guidance_run(name, scale)] = ["--guidance", name, "--guidance-scale", str(scale)]
     for strength in STRENGTHS if "strength" in tables else ():
-        yield f"strength-{strength}", [*common, *curve, "--strength", str(strength)]
+        curves[strength_run(strength)] = ["--strength", str(strength)]
+    for name, options in curves.items():
+        yield name, [*common, *curve, *([] if name == DEFAULT else options)]
 
 
-def measure(name: str, arguments: Sequence[str]) -> None:
+def sampler_run(name: str, steps: int) -> str:
+    return DEFAULT if (name, steps) == SHIPPED[0] else f"sampler-{name}-{steps}"
+
+
+def guidance_run(name: str, scale: float) -> str:
+    return DEFAULT if (name, scale) == SHIPPED[1] else f"guidance-{name}-{scale}"
+
+
+def strength_run(strength: float) -> str:
+    return DEFAULT if strength == SHIPPED[2] else f"strength-{strength}"
+
+
+def measure(name: str, arguments: Sequence[str], processes: int) -> None:
     output = ROOT / name  # a run of other weights, images or settings is refused there
-    command = [sys.executable, "-m", "featinv_diffusion", "evaluate", *arguments]
-    subprocess.run([*command, "--output", str(output)], check=True)
+    command = ["-m", "featinv_diffusion", "evaluate", *arguments, "--output", str(output)]
+    if processes > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        command = [*launcher, *command]
+    subprocess.run([sys.executable, *command], check=True)
 
 
 def read(name: str) -> dict[str, Any] | None:
@@ -111,6 +133,7 @@ def members_table() -> str:
             rows.append(
                 [
                     f"{member} ({m['settings']['layer']})",
+                    str(m["n_images"]),
                     to_cell(m["cosine"]),
                     to_cell(ceiling["cosine"]),
                     to_cell(m["normalised_agreement"]),
@@ -120,7 +143,9 @@ def members_table() -> str:
                     to_cell(m["label_accuracy"]["original"], "match"),
                 ]
             )
-    header = "features of|cosine|its ceiling|normalised agreement|top-5|top-1|PSNR|classifier"
+    header = (
+        "features of|images|cosine|its ceiling|normalised agreement|top-5|top-1|PSNR|classifier"
+    )
     return table(header.split("|"), rows)
 
 
@@ -254,7 +279,7 @@ def write_page(arguments: argparse.Namespace) -> None:
         "## Pooled and unpooled (the paper's Table 1)",
         members_table(),
         pooled_gap(),
-        "Normalised agreement: (cosine − other image) / (its ceiling − other image). The ceiling "
+        "Normalised: (cosine − other image) / (its ceiling − other image). The ceiling "
         "is the autoencoder's round trip. Classifier: top-1 accuracy on the originals.",
         "![One sample per backbone](figures/tiny-family.png)",
         "## Nulls",
@@ -269,15 +294,15 @@ def write_page(arguments: argparse.Namespace) -> None:
         f"## Sampler, convnext, {N_CURVE} images",
         curve_table(
             "sampler, steps",
-            [(f"sampler-{name}-{steps}", f"{name}, {steps}") for name, steps in SAMPLERS],
+            [(sampler_run(name, steps), f"{name}, {steps}") for name, steps in SAMPLERS],
         ),
         f"## Guidance, convnext, {N_CURVE} images",
         curve_table(
             "convention, scale",
-            [(f"guidance-{name}-{scale}", f"{name}, {scale:g}") for name, scale in GUIDANCE],
+            [(guidance_run(name, scale), f"{name}, {scale:g}") for name, scale in GUIDANCE],
         ),
         f"## Strength of the ControlNet, convnext, {N_CURVE} images",
-        curve_table("strength", [(f"strength-{x}", f"{x:g}") for x in STRENGTHS]),
+        curve_table("strength", [(strength_run(x), f"{x:g}") for x in STRENGTHS]),
         "## Commands",
         "```sh\n"
         + "\n".join(
@@ -306,11 +331,12 @@ def main() -> None:
     parser.add_argument("--n-images", type=int, default=3000)
     parser.add_argument("--only", nargs="*", choices=TABLES, default=TABLES)
     parser.add_argument("--machine", required=True, help="its kind, for the page")
+    parser.add_argument("--processes", type=int, default=1, help="share each run's images")
     parser.add_argument("--write-only", action="store_true")
     arguments = parser.parse_args()
     if not arguments.write_only:
         for name, options in plan(arguments.data, arguments.n_images, arguments.only):
-            measure(name, options)
+            measure(name, options, arguments.processes)
         draw_figures()
     write_page(arguments)
 

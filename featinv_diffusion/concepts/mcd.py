@@ -48,7 +48,9 @@ class MCD(ConceptDictionary):
         clustering: `sparse` self-representation, or `kmeans` on the unit cells as a baseline.
         basis: of each cluster: `centred` subtracts its mean, as published; `uncentred` goes
             through the origin and may hold the mean; `auto` takes whichever concepts hold more of
-            the unit cells' energy. The figures of both are in `report`.
+            the unit cells' energy with as many directions for each cluster, the fewer of the two:
+            noisy cells keep so many centred directions that these hold all. The figures of both
+            are in `report`, at equal dimensions and at their own.
         gamma, tau, n_nonzero: of `ElasticNet`; tau 1 is the lasso.
         outlier_quantile: share of the cells to keep, those with the smallest L1 norm of
             coefficients; 1 keeps all.
@@ -214,7 +216,7 @@ class MCD(ConceptDictionary):
             clusters.add(
                 name, [self._basis(rows, name) for rows in members], groups.rows, direction
             )
-        clusters.choose(self.settings["basis"])
+        clusters.choose(self.settings["basis"], groups.rows)
         return clusters
 
     def _basis(self, rows: Tensor, name: str) -> Tensor:
@@ -250,6 +252,7 @@ class MCD(ConceptDictionary):
             "mean_nonzero": groups.mean_nonzero,
             "basis": clusters.chosen,
             "energy": clusters.energy,
+            "energy_at_equal_dimensions": clusters.energy_at_equal_dimensions,
             "dimensions": clusters.dimensions,
             "completeness": clusters.completeness or None,
             "rank": self._split.rank,
@@ -281,6 +284,7 @@ class _Clusters:
     labels: np.ndarray
     candidates: dict[str, list[Tensor]] = field(default_factory=dict)
     energy: dict[str, float] = field(default_factory=dict)
+    energy_at_equal_dimensions: dict[str, float] = field(default_factory=dict)
     completeness: dict[str, float] = field(default_factory=dict)
     dimensions: dict[str, list[int]] = field(default_factory=dict)
     chosen: str = ""
@@ -300,9 +304,14 @@ class _Clusters:
         if direction is not None:
             self.completeness[name] = completeness(span, direction)
 
-    def choose(self, basis: str) -> None:
+    def choose(self, basis: str, rows: Tensor) -> None:
+        sizes = [min(map(len, pair)) for pair in zip(*self.candidates.values(), strict=True)]
+        for name, bases in self.candidates.items():
+            cut = [basis[:size] for basis, size in zip(bases, sizes, strict=True)]
+            share = energy_share(decompose(torch.cat(cut)).span, rows)
+            self.energy_at_equal_dimensions[name] = share
         if basis == "auto":
-            basis = max(self.energy, key=lambda name: self.energy[name])
+            basis = max(self.candidates, key=lambda name: self.energy_at_equal_dimensions[name])
         elif basis not in self.candidates:
             raise InputError(
                 "A centred basis needs cells that differ in every cluster, but one cluster has "

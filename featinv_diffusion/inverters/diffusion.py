@@ -87,10 +87,12 @@ class DiffusionInverter:
         """
         vae = self.pipeline.vae
         dtype = vae.dtype
-        vae.to(dtype=torch.float32)
+        if dtype != torch.float32:
+            vae.to(dtype=torch.float32)
         latents = vae.encode(images.to(vae.device, torch.float32) * 2 - 1).latent_dist.mode()
         decoded = vae.decode(latents, return_dict=False)[0] / 2 + 0.5
-        vae.to(dtype=dtype)
+        if dtype != torch.float32:
+            vae.to(dtype=dtype)
         return decoded.clamp(0, 1)
 
     def _sample(self, features: Features, strength: float, generator: Generators) -> Images:

@@ -184,6 +184,21 @@ def test_non_negative_features_take_the_basis_with_more_energy():
     assert centred.sizes != dictionary.sizes
 
 
+def test_noise_does_not_make_the_centred_basis_win_by_its_dimension():
+    generator = make_generator(5)
+    means = torch.eye(2, 24)
+    labels = torch.randint(2, (192,), generator=generator)
+    cells = means[labels] + 0.03 * torch.randn(192, 24, generator=generator)
+    report = MCD(2).fit(to_map(cells)).report
+    assert all(d > 15 for d in report["dimensions"]["centred"])
+    assert report["dimensions"]["uncentred"] == [1, 1]
+    assert report["energy"]["centred"] > report["energy"]["uncentred"] > 0.95
+    assert report["basis"] == "uncentred"
+    equal = report["energy_at_equal_dimensions"]
+    assert equal["uncentred"] == pytest.approx(report["energy"]["uncentred"])
+    assert equal["centred"] < 0.3
+
+
 def test_zero_cells_and_cells_left_out_have_no_concept():
     cells = to_cells(FEATURES).clone()
     cells[:10] = 0
