@@ -143,9 +143,7 @@ def members_table() -> str:
                     to_cell(m["label_accuracy"]["original"], "match"),
                 ]
             )
-    header = (
-        "features of|images|cosine|its ceiling|normalised agreement|top-5|top-1|PSNR|classifier"
-    )
+    header = "features of|images|cosine|its ceiling|normalised|top-5|top-1|PSNR|classifier"
     return table(header.split("|"), rows)
 
 
@@ -245,7 +243,7 @@ def draw_figures() -> None:
         assert logits_again is not None
         match = top_k_match(logits, logits_again, 5).tolist()
         for i, (name, row) in enumerate(rows.items()):
-            caption = f"{member} {cosines[i]:.2f}{'' if match[i] else ' ×'}"
+            caption = f"{cosines[i]:.2f}{'' if match[i] else ' *'}"
             picture = Image.fromarray(
                 (images[i].permute(1, 2, 0) * 255).round().byte().cpu().numpy()
             )
@@ -255,8 +253,10 @@ def draw_figures() -> None:
     figure = make_grid(
         list(rows.values()),
         title="One sample from the features of each backbone",
-        subtitle="Under each: backbone and cosine of its features to the original's; × where the "
-        "original's class is not among the top 5.",
+        subtitle="Under each: cosine of its features to the original's; * where the original's "
+        "class is not among the top 5.",
+        min_tile=128,
+        headers=[member for member in MEMBERS if f"tiny/{member}" in list_bundled()],
     )
     write_png(figure, FIGURES / "tiny-family.png")
 

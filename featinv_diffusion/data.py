@@ -38,7 +38,7 @@ class DataConfig:
         held_back_per_class: the last k images of each class are the validation set.
         size: side of the square crop in pixels.
         crop: `random_resized` (area `scale`, aspect 3/4 to 4/3), `shift` (by up to `shift`
-            pixels, edges reflected) or `center`.
+            pixels, edges reflected), `center`, or `squash` (the whole image, whatever its aspect).
         in_memory: decode once and keep the pixels; needs images of one size.
         streaming: read a Hub data set or tar shards in passing, shuffled within a buffer of
             `shuffle_buffer` images, by one worker. Such a run needs `optim.max_steps`, has no
@@ -50,7 +50,7 @@ class DataConfig:
     classes: str | None = None
     held_back_per_class: int = 0
     size: int = 288
-    crop: Literal["random_resized", "shift", "center"] = "random_resized"
+    crop: Literal["random_resized", "shift", "center", "squash"] = "random_resized"
     scale: tuple[float, float] = (0.08, 1.0)
     shift: int = 4
     hflip: bool = True
@@ -181,7 +181,7 @@ def load_records(config: DataConfig) -> Records:
     """Opens the data set that `config.root` names, restricted to `config.classes`."""
     if not config.root:
         raise InputError("data.root must name an image folder, parquet file, tar files or Hub id.")
-    classes = _read_classes(config.classes)
+    classes = read_classes(config.classes)
     root = Path(config.root).expanduser()
     if root.is_dir():
         split = root / config.split
@@ -209,7 +209,8 @@ def _load_table(config: DataConfig) -> Any:
         ) from error
 
 
-def _read_classes(path: str | None) -> list[str] | None:
+def read_classes(path: str | None) -> list[str] | None:
+    """Reads the first word of each line that is no comment; None without a file."""
     if path is None:
         return None
     try:
@@ -276,6 +277,8 @@ def draw_crop(config: DataConfig, width: int, height: int, generator: torch.Gene
         return Crop((top, left, short, short), False, False)
     flips = torch.rand(2, generator=generator)
     hflip, vflip = bool(config.hflip and flips[0] < 0.5), bool(config.vflip and flips[1] < 0.5)
+    if config.crop == "squash":
+        return Crop((0, 0, height, width), hflip, vflip)
     if config.crop == "shift":
         reach = 2 * config.shift + 1
         dy, dx = torch.randint(0, reach, (2,), generator=generator).tolist()

@@ -30,15 +30,17 @@ class Manifest:
     """The settings of a run and one entry per image, in the order in which they were given.
 
     Args:
-        images: dicts with `input`, `outputs`, and the lists `PER_SAMPLE`.
+        images: dicts with `input`, `outputs`, `scope_p_value`, and the lists `PER_SAMPLE`.
         failures: dicts with `input` and `error`.
         environment: what the last bits of a picture depend on besides the settings.
+        scope_basis: what the images' `scope_p_value`s rest on; None where there are none.
     """
 
     settings: SampleSettings
     images: list[dict[str, Any]] = field(default_factory=list)
     failures: list[dict[str, str]] = field(default_factory=list)
     environment: dict[str, Any] = field(default_factory=dict)
+    scope_basis: str | None = None
 
     def add(self, done: Reconstruction) -> None:
         self.images.append(to_entry(done))
@@ -57,6 +59,7 @@ class Manifest:
             "version": __version__,
             **asdict(self.settings),
             "environment": self.environment,
+            "scope_basis": self.scope_basis,
             "images": self.images,
             "failures": self.failures,
         }
@@ -73,6 +76,7 @@ def to_entry(done: Reconstruction) -> dict[str, Any]:
         "cosine_shuffled": done.cosine_shuffled,
         "top1_match": done.top1_match,
         "top5_match": done.top5_match,
+        "scope_p_value": done.scope_p_value,
     }
 
 
@@ -90,7 +94,11 @@ def read_manifest(path: Path) -> Manifest:
         raise InputError(f"{path} is no manifest of featinv sample; it lacks {', '.join(missing)}.")
     settings = from_values(SampleSettings, {name: content[name] for name in names}, path)
     manifest = Manifest(
-        settings, content["images"], content.get("failures", []), content.get("environment", {})
+        settings,
+        content["images"],
+        content.get("failures", []),
+        content.get("environment", {}),
+        content.get("scope_basis"),
     )
     for entry in manifest.images:
         _check_entry(entry, path)

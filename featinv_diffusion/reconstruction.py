@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from statistics import fmean
 from typing import TypeVar
 
 import torch
@@ -31,6 +32,7 @@ from featinv_diffusion.images import (
 from featinv_diffusion.inverters.base import Inverter
 from featinv_diffusion.metrics import feature_cosine, shuffled_cosine, top_k_match
 from featinv_diffusion.seeds import derive_seed, make_generator
+from featinv_diffusion.types import Features
 
 T = TypeVar("T")
 
@@ -55,6 +57,7 @@ class Reconstruction:
     Args:
         original: the square that the backbone saw.
         top1_match, top5_match: None where the backbone has no head.
+        scope_p_value: of the image's features; None where it was not asked for or is not known.
     """
 
     job: Job
@@ -64,6 +67,7 @@ class Reconstruction:
     cosine_shuffled: list[float]
     top1_match: list[bool | None]
     top5_match: list[bool | None]
+    scope_p_value: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +89,8 @@ class _Sample:
 
 
 OnFailure = Callable[[Job, str], None]
+Score = Callable[[Features, float], float | None]
+"""From a map and the mean cosine of its samples to a p-value, see `analysis.scope`."""
 
 
 def find_images(paths: Sequence[Path], exclude: Path | None = None) -> list[tuple[str, Path]]:
@@ -128,7 +134,11 @@ def make_jobs(images: Sequence[tuple[str, Path]], seed: int, n_samples: int) -> 
 
 
 def reconstruct(
-    inverter: Inverter, jobs: Iterable[Job], batch_size: int, on_failure: OnFailure
+    inverter: Inverter,
+    jobs: Iterable[Job],
+    batch_size: int,
+    on_failure: OnFailure,
+    score: Score | None = None,
 ) -> Iterator[Reconstruction]:
     """Yields the reconstructions of the jobs in order; an image that fails is reported instead.
 
@@ -138,6 +148,7 @@ def reconstruct(
         batch_size: samples per batch of the inverter, images per batch of the backbone.
         on_failure: called with the job and a sentence where a picture cannot be read, or where
             its features or samples are not finite.
+        score: of each image's features.
     """
     if inverter.backbone is None:
         raise InputError("The inverter must have its backbone to read pictures, but has none.")
@@ -150,7 +161,7 @@ def reconstruct(
         if any(sample.picture is None for sample in members):
             on_failure(job, f"{job.input} gave samples with NaN values; use --dtype float32.")
         else:
-            yield _joined(members)
+            yield _joined(members, score)
 
 
 def write_samples(done: Reconstruction, folder: Path) -> None:
@@ -228,15 +239,18 @@ def _look(backbone: Backbone, pictures: Sequence[Image.Image]) -> tuple[Tensor, 
     return backbone.features_and_logits(to_tensor(pictures).to(backbone.device))
 
 
-def _joined(samples: Sequence[_Sample]) -> Reconstruction:
+def _joined(samples: Sequence[_Sample], score: Score | None) -> Reconstruction:
+    cosine = [s.cosine for s in samples]
+    features = samples[0].source.features[None]
     return Reconstruction(
         job=samples[0].source.job,
         original=samples[0].source.original,
         samples=[s.picture for s in samples if s.picture is not None],
-        cosine=[s.cosine for s in samples],
+        cosine=cosine,
         cosine_shuffled=[s.cosine_shuffled for s in samples],
         top1_match=[s.top1_match for s in samples],
         top5_match=[s.top5_match for s in samples],
+        scope_p_value=None if score is None else score(features, fmean(cosine)),
     )
 
 

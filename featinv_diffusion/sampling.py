@@ -16,10 +16,14 @@ from featinv_diffusion.diffusion.featinv_pipeline import GUIDANCE, FeatInvPipeli
 from featinv_diffusion.diffusion.hub import list_bundled, load_pipeline
 from featinv_diffusion.diffusion.schedulers import SCHEDULERS, make_scheduler, scheduler_name
 from featinv_diffusion.errors import InputError, choices_hint
+from featinv_diffusion.inverters.base import Inverter
+from featinv_diffusion.inverters.chain import MapChain
 from featinv_diffusion.inverters.diffusion import DiffusionInverter, declared_spec
+from featinv_diffusion.inverters.modular import list_modular, load_modular
 from featinv_diffusion.types import FeatureSpec
 
 DEFAULT_BACKBONE = "convnext"
+DIFFUSION = "diffusion"
 BUNDLED = "tiny/"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CHOICES: dict[str, Collection[str]] = {
@@ -44,6 +48,8 @@ class SampleSettings:
         attention: `native` is PyTorch's scaled dot product, `xformers` needs that extra.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps` …
         dtype: of the diffusion model; the backbone always computes in float32.
+        inverter: `diffusion`, or a modular inverter: the name of a bundled one, or its folder.
+        stage: of the modular inverter; None is its default one.
     """
 
     pipeline: str | None = None
@@ -60,6 +66,8 @@ class SampleSettings:
     attention: str = "native"
     device: str = "auto"
     dtype: str = "float32"
+    inverter: str = DIFFUSION
+    stage: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("n_samples", "batch_size", "steps"):
@@ -75,6 +83,35 @@ class SampleSettings:
             if value is not None and value not in choices:
                 hint = choices_hint(value, list(choices))
                 raise InputError(f"No {name} is named {value!r}; {hint}")
+        if self.inverter == DIFFUSION and self.stage is not None:
+            raise InputError("--stage is of a modular inverter; name one with --inverter.")
+        if self.inverter != DIFFUSION:
+            _check_modular(self)
+
+
+def open_chosen(
+    settings: SampleSettings, on_progress: Callable[[float], None] | None = None
+) -> tuple[Inverter, SampleSettings]:
+    """As `open_inverter`, of whichever kind the settings name.
+
+    In the resolved settings of a modular inverter the backbone and the stage are its own.
+    """
+    if settings.inverter == DIFFUSION:
+        return open_inverter(settings, on_progress)
+    device = find_device(settings.device)
+    modular = load_modular(settings.inverter)
+    modular.inverses.to(device)
+    modular.path.to(device)
+    inverter = MapChain(modular.chain(settings.stage), on_progress)
+    resolved = replace(
+        settings,
+        inverter=_lasting_folder(settings.inverter, list_modular()),
+        stage=inverter.spec.layer,
+        backbone=inverter.spec.backbone,
+        layer=inverter.spec.layer,
+        device=str(device),
+    )
+    return inverter, resolved
 
 
 def open_inverter(
@@ -82,7 +119,8 @@ def open_inverter(
 ) -> tuple[DiffusionInverter, SampleSettings]:
     """Loads the pipeline and returns it as an inverter with a backbone, and the settings resolved.
 
-    In the resolved settings nothing is None or `auto`, but for a scheduler that has no name here.
+    In the resolved settings nothing is None or `auto`, but for the stage of a modular inverter and
+    a scheduler that has no name here.
 
     Raises:
         InputError: unknown names, a device that is not there, a pipeline of another backbone or
@@ -194,17 +232,40 @@ def _prepare(pipeline: FeatInvPipeline, settings: SampleSettings, device: torch.
     if settings.scheduler is not None:
         pipeline.scheduler = make_scheduler(settings.scheduler, pipeline.scheduler.config)
     pipeline.to(device)
+    dtype = DTYPES[settings.dtype]
     for name, component in pipeline.components.items():
-        if isinstance(component, nn.Module) and name != "backbone":
-            component.to(DTYPES[settings.dtype])
+        # diffusers warns of any cast, also of one that changes nothing
+        if isinstance(component, nn.Module) and name != "backbone" and component.dtype != dtype:
+            component.to(dtype)
     _set_attention(pipeline, settings.attention, device)
     pipeline.set_progress_bar_config(disable=True)
 
 
 def _lasting_name(name: str) -> str:
     """Makes the path of a folder absolute, so that a manifest can be replayed from anywhere."""
+    return _lasting_folder(name, list_bundled())
+
+
+def _lasting_folder(name: str, bundled: Collection[str]) -> str:
     folder = Path(name).expanduser()
-    return str(folder.absolute()) if name not in list_bundled() and folder.is_dir() else name
+    return str(folder.absolute()) if name not in bundled and folder.is_dir() else name
+
+
+def _check_modular(settings: SampleSettings) -> None:
+    """A modular inverter implies its backbone, and no setting of diffusion means anything to it.
+
+    Resolved settings, in which the backbone and the layer are the inverter's own, pass too.
+    """
+    names = ("pipeline", "steps", "scheduler", "guidance_scale", "guidance")
+    given = [name for name in names if getattr(settings, name) is not None]
+    given += [name for name in ("backbone", "layer") if getattr(settings, name) is not None]
+    is_resolved = settings.stage is not None and settings.layer == settings.stage
+    if given and not (is_resolved and given == ["backbone", "layer"]):
+        options = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise InputError(
+            f"The inverter {settings.inverter!r} has its own backbone and draws no noise, but "
+            f"{options} came. Leave that out, or use --inverter diffusion."
+        )
 
 
 def _set_attention(pipeline: FeatInvPipeline, attention: str, device: torch.device) -> None:

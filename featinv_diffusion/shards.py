@@ -22,7 +22,7 @@ from featinv_diffusion.errors import InputError
 from featinv_diffusion.files import write_text
 from featinv_diffusion.inverters.base import Inverter
 from featinv_diffusion.manifest import Manifest, read_environment
-from featinv_diffusion.reconstruction import Job, reconstruct, write_samples
+from featinv_diffusion.reconstruction import Job, Score, reconstruct, write_samples
 from featinv_diffusion.sampling import SampleSettings
 
 RUN, RECORDS, SHARDS = "run.json", "records.jsonl", "shards"
@@ -81,13 +81,15 @@ def check_run(identity: Mapping[str, Any], output: Path, *, write: bool) -> None
         write_text(path, json.dumps(now, indent=2) + "\n")
 
 
-def run_shard(inverter: Inverter, shard: Shard, batch_size: int, output: Path) -> None:
+def run_shard(
+    inverter: Inverter, shard: Shard, batch_size: int, output: Path, score: Score | None = None
+) -> None:
     """Samples a shard; a killed one leaves no records and is done again from its beginning."""
     folder = output / shard.folder
     for partial in folder.rglob(".*.part"):
         partial.unlink()
     manifest = Manifest(SampleSettings())
-    for done in reconstruct(inverter, shard.jobs, batch_size, manifest.fail):
+    for done in reconstruct(inverter, shard.jobs, batch_size, manifest.fail, score):
         write_samples(done, output)
         manifest.add(done)
     records = [json.dumps(record) for record in (*manifest.images, *manifest.failures)]

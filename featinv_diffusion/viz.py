@@ -35,13 +35,19 @@ class GridRow:
 
 
 def make_grid(
-    rows: Sequence[GridRow], *, title: str = "", subtitle: str = "", min_tile: int = 160
+    rows: Sequence[GridRow],
+    *,
+    title: str = "",
+    subtitle: str = "",
+    min_tile: int = 160,
+    headers: Sequence[str] = (),
 ) -> Image.Image:
     """Draws originals | samples with a heading, column headers and a caption under each picture.
 
     All tiles are squares of one size: the samples' own size, times the whole number that makes
     it at least `min_tile` pixels. Pictures are enlarged bicubically, so that an original and its
-    samples look alike smooth. Rows may have different numbers of samples.
+    samples look alike smooth. Rows may have different numbers of samples, whose columns are named
+    by `headers` or else numbered.
     """
     if not rows:
         raise InputError("A grid must have at least one row, but none came.")
@@ -58,9 +64,10 @@ def make_grid(
     draw = ImageDraw.Draw(canvas)
     for y, words, font, colour in heading_lines:
         draw.text((MARGIN, MARGIN + y), words, font=font, fill=colour)
+    names = ["original", *headers]
+    names += [f"sample {column}" for column in range(len(names), n_columns)]
     for column in range(n_columns):
-        header = f"sample {column}" if column else "original"
-        _centered(draw, header, MARGIN + column * (tile + GAP), top, tile, text, INK)
+        _centered(draw, names[column], MARGIN + column * (tile + GAP), top, tile, text, INK)
     for number, row in enumerate(rows):
         _draw_row(canvas, draw, row, top + line + CAPTION_GAP + number * row_height, tile, text)
     return canvas

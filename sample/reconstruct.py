@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 from accelerate import Accelerator
 
+from featinv_diffusion.analysis.scope import open_scope
 from featinv_diffusion.cli import exits, options
 from featinv_diffusion.cli.run import (
     GRID,
@@ -72,14 +73,16 @@ def reconstruct_shards(
     with progress_bar(n_mine, enabled=accelerator.is_main_process) as advance:
         with accelerator.main_process_first():  # one downloads, the others find it there
             inverter, resolved = open_inverter(settings, on_progress=advance)
+            scope = open_scope(inverter, resolved)
         begin_run(resolved, shards, output, write=accelerator.is_main_process)
         accelerator.wait_for_everyone()  # all have counted what is done before any does more
         for shard in mine:
-            run_shard(inverter, shard, settings.batch_size, output)
+            run_shard(inverter, shard, settings.batch_size, output, scope.p_value)
         accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return None
     manifest = merge_shards(resolved, shards, output)
+    manifest.scope_basis = scope.basis
     assert inverter.backbone is not None
     finish(manifest, output, max(inverter.backbone.input_size))
     return manifest

@@ -10,12 +10,13 @@ import featinv_diffusion
 PACKAGE = Path(featinv_diffusion.__file__).parent
 LAYERS = [
     {"errors", "types", "config", "files", "seeds"},
-    {"images", "data", "processes", "files"},
+    {"images", "data", "boxes", "processes", "files"},
     {"backbones", "features", "concepts", "metrics"},
     {"diffusion", "inverters"},
     {
         "viz",
         "analysis",
+        "class_embedding",
         "evaluation",
         "manifest",
         "reconstruction",

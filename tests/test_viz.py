@@ -58,6 +58,15 @@ def test_below_each_tile_there_is_text():
         assert below[:, left : left + tile].any()
 
 
+def test_headers_name_the_first_columns():
+    plain, named = make_grid([make_row()]), make_grid([make_row()], headers=["convnext"])
+    assert plain.size == named.size
+    changed = (np.asarray(plain) != np.asarray(named)).any(axis=(0, 2)).nonzero()[0]
+    left = viz.MARGIN + 192 + viz.GAP
+    assert left < changed.min() < changed.max() < left + 192
+    assert make_grid([make_row()], headers=["sample 1"]).tobytes() == plain.tobytes()
+
+
 def test_pictures_of_256_pixels_keep_their_pixels():
     noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
     grid = make_grid([GridRow(Image.new("RGB", (288, 288)), "a", [Image.fromarray(noise)], ["c"])])

@@ -14,7 +14,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from featinv_diffusion.errors import InputError
-from featinv_diffusion.training.family import CONFIGS, STAGES, pack_family
+from featinv_diffusion.training.family import CONFIGS, STAGES, fit_scopes, pack_family
 
 
 def main() -> None:
@@ -36,6 +36,9 @@ def main() -> None:
     try:
         for member in pack_family(Path(arguments.output)):
             print(member)
+        if not arguments.pack_only:
+            for path in fit_scopes(Path(arguments.output), arguments.data):
+                print(path)
     except InputError as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(2)

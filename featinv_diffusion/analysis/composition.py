@@ -20,6 +20,7 @@ class Composition:
     """Pairs of samples of a map and of its edit, of the same seeds.
 
     Args:
+        edited: the map after the edit, `[1, c, h, w]`.
         before: samples of the map as it was.
         after: samples of the edited map.
         cosine_before: of each sample's features to the map as it was.
@@ -28,6 +29,7 @@ class Composition:
         region: the pixels under the edited cells.
     """
 
+    edited: Float[Tensor, "1 c h w"]
     before: Images
     after: Images
     cosine_before: Float[Tensor, " seeds"]
@@ -69,6 +71,7 @@ def compose(
     after = sample_all(inverter, edited, seeds, batch_size)
     height, width = before.images.shape[2:]
     return Composition(
+        edited=edited,
         before=before.images,
         after=after.images,
         cosine_before=before.cosine.mean(dim=(1, 2)),

@@ -12,6 +12,7 @@ from featinv_diffusion.analysis import figures
 from featinv_diffusion.analysis.composition import Composition, compose
 from featinv_diffusion.analysis.figures import Board
 from featinv_diffusion.analysis.sampling import Encoded, encode_picture, to_list
+from featinv_diffusion.analysis.scope import Scope, caption
 from featinv_diffusion.analysis.study import Outcome, Study, settings_line
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.features import box_mask, picture_mask
@@ -53,11 +54,12 @@ class SpatialComposition(Study):
     def n_samples(self) -> int:
         return 2 * len(self.seeds)
 
-    def run(self, inverter: Inverter, settings: SampleSettings) -> Outcome:
+    def run(self, inverter: Inverter, settings: SampleSettings, scope: Scope) -> Outcome:
         a, b = encode_picture(inverter, self.a), encode_picture(inverter, self.b)
         cells = self._cells(a, inverter.spec.grid)
         found = compose(inverter, a.features, b.features, cells, self.seeds, settings.batch_size)
         rows = self._rows(found)
+        p_value = scope.p_value(found.edited, found.cosine.double().mean().item())
         held = {
             "cosines": [found.cosine.double().mean().item()],
             "cosines_unedited": [found.cosine_before.double().mean().item()],
@@ -71,8 +73,9 @@ class SpatialComposition(Study):
             numbers={**held, "cells": cells.int().tolist(), "samples": rows},
             rows=rows,
             pictures=dict(zip(names, pictures, strict=True)),
-            drawing=self._draw(a, b, cells, found, settings),
+            drawing=self._draw(a, b, cells, found, settings, scope, p_value),
             summary=_summary(cells, held),
+            scope_p_value=p_value,
         )
 
     def _cells(self, a: Encoded, grid: tuple[int, int]) -> CellMask:
@@ -105,7 +108,14 @@ class SpatialComposition(Study):
         ]
 
     def _draw(
-        self, a: Encoded, b: Encoded, cells: CellMask, found: Composition, settings: SampleSettings
+        self,
+        a: Encoded,
+        b: Encoded,
+        cells: CellMask,
+        found: Composition,
+        settings: SampleSettings,
+        scope: Scope,
+        p_value: float | None,
     ) -> Figure:
         """Draws A above B at the left; then of each seed before, after, and what changed."""
         n_columns = min(len(self.seeds), MAX_COLUMNS)
@@ -118,6 +128,7 @@ class SpatialComposition(Study):
                 settings_line(settings) + (shown if n_columns < len(self.seeds) else ""),
                 "Outlined: the cells of A's map that come from B's. Under each picture the cosine "
                 "of its features to the map it was sampled from; one column per seed.",
+                *scope.notes,
             ],
             after_first=0.22,
             right=0.75,
@@ -130,7 +141,7 @@ class SpatialComposition(Study):
             figures.show_picture(before, found.before[j])
             figures.caption(before, figures.number(found.cosine_before[j].item()))
             figures.show_picture(after, found.after[j])
-            figures.caption(after, figures.number(found.cosine[j].item()))
+            caption(after, figures.number(found.cosine[j].item()), p_value)
             image = figures.show_map(change, found.change[j], 0, high)
             figures.caption(change, _change_text(found, j))
             for axes in (before, after, change):

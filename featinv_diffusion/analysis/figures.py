@@ -191,9 +191,11 @@ def show_map(axes: Axes, values: Float[Tensor, "h w"], low: float, high: float) 
     )
 
 
-def add_colour_bar(board: Board, figure: Figure, row: int, image: Any, label: str) -> None:
-    """Draws the scale of a row's maps to the right of its tiles; needs 0.6 inches there."""
-    left = board.left_of(board.n_columns)
+def add_colour_bar(
+    board: Board, figure: Figure, row: int, image: Any, label: str, column: int | None = None
+) -> None:
+    """Draws the scale of a row's maps in a column, or beside them all; needs 0.6 inches there."""
+    left = board.left_of(board.n_columns if column is None else column)
     top = board.bottom_of(row) - board.caption - board.tile
     axes = board.axes(figure, left, top, 0.09, board.tile)
     with mpl.rc_context(_STYLE):
@@ -255,6 +257,12 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
 def number(value: float) -> str:
     """Rounds to two decimals and never writes -0.00."""
     return f"{round(value, 2) + 0.0:.2f}"
+
+
+def exact_number(value: float) -> str:
+    """Returns the shortest text that is this number, so that no two of a list share a name."""
+    rounded = round(value, 12) + 0.0
+    return f"{rounded:g}" if float(f"{rounded:g}") == rounded else repr(rounded)
 
 
 def short_name(path: str, length: int = 19) -> str:

@@ -21,11 +21,13 @@ class Mixtures:
     """The samples of n combinations of k maps, one per seed.
 
     Args:
+        maps: the combinations.
         images: in [0, 1], rounded to 8 bits.
         cosine: of each sample's features to the combination it was sampled from.
         cosine_to_maps: of each sample's features to the k maps that were combined.
     """
 
+    maps: Float[Tensor, "n c h w"]
     images: Float[Tensor, "n seeds 3 height width"]
     cosine: Float[Tensor, "n seeds"]
     cosine_to_maps: Float[Tensor, "n seeds k"]
@@ -55,6 +57,7 @@ def sample_mixtures(
         for done in samples
     ]
     return Mixtures(
+        torch.cat(combined),
         torch.stack([done.images for done in samples]),
         torch.stack([done.cosine.mean(dim=(1, 2)) for done in samples]),
         torch.stack([torch.stack(columns, dim=1) for columns in to_maps]),

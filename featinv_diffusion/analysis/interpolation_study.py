@@ -15,6 +15,7 @@ from featinv_diffusion.analysis import figures
 from featinv_diffusion.analysis.figures import Board
 from featinv_diffusion.analysis.interpolation import Mixtures, sample_mixtures
 from featinv_diffusion.analysis.sampling import Encoded, encode_picture, to_list
+from featinv_diffusion.analysis.scope import Scope, caption
 from featinv_diffusion.analysis.study import Outcome, Study, settings_line
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.images import to_pil
@@ -44,7 +45,7 @@ class Interpolation(Study):
     def __post_init__(self) -> None:
         figures.check_name(self.figure)
         finite = all(map(math.isfinite, self.weights))
-        n_different = len(set(map(_text, self.weights))) if finite else 0
+        n_different = len(set(map(figures.exact_number, self.weights))) if finite else 0
         if not self.weights or n_different != len(self.weights):
             listed = ",".join(f"{weight:g}" for weight in self.weights)
             raise InputError(
@@ -55,13 +56,14 @@ class Interpolation(Study):
     def n_samples(self) -> int:
         return len(self.weights) * len(self.seeds)
 
-    def run(self, inverter: Inverter, settings: SampleSettings) -> Outcome:
+    def run(self, inverter: Inverter, settings: SampleSettings, scope: Scope) -> Outcome:
         a, b = encode_picture(inverter, self.a), encode_picture(inverter, self.b)
         pairs = [(weight, 1 - weight) for weight in self.weights]
         maps = [a.features, b.features]
         found = sample_mixtures(inverter, maps, pairs, self.seeds, settings.batch_size)
         cosines = to_list(found.cosine.mean(dim=1))
-        rows = self._rows(found)
+        p_values = scope.p_values(found.maps, cosines)
+        rows = self._rows(found, p_values)
         return Outcome(
             figures={"cosines": cosines},
             numbers={
@@ -75,20 +77,22 @@ class Interpolation(Study):
             pictures=dict(
                 zip((r["output"] for r in rows), to_pil(found.images.flatten(0, 1)), strict=True)
             ),
-            drawing=self._draw(a, b, found, settings),
+            drawing=self._draw(a, b, found, settings, scope, p_values),
             summary=self._summary(cosines),
+            scope_p_value=p_values,
         )
 
-    def _rows(self, found: Mixtures) -> list[dict[str, Any]]:
+    def _rows(self, found: Mixtures, p_values: list[float] | None) -> list[dict[str, Any]]:
         return [
             {
                 "weight": weight,
                 "sample": j,
                 "seed": seed,
-                "output": f"weight_{_text(weight)}_{j}.png",
+                "output": f"weight_{figures.exact_number(weight)}_{j}.png",
                 "cosine": found.cosine[i, j].item(),
                 "cosine_to_a": found.cosine_to_maps[i, j, 0].item(),
                 "cosine_to_b": found.cosine_to_maps[i, j, 1].item(),
+                "scope_p_value": None if p_values is None else p_values[i],
             }
             for i, weight in enumerate(self.weights)
             for j, seed in enumerate(self.seeds)
@@ -96,12 +100,20 @@ class Interpolation(Study):
 
     def _summary(self, cosines: Sequence[float]) -> str:
         parts = [
-            f"{_text(weight)}: {figures.number(cosine)}"
+            f"{figures.exact_number(weight)}: {figures.number(cosine)}"
             for weight, cosine in zip(self.weights, cosines, strict=True)
         ]
         return f"Cosine to the mixed map by weight of A: {', '.join(parts)}."
 
-    def _draw(self, a: Encoded, b: Encoded, found: Mixtures, settings: SampleSettings) -> Figure:
+    def _draw(
+        self,
+        a: Encoded,
+        b: Encoded,
+        found: Mixtures,
+        settings: SampleSettings,
+        scope: Scope,
+        p_values: list[float] | None,
+    ) -> Figure:
         """Draws A | samples by falling weight of A | B, and the cosines by weight below."""
         order = sorted(range(len(self.weights)), key=lambda i: -self.weights[i])
         n_rows = min(len(self.seeds), MAX_ROWS)
@@ -113,6 +125,7 @@ class Interpolation(Study):
             [
                 f"{settings_line(settings)}{shown}",
                 "One row per seed; under each picture the cosine of its features to the mixed map.",
+                *scope.notes,
             ],
             headers="first",
             extra=_CURVE + 0.5,
@@ -126,17 +139,22 @@ class Interpolation(Study):
             figures.caption(axes, figures.short_name(path), color=figures.GREY)
         for row in range(n_rows):
             for column, i in enumerate(order, start=1):
-                self._draw_sample(board.tile_axes(figure, row, column), found, i, row)
+                p_value = None if p_values is None else p_values[i]
+                axes = board.tile_axes(figure, row, column)
+                self._draw_sample(axes, found, i, row, p_value)
         width = len(order) * (board.tile + board.gap) - board.gap
         top = board.bottom_of(n_rows - 1) + 0.15
         self._draw_curve(board.axes(figure, board.left_of(1), top, width, _CURVE), found, order)
         return figure
 
-    def _draw_sample(self, axes: Axes, found: Mixtures, i: int, row: int) -> None:
+    def _draw_sample(
+        self, axes: Axes, found: Mixtures, i: int, row: int, p_value: float | None
+    ) -> None:
         figures.show_picture(axes, found.images[i, row])
-        figures.caption(axes, figures.number(found.cosine[i, row].item()))
+        caption(axes, figures.number(found.cosine[i, row].item()), p_value)
         if row == 0:
-            figures.label(axes, f"{_text(self.weights[i])} A + {_text(1 - self.weights[i])} B")
+            of_a, of_b = map(figures.exact_number, (self.weights[i], 1 - self.weights[i]))
+            figures.label(axes, f"{of_a} A + {of_b} B")
 
     def _draw_curve(self, axes: Axes, found: Mixtures, order: Sequence[int]) -> None:
         """The means as lines and every sample as a dot, each weight below its own column."""
@@ -156,11 +174,5 @@ class Interpolation(Study):
         heights = figures.spread(ends, 0.13 / _CURVE * (high - low))
         for (name, _, colour, _), height in zip(columns, heights, strict=True):
             axes.text(1.01, height, name, color=colour, va="center", size=figures.TEXT)
-        axes.set(xlim=(0, 1), xticks=places, xticklabels=[_text(w) for w in weights])
+        axes.set(xlim=(0, 1), xticks=places, xticklabels=[figures.exact_number(w) for w in weights])
         axes.set(xlabel="weight of A", ylabel="cosine, mean over cells")
-
-
-def _text(weight: float) -> str:
-    """Returns the shortest text that is this number, so that no two weights share a name."""
-    rounded = round(weight, 12) + 0.0
-    return f"{rounded:g}" if float(f"{rounded:g}") == rounded else repr(rounded)

@@ -7,6 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from featinv_diffusion.analysis.composition_study import SpatialComposition
+from featinv_diffusion.analysis.featinv_viz_study import ConceptViz
 from featinv_diffusion.analysis.interpolation_study import Interpolation
 from featinv_diffusion.analysis.study import Study
 from featinv_diffusion.analysis.variability_study import SampleVariability
@@ -15,7 +16,8 @@ from featinv_diffusion.manifest import from_values, path_of, read_content
 from featinv_diffusion.sampling import SampleSettings
 
 STUDIES: dict[str, type[Study]] = {
-    kind.command: kind for kind in (Interpolation, SpatialComposition, SampleVariability)
+    kind.command: kind
+    for kind in (Interpolation, SpatialComposition, SampleVariability, ConceptViz)
 }
 
 

@@ -17,6 +17,7 @@ from pyarrow import parquet
 
 from featinv_diffusion import __version__
 from featinv_diffusion.analysis.figures import write_figure
+from featinv_diffusion.analysis.scope import Scope, open_scope
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.files import replacing, write_text
 from featinv_diffusion.images import write_png
@@ -31,11 +32,6 @@ from featinv_diffusion.sampling import SampleSettings, open_inverter
 ProgressBar = Callable[[int], AbstractContextManager[Callable[[float], None]]]
 """From the number of samples to a bar that is advanced by samples."""
 
-SCOPE_UNKNOWN = (
-    "Scope: unknown (scope_p_value is null), for this pipeline holds no statistics of natural "
-    "feature maps to compare with."
-)
-
 
 @dataclass(frozen=True)
 class Outcome:
@@ -48,6 +44,8 @@ class Outcome:
         pictures: by file name.
         drawing: the study's figure.
         summary: one line for the terminal.
+        scope_p_value: of the map that was inverted, or of each where there were several; None
+            where the scope does not know.
     """
 
     figures: dict[str, Any]
@@ -56,6 +54,7 @@ class Outcome:
     pictures: dict[str, Image.Image]
     drawing: Figure
     summary: str
+    scope_p_value: float | list[float] | None
 
 
 @dataclass(frozen=True)
@@ -78,8 +77,8 @@ class Study(ABC):
         """How many samples it takes, of all maps together."""
 
     @abstractmethod
-    def run(self, inverter: Inverter, settings: SampleSettings) -> Outcome:
-        """Samples and measures; writes nothing."""
+    def run(self, inverter: Inverter, settings: SampleSettings, scope: Scope) -> Outcome:
+        """Samples, measures and scores the maps that it edits; writes nothing."""
 
 
 def run_study(
@@ -92,15 +91,17 @@ def run_study(
     """
     with progress_bar(study.n_samples) as advance:
         inverter, resolved = open_inverter(settings, on_progress=advance)
+        scope = open_scope(inverter, resolved)
         output.mkdir(parents=True, exist_ok=True)
-        outcome = study.run(inverter, resolved)
+        outcome = study.run(inverter, resolved, scope)
     manifest = {
         "version": __version__,
         "command": study.command,
         **asdict(resolved),
         **asdict(study),
         **outcome.figures,
-        "scope_p_value": None,
+        "scope_p_value": outcome.scope_p_value,
+        "scope_basis": scope.basis,
         "outputs": list(outcome.pictures),
         "environment": read_environment(resolved.device),
     }

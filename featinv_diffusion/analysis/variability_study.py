@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from featinv_diffusion.analysis import figures
 from featinv_diffusion.analysis.figures import Board
 from featinv_diffusion.analysis.sampling import Encoded, encode_picture, to_list
+from featinv_diffusion.analysis.scope import Scope, caption
 from featinv_diffusion.analysis.study import Outcome, Study, settings_line
 from featinv_diffusion.analysis.variability import Variability, measure_variability
 from featinv_diffusion.errors import InputError
@@ -45,12 +46,13 @@ class SampleVariability(Study):
     def n_samples(self) -> int:
         return len(self.seeds)
 
-    def run(self, inverter: Inverter, settings: SampleSettings) -> Outcome:
+    def run(self, inverter: Inverter, settings: SampleSettings, scope: Scope) -> Outcome:
         picture = encode_picture(inverter, self.image)
         found = measure_variability(
             inverter, picture.features, self.seeds, settings.batch_size, N_EXAMPLES
         )
         quantiles = _by_level(found.cosine_quantiles(LEVELS))
+        p_value = scope.p_value(picture.features, found.cosine.double().mean().item())
         held = {"pixel_std_mean": found.std.double().mean().item(), "cosine_quantiles": quantiles}
         return Outcome(
             figures=held,
@@ -62,16 +64,24 @@ class SampleVariability(Study):
             },
             rows=_rows(found),
             pictures={"mean.png": to_pil(found.mean[None])[0]},
-            drawing=self._draw(picture, found, settings),
+            drawing=self._draw(picture, found, settings, scope, p_value),
             summary=(
                 f"{self.n_samples} samples: standard deviation of a pixel "
                 f"{held['pixel_std_mean']:.3f} on average, cosine of a cell "
                 f"{figures.number(quantiles['0.5'])} in the median (5 % of them below "
                 f"{figures.number(quantiles['0.05'])})."
             ),
+            scope_p_value=p_value,
         )
 
-    def _draw(self, picture: Encoded, found: Variability, settings: SampleSettings) -> Figure:
+    def _draw(
+        self,
+        picture: Encoded,
+        found: Variability,
+        settings: SampleSettings,
+        scope: Scope,
+        p_value: float | None,
+    ) -> Figure:
         """Draws original, samples, their mean and deviation; below, quantiles of the cosine."""
         board = Board(
             2,
@@ -80,6 +90,7 @@ class SampleVariability(Study):
             [
                 settings_line(settings),
                 "Bright in the upper map: pixels that the features leave open.",
+                *scope.notes,
             ],
             right=0.8,
         )
@@ -90,20 +101,22 @@ class SampleVariability(Study):
             figures.label(axes, title)
         figures.show_picture(tiles[0], picture.square)
         figures.caption(tiles[0], figures.short_name(self.image), color=figures.GREY)
-        _show_sample(tiles[1], found, 0)
+        _show_sample(tiles[1], found, 0, p_value)
         figures.show_picture(tiles[2], found.mean)
         image = figures.show_map(tiles[3], found.std, 0, max(found.std.max().item(), 1e-3))
         figures.caption(tiles[3], f"mean {found.std.mean().item():.3f}")
         figures.add_colour_bar(board, figure, 0, image, "std, RGB in 0 … 1")
-        self._draw_cosines(board, figure, found)
+        self._draw_cosines(board, figure, found, p_value)
         return figure
 
-    def _draw_cosines(self, board: Board, figure: Figure, found: Variability) -> None:
+    def _draw_cosines(
+        self, board: Board, figure: Figure, found: Variability, p_value: float | None
+    ) -> None:
         maps = found.cosine_quantiles_per_cell(SHOWN)
         low, high = maps.min().item(), max(maps.max().item(), maps.min().item() + 1e-3)
         axes = board.tile_axes(figure, 1, 0)
         figures.label(axes, "sample 1")
-        _show_sample(axes, found, 1)
+        _show_sample(axes, found, 1, p_value)
         image: Any = None
         for column, (level, values) in enumerate(zip(SHOWN, maps, strict=True), start=1):
             axes = board.tile_axes(figure, 1, column)
@@ -113,9 +126,9 @@ class SampleVariability(Study):
         figures.add_colour_bar(board, figure, 1, image, "cosine of a cell")
 
 
-def _show_sample(axes: Axes, found: Variability, j: int) -> None:
+def _show_sample(axes: Axes, found: Variability, j: int, p_value: float | None) -> None:
     figures.show_picture(axes, found.examples[j])
-    figures.caption(axes, f"cosine {figures.number(found.cosine[j].mean().item())}")
+    caption(axes, f"cosine {figures.number(found.cosine[j].mean().item())}", p_value)
 
 
 def _by_level(values: torch.Tensor) -> dict[str, Any]:

@@ -31,8 +31,14 @@ def evaluate(
     pipeline: options.Pipeline = None,
     layer: options.Layer = None,
     inverter: Annotated[
-        str | None, typer.Option(metavar="diffusion", help="What turns features into images.")
+        str | None,
+        typer.Option(
+            metavar="diffusion|detr|vit|FOLDER",
+            help="What turns features into images.",
+            show_default="diffusion",
+        ),
     ] = None,
+    stage: options.Stage = None,
     split: Annotated[
         str | None,
         typer.Option(help="Of the data, where they have any.", show_default="validation"),

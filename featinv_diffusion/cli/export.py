@@ -42,8 +42,8 @@ def export(
     from featinv_diffusion.diffusion.hub import check_target, export_pipeline
 
     check_target(out)
-    loaded, info = _load(pipeline, backbone, controlnet, base)
-    export_pipeline(loaded, out, info)
+    loaded, info, scope = _load(pipeline, backbone, controlnet, base)
+    export_pipeline(loaded, out, info, scope)
     files = [path for path in out.rglob("*") if path.is_file()]
     size = sum(path.stat().st_size for path in files) / 1e6
     typer.echo(f"Wrote {out}: {len(files)} files, {size:.1f} MB.")
@@ -51,10 +51,11 @@ def export(
 
 def _load(
     pipeline: str | None, backbone: str | None, controlnet: Path | None, base: str | None
-) -> tuple[Any, Any]:
-    """Returns the pipeline that the options mean, and what its model card says of its origin."""
+) -> tuple[Any, Any, Path | None]:
+    """Returns the pipeline that the options mean, what its model card says of its origin, and the
+    file of its statistics of natural maps."""
     from featinv_diffusion.diffusion.assemble import assemble
-    from featinv_diffusion.diffusion.hub import load_pipeline, origin_of
+    from featinv_diffusion.diffusion.hub import find_scope_file, load_pipeline, origin_of
     from featinv_diffusion.errors import InputError
 
     command = shlex.join(["featinv", *sys.argv[1:]])
@@ -68,8 +69,8 @@ def _load(
         )
     if controlnet is not None and base is not None:
         loaded = assemble(controlnet, base, backbone)
-        return loaded, replace(origin_of(base, command, loaded), notes="")
+        return loaded, replace(origin_of(base, command, loaded), notes=""), None
     bundled = backbone or "convnext"
     name = pipeline or (bundled if bundled.startswith("tiny/") else f"tiny/{bundled}")
     loaded = load_pipeline(name)
-    return loaded, origin_of(name, command, loaded)
+    return loaded, origin_of(name, command, loaded), find_scope_file(name)

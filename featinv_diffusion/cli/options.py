@@ -63,6 +63,20 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps …")]
 Dtype = Annotated[
     str, typer.Option(help="float32, float16 or bfloat16; the backbone stays in float32.")
 ]
+Inverter = Annotated[
+    str,
+    typer.Option(
+        metavar="diffusion|detr|vit|FOLDER",
+        help="What turns features into images; detr and vit imply their backbone.",
+    ),
+]
+Stage = Annotated[
+    str | None,
+    typer.Option(
+        help="Of detr: backbone, encoder, decoder …; of vit: patches, encoder, last.",
+        show_default="encoder",
+    ),
+]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write to.")]
 
 _SAMPLING: dict[str, tuple[Any, Any]] = {

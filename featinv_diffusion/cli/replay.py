@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from featinv_diffusion.analysis.concept_fit import ConceptFit
     from featinv_diffusion.analysis.study import Study
     from featinv_diffusion.sampling import SampleSettings
 
@@ -26,15 +27,18 @@ def replay(
         typer.Option(help="Last bits differ on another.", show_default="the manifest's"),
     ] = None,
 ) -> None:
-    """Make the pictures of a manifest again, from the seeds and settings in it.
+    """Make the pictures (or concepts) of a manifest again, from the seeds and settings in it.
 
     On the same machine and libraries they are identical; says how many are.
     """
+    from featinv_diffusion.analysis.concept_files import read_fit
     from featinv_diffusion.analysis.studies import read_study
 
     folder = manifest if manifest.is_dir() else manifest.parent
     target = output or folder / "replay"
-    if (found := read_study(manifest)) is None:
+    if (fit := read_fit(manifest)) is not None:
+        _replay_fit(*fit, folder, target, device)
+    elif (found := read_study(manifest)) is None:
         _replay_samples(manifest, folder, target, device)
     else:
         _replay_study(*found, folder, target, device)
@@ -68,6 +72,23 @@ def _replay_study(
     _use_threads(content["environment"])
     after = studies.run(study, _on(settings, device), target)
     _compare(digests, target, after["outputs"])
+
+
+def _replay_fit(
+    fit: ConceptFit, content: dict[str, Any], folder: Path, target: Path, device: str | None
+) -> None:
+    """Concepts are compared as numbers, for their file's header has no fixed order."""
+    from featinv_diffusion.cli import concepts
+    from featinv_diffusion.concepts import ConceptDictionary
+
+    before = folder / fit.output
+    earlier = ConceptDictionary.load(before).directions if before.is_file() else None
+    _use_threads(content["environment"])
+    after = concepts.run(fit if device is None else replace(fit, device=device), target)
+    if earlier is not None:
+        same = after.concepts.directions.equal(earlier)
+        verb = "are identical to" if same else "differ from"
+        print(f"The concepts {verb} those beside the manifest.")
 
 
 def _on(settings: SampleSettings, device: str | None) -> SampleSettings:

@@ -13,11 +13,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from transformers.utils import logging as transformers_logging
 
+from featinv_diffusion.analysis.scope import open_scope, scope_line
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.images import write_png
 from featinv_diffusion.manifest import MANIFEST, Manifest, read_environment
 from featinv_diffusion.reconstruction import Job, Reconstruction, reconstruct, write_samples
-from featinv_diffusion.sampling import SampleSettings, open_inverter
+from featinv_diffusion.sampling import DIFFUSION, SampleSettings, open_chosen
 from featinv_diffusion.viz import GridRow, make_grid
 
 GRID = "grid.png"
@@ -33,11 +34,14 @@ def run_jobs(settings: SampleSettings, jobs: Sequence[Job], output: Path) -> Man
     quiet_libraries()
     n_samples = sum(len(job.seeds) for job in jobs)
     with progress_bar(n_samples) as advance:
-        inverter, resolved = open_inverter(settings, on_progress=advance)
+        inverter, resolved = open_chosen(settings, on_progress=advance)
+        scope = open_scope(inverter, resolved)
         output.mkdir(parents=True, exist_ok=True)
-        manifest = Manifest(resolved, environment=read_environment(resolved.device))
+        environment = read_environment(resolved.device)
+        manifest = Manifest(resolved, environment=environment, scope_basis=scope.basis)
         rows: list[GridRow] = []
-        for done in reconstruct(inverter, jobs, settings.batch_size, manifest.fail):
+        fail, score = manifest.fail, scope.p_value
+        for done in reconstruct(inverter, jobs, settings.batch_size, fail, score):
             (output / MANIFEST).unlink(missing_ok=True)  # it tells of what is now replaced
             write_samples(done, output)
             manifest.add(done)
@@ -63,6 +67,8 @@ def report(manifest: Manifest, output: Path) -> None:
         f"mean cosine {manifest.mean('cosine'):.2f} "
         f"(cells shuffled: {manifest.mean('cosine_shuffled'):.2f}){matched}."
     )
+    p_values = [entry.get("scope_p_value") for entry in manifest.images]
+    print(scope_line(None if None in p_values else p_values, manifest.scope_basis))
     print(f"Wrote {output / GRID} and {output / MANIFEST}.")
 
 
@@ -81,24 +87,33 @@ def to_captions(cosines: Sequence[float]) -> list[str]:
 def draw_grid(rows: Sequence[GridRow], manifest: Manifest) -> Image:
     """Draws the rows under a heading that tells the settings and the shuffled null."""
     s = manifest.settings
-    pipeline = Path(s.pipeline or "")
-    parts = [
-        pipeline.name if pipeline.is_absolute() else s.pipeline,
-        f"layer {s.layer}",
-        f"{s.steps} steps" + (f" of {s.scheduler}" if s.scheduler else ""),
-        f"guidance {s.guidance} {s.guidance_scale:g}",
-        f"strength {s.strength:g}",
-        f"seed {s.seed}",
-    ]
+    parts = _setting_parts(s)
     if len(rows) < len(manifest.images):
         parts.append(f"first {len(rows)} of {len(manifest.images)} pictures")
     null = manifest.mean("cosine_shuffled")
     return make_grid(
         rows,
         title=f"From {s.backbone} features back to pictures",
-        subtitle=f"{' · '.join(map(str, parts))}\nUnder each sample: cosine of its features to the "
+        subtitle=f"{' · '.join(parts)}\nUnder each sample: cosine of its features to the "
         f"original's, mean over cells. With the original's cells shuffled: {null:.2f} on average.",
     )
+
+
+def _setting_parts(s: SampleSettings) -> list[str]:
+    if s.inverter != DIFFUSION:
+        return [f"modular inverter {_short(s.inverter)}", f"stage {s.stage}"]
+    return [
+        _short(s.pipeline or ""),
+        f"layer {s.layer}",
+        f"{s.steps} steps" + (f" of {s.scheduler}" if s.scheduler else ""),
+        f"guidance {s.guidance} {s.guidance_scale:g}",
+        f"strength {s.strength:g}",
+        f"seed {s.seed}",
+    ]
+
+
+def _short(name: str) -> str:
+    return Path(name).name if Path(name).is_absolute() else name
 
 
 def quiet_libraries() -> None:
@@ -108,16 +123,18 @@ def quiet_libraries() -> None:
 
 
 @contextmanager
-def progress_bar(n_samples: int, enabled: bool = True) -> Iterator[Callable[[float], None]]:
+def progress_bar(
+    n_samples: int, enabled: bool = True, doing: str = "sampling", noun: str = "samples"
+) -> Iterator[Callable[[float], None]]:
     """Yields a function that advances a bar on stderr by samples; there is none in a pipe."""
     console = Console(stderr=True)
     columns = (
-        TextColumn("sampling"),
+        TextColumn(doing),
         BarColumn(),
         TaskProgressColumn(),
-        TextColumn("of {task.total:.0f} samples"),
+        TextColumn("of {task.total:.0f} " + noun),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, disable=not (enabled and console.is_terminal)) as bar:
-        task = bar.add_task("sampling", total=n_samples)
+        task = bar.add_task(doing, total=n_samples)
         yield lambda share: bar.advance(task, share)

@@ -18,6 +18,8 @@ def sample(
     images: options.Images = None,
     *,
     settings: SampleSettings,
+    inverter: options.Inverter = "diffusion",
+    stage: options.Stage = None,
     output: options.Output = Path("outputs/sample"),
 ) -> None:
     """Reconstruct pictures from the features a vision model sees in them.
@@ -25,13 +27,19 @@ def sample(
     Writes the samples as PNGs, grid.png (original | samples, with the cosine between their
     features under each) and manifest.json (settings, seeds, metrics).
     """
+    from dataclasses import replace
+
     from featinv_diffusion.cli.run import report, run_jobs
     from featinv_diffusion.images import builtin_photo
     from featinv_diffusion.reconstruction import find_images, make_jobs
-    from featinv_diffusion.sampling import pipeline_name
+    from featinv_diffusion.sampling import DIFFUSION, pipeline_name
 
+    if inverter != DIFFUSION:  # which is deterministic, so that all samples would be one
+        settings = replace(settings, n_samples=1)
+    settings = replace(settings, inverter=inverter, stage=stage)
     found = find_images(images or [builtin_photo()], exclude=output)
-    _say_defaults(None if settings.pipeline else pipeline_name(settings), photo=not images)
+    is_named = settings.pipeline is not None or inverter != DIFFUSION
+    _say_defaults(None if is_named else pipeline_name(settings), photo=not images)
     manifest = run_jobs(settings, make_jobs(found, settings.seed, settings.n_samples), output)
     report(manifest, output)
     if manifest.failures:

@@ -22,14 +22,14 @@ PictureB = Annotated[Path, typer.Argument(metavar="B", help="Another picture.")]
 
 def run(study: Study, settings: SampleSettings, output: Path) -> dict[str, Any]:
     """Runs a study with a progress bar, prints what it found, and returns its manifest."""
-    from featinv_diffusion.analysis.study import SCOPE_UNKNOWN, run_study
+    from featinv_diffusion.analysis.scope import scope_line
+    from featinv_diffusion.analysis.study import run_study
     from featinv_diffusion.cli.run import progress_bar, quiet_libraries
 
     quiet_libraries()
     manifest, summary = run_study(study, settings, output, progress_bar)
     print(summary)
-    if manifest["scope_p_value"] is None:
-        print(SCOPE_UNKNOWN)
+    print(scope_line(manifest["scope_p_value"], manifest["scope_basis"]))
     print(f"Wrote {output / study.figure}, {study.command}.json, .parquet and manifest.json.")
     return manifest
 

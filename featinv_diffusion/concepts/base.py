@@ -44,6 +44,7 @@ class ConceptDictionary(ABC):
 
     Attributes:
         report: figures of the last fit, plain values that are saved too.
+        origin: what else is known of the fit, such as its class; plain values, saved too.
     """
 
     kind: ClassVar[str]
@@ -57,6 +58,7 @@ class ConceptDictionary(ABC):
         self.spec = spec
         self.settings = settings
         self.report: dict[str, Any] = {}
+        self.origin: dict[str, Any] = {}
         self._directions: Tensor | None = None
         self._offset: Tensor | None = None
         self._sizes: tuple[int, ...] = ()
@@ -229,6 +231,7 @@ class ConceptDictionary(ABC):
             "settings": self.settings,
             "spec": spec_to_json(self.spec),
             "report": self.report,
+            "origin": self.origin,
         }
         write_concepts(Path(path), tensors, header)
 
@@ -247,7 +250,7 @@ class ConceptDictionary(ABC):
             )
         kind = ConceptDictionary.kinds[header["kind"]]
         dictionary = kind._rebuild(tensors, header["settings"], spec_from_json(header["spec"]))
-        dictionary.report = header["report"]
+        dictionary.report, dictionary.origin = header["report"], header.get("origin", {})
         dictionary._set(tensors["directions"], header["sizes"], tensors.get("offset"))
         return dictionary
 

@@ -8,8 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from featinv_diffusion.errors import InputError
@@ -57,6 +59,42 @@ def read_concepts(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"but its header says {metadata.get('format')!r}. Fit them again."
         )
     return tensors, json.loads(metadata["concepts"])
+
+
+def read_directions(path: str | Path) -> tuple[Tensor, Tensor | None]:
+    """Reads a matrix of directions from elsewhere, and the offset that it may come with.
+
+    Args:
+        path: `.npy` with one matrix `[k, c]`, or `.safetensors` with `directions` and perhaps
+            `offset`, or with a single matrix of whatever name.
+
+    Raises:
+        InputError: no such file, another format, or no matrix that is clearly meant.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"A file of directions must be there, but {path} is not.")
+    tensors = _read_tensors(path)
+    matrices = [name for name, tensor in tensors.items() if tensor.ndim == 2]
+    name = "directions" if "directions" in matrices else matrices[0] if matrices else ""
+    if name != "directions" and len(matrices) != 1:
+        raise InputError(
+            f"{path} must hold a matrix named directions, or one matrix alone, "
+            f"but holds {', '.join(sorted(tensors)) or 'nothing'}."
+        )
+    offset = tensors.get("offset")
+    return tensors[name].float(), None if offset is None else offset.float()
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".npy":
+            return {"directions": torch.from_numpy(np.load(path, allow_pickle=False))}
+        if path.suffix == ".safetensors":
+            return load_file(path)
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise InputError(f"{path} must hold directions, but cannot be read: {error}.") from error
+    raise InputError(f"Directions must be a .npy or .safetensors file, but {path} came.")
 
 
 def spec_to_json(spec: FeatureSpec | None) -> dict[str, Any] | None:

@@ -1,7 +1,8 @@
 """The pipelines inside the package: families of members that share one text-to-image model.
 
     tiny/base/        a Stable Diffusion folder: unet, vae, text_encoder, tokenizer, scheduler
-    tiny/convnext/    controlnet, backbone, pipeline.json (the defaults of the pipeline)
+    tiny/convnext/    controlnet, backbone, pipeline.json (the defaults of the pipeline) and,
+                      where they were fitted, scope.safetensors (statistics of natural maps)
     tiny/pooled/      controlnet and pipeline.json, whose "backbone" names the member that has it
     tiny/vit/         a backbone alone
 
@@ -26,7 +27,12 @@ from transformers import TimmWrapperForImageClassification
 from featinv_diffusion.diffusion.featinv_controlnet import FeatureControlNet
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline, tidy_saved_folder
 from featinv_diffusion.diffusion.model_card import CardInfo, write_model_card
-from featinv_diffusion.diffusion.pipeline_folder import INDEX, check_component, read_json
+from featinv_diffusion.diffusion.pipeline_folder import (
+    INDEX,
+    SCOPE_FILE,
+    check_component,
+    read_json,
+)
 from featinv_diffusion.diffusion.quiet import without_progress_bars
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.files import new_folder, write_text
@@ -60,7 +66,11 @@ def load_bundled(name: str, torch_dtype: torch.dtype = torch.float32) -> FeatInv
     Raises:
         InputError: a file is missing or truncated.
     """
-    member = bundled_folder(name)
+    return load_member(bundled_folder(name), torch_dtype)
+
+
+def load_member(member: Path, torch_dtype: torch.dtype = torch.float32) -> FeatInvPipeline:
+    """Loads the pipeline of a family that lies in a folder, see `load_bundled`."""
     base = member.parent / BASE
     defaults = read_json(member / DEFAULTS)
     backbone = member.parent / defaults.pop(BACKBONE, member.name) / BACKBONE
@@ -91,7 +101,8 @@ def write_bundled(
 ) -> Path:
     """Packs a trained pipeline as member `name` of a family folder and returns the member's folder.
 
-    An older member of that name is replaced. The base is written with the first member. Where
+    An older member of that name is replaced; its statistics of natural maps stay where its weights
+    are the same. The base is written with the first member. Where
     the ControlNet declares the features of another member, `tiny/convnext` for a family `tiny`,
     the backbone of that one is referred to.
 
@@ -125,6 +136,8 @@ def write_bundled(
             defaults[BACKBONE] = owner
         write_text(folder / DEFAULTS, json.dumps(defaults, indent=2, sort_keys=True) + "\n")
         where = NOTE.format(name=f"{family.name}/{name}", folder=f"{family.name}-{name}")
+        if _is_same_member(pipeline, family / owner / BACKBONE, member):
+            shutil.copyfile(member / SCOPE_FILE, folder / SCOPE_FILE)
         card = replace(info, notes=f"{where}\n\n{info.notes}")
         write_model_card(folder, pipeline, card, f"{family.name}-{name}")
 
@@ -198,6 +211,15 @@ def _backbone_owner(pipeline: FeatInvPipeline, family: Path, name: str) -> str:
             f"{stored} is not the one of this pipeline. Pack {owner} anew first."
         )
     return owner
+
+
+def _is_same_member(pipeline: FeatInvPipeline, backbone: Path, member: Path) -> bool:
+    """Whether the member there has statistics of natural maps that hold for this pipeline."""
+    return (
+        (member / SCOPE_FILE).is_file()
+        and _holds(member / "controlnet", pipeline.controlnet)
+        and _holds(backbone, pipeline.backbone)
+    )
 
 
 def _holds(folder: Path, model: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from featinv_diffusion.diffusion.bundled import (
 )
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
 from featinv_diffusion.diffusion.model_card import CardInfo, read_card_info, write_model_card
-from featinv_diffusion.diffusion.pipeline_folder import check_pipeline_folder
+from featinv_diffusion.diffusion.pipeline_folder import SCOPE_FILE, check_pipeline_folder
 from featinv_diffusion.diffusion.quiet import without_progress_bars
 from featinv_diffusion.errors import InputError, choices_hint
 from featinv_diffusion.files import new_folder
@@ -29,6 +30,7 @@ __all__ = [
     "CardInfo",
     "check_target",
     "export_pipeline",
+    "find_scope_file",
     "list_bundled",
     "load_pipeline",
     "origin_of",
@@ -70,8 +72,30 @@ def load_pipeline(
     return pipeline
 
 
-def export_pipeline(pipeline: FeatInvPipeline, folder: str | Path, info: CardInfo) -> Path:
+def find_scope_file(name_or_path: str | Path) -> Path | None:
+    """Returns the statistics of natural maps that a pipeline comes with; None where it has none.
+
+    Args:
+        name_or_path: of a pipeline that has been loaded before; nothing is downloaded.
+    """
+    name = str(name_or_path)
+    if name in list_bundled():
+        folder = bundled_folder(name)
+    elif Path(name).expanduser().is_dir():
+        folder = Path(name).expanduser()
+    else:
+        folder = Path(snapshot_download(name, local_files_only=True))
+    path = folder / SCOPE_FILE
+    return path if path.is_file() else None
+
+
+def export_pipeline(
+    pipeline: FeatInvPipeline, folder: str | Path, info: CardInfo, scope: Path | None = None
+) -> Path:
     """Writes a pipeline folder with its code and a model card, whole or not at all.
+
+    Args:
+        scope: statistics of natural maps that go with it, see `find_scope_file`.
 
     Raises:
         InputError: the folder exists and is not empty, or the disk refuses (full, read-only).
@@ -82,6 +106,8 @@ def export_pipeline(pipeline: FeatInvPipeline, folder: str | Path, info: CardInf
         folder.rmdir()
     with new_folder(folder) as partial, without_progress_bars():
         pipeline.save_pretrained(partial)
+        if scope is not None:
+            shutil.copyfile(scope, partial / SCOPE_FILE)
         write_model_card(partial, pipeline, info, folder.name)
     return folder
 

@@ -12,6 +12,9 @@ from featinv_diffusion.errors import InputError
 
 INDEX = "model_index.json"
 CLASS_NAME = "FeatInvPipeline"
+SCOPE_FILE = "scope.safetensors"
+"""Statistics of natural maps, see `features.natural_maps`; a pipeline may be without."""
+
 TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 
 
@@ -31,6 +34,8 @@ def check_pipeline_folder(folder: Path) -> None:
         is_component = isinstance(entry, list) and not component.startswith("_")
         if is_component and len(entry) == 2 and entry[0] is not None:
             check_component(folder / component, entry[0])
+    if (folder / SCOPE_FILE).exists():
+        check_safetensors(folder / SCOPE_FILE)
 
 
 def check_component(folder: Path, library: str) -> None:

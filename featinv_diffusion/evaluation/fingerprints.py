@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from featinv_diffusion.backbones import Backbone
-from featinv_diffusion.inverters import DiffusionInverter
+from featinv_diffusion.inverters import DiffusionInverter, Inverter, MapChain
 
 
 def weights_sha256(modules: Mapping[str, nn.Module]) -> str:
@@ -28,8 +28,13 @@ def weights_sha256(modules: Mapping[str, nn.Module]) -> str:
     return digest.hexdigest()
 
 
-def describe_inverter(inverter: DiffusionInverter, own: Backbone) -> dict[str, Any]:
+def describe_inverter(inverter: Inverter, own: Backbone) -> dict[str, Any]:
     """Returns what decides samples beside the settings: weights as loaded, prompt and schedule."""
+    if isinstance(inverter, MapChain):
+        modules: dict[str, nn.Module] = {m.reads.layer: m for m in inverter.chain.modules}
+        return {"modules_sha256": weights_sha256({**modules, "backbone": own.model})}
+    if not isinstance(inverter, DiffusionInverter):
+        raise TypeError(f"No fingerprint is known of a {type(inverter).__name__}.")
     pipeline = inverter.pipeline
     parts = {n: part for n, part in pipeline.components.items() if isinstance(part, nn.Module)}
     schedule = {k: v for k, v in pipeline.scheduler.config.items() if not k.startswith("_")}

@@ -25,7 +25,7 @@ from featinv_diffusion.evaluation.fingerprints import describe_inverter, weights
 from featinv_diffusion.evaluation.observers import OWN, Observers
 from featinv_diffusion.evaluation.settings import EvaluationSettings
 from featinv_diffusion.metrics.perceptual import Lpips
-from featinv_diffusion.sampling import BUNDLED, open_inverter
+from featinv_diffusion.sampling import BUNDLED, open_chosen
 
 _NUMBER_LIKE = re.compile(r"n\d{8}|((label|class)[ _-]?)?\d+")
 """Names of classes that say no more than a number: WordNet ids, `LABEL_3`, `class 3`, `3`."""
@@ -59,11 +59,13 @@ def open_evaluator(
     Raises:
         InputError: unknown names, weights that are not there, a device that is not there.
     """
-    inverter, sampling = open_inverter(settings.sampling, on_progress)
+    inverter, sampling = open_chosen(settings.sampling, on_progress)
     own = inverter.backbone
     assert own is not None
     resolved = replace(
         settings,
+        inverter=sampling.inverter,
+        stage=sampling.stage,
         pipeline=sampling.pipeline,
         backbone=sampling.backbone,
         layer=sampling.layer,

@@ -8,6 +8,7 @@ from typing import Any
 
 from featinv_diffusion.evaluation.evaluator import CEILINGS, NULLS
 from featinv_diffusion.evaluation.summary import METRICS
+from featinv_diffusion.sampling import DIFFUSION
 
 Figure = Mapping[str, Any]
 TITLES = {
@@ -34,12 +35,10 @@ def to_markdown(metrics: Figure) -> str:
     """Returns a page: agreement beside nulls and ceilings, other backbones, distances, settings."""
     settings = metrics["settings"]
     lines = [
-        f"# Evaluation of {settings['pipeline']}",
+        f"# Evaluation of {_subject(settings)}",
         "",
         f"{metrics['n_images']} images of {settings['data']}, backbone {settings['backbone']}, "
-        f"layer {settings['layer']}, {settings['steps']} steps of {settings['scheduler']}, "
-        f"guidance {settings['guidance']} {settings['guidance_scale']:g}, strength "
-        f"{settings['strength']:g}, seed {settings['seed']}.",
+        f"layer {settings['layer']}{_sampling_words(settings)}.",
         "",
         *_agreement_table(metrics),
         "",
@@ -61,6 +60,21 @@ def to_markdown(metrics: Figure) -> str:
     lines += [line for note in metrics["notes"] for line in ("", f"Note: {note}")]
     lines += ["", NOTE, "", "```", metrics["command"], json.dumps(settings), "```", ""]
     return "\n".join(lines)
+
+
+def _subject(settings: Figure) -> str:
+    inverter = settings.get("inverter", DIFFUSION)
+    return settings["pipeline"] if inverter == DIFFUSION else f"the modular inverter {inverter}"
+
+
+def _sampling_words(settings: Figure) -> str:
+    if settings.get("inverter", DIFFUSION) != DIFFUSION:
+        return ", deterministic"
+    return (
+        f", {settings['steps']} steps of {settings['scheduler']}, guidance "
+        f"{settings['guidance']} {settings['guidance_scale']:g}, strength "
+        f"{settings['strength']:g}, seed {settings['seed']}"
+    )
 
 
 def _label_lines(metrics: Figure) -> list[str]:

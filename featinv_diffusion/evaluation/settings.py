@@ -9,13 +9,11 @@ from featinv_diffusion.errors import InputError, choices_hint
 from featinv_diffusion.sampling import SampleSettings
 
 SELECTIONS = ("random", "first")
-INVERTERS = ("diffusion",)
 FID_CONVENTIONS = ("torch-fidelity", "clean", "adm")
 LPIPS_NETS = ("alex", "vgg", "squeeze")
 MAX_SHARD_SIZE = 512
 CHOICES: dict[str, Collection[str]] = {
     "selection": SELECTIONS,
-    "inverter": INVERTERS,
     "fid": FID_CONVENTIONS,
     "lpips": LPIPS_NETS,
 }
@@ -59,6 +57,7 @@ class EvaluationSettings:
     per_class: int | None = None
     selection: str = "random"
     inverter: str = "diffusion"
+    stage: str | None = None
     backbone: str | None = None
     pipeline: str | None = None
     layer: str | None = None

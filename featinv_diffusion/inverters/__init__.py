@@ -1,6 +1,18 @@
 """Inverters: features → images."""
 
 from featinv_diffusion.inverters.base import Generators, Inverter, LatentInverter
+from featinv_diffusion.inverters.chain import Chain, MapChain
 from featinv_diffusion.inverters.diffusion import DiffusionInverter
+from featinv_diffusion.inverters.modular import InverseSet, ModularInverter, load_modular
 
-__all__ = ["DiffusionInverter", "Generators", "Inverter", "LatentInverter"]
+__all__ = [
+    "Chain",
+    "DiffusionInverter",
+    "Generators",
+    "InverseSet",
+    "Inverter",
+    "LatentInverter",
+    "MapChain",
+    "ModularInverter",
+    "load_modular",
+]

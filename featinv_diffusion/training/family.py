@@ -12,15 +12,26 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from omegaconf import OmegaConf
 from transformers import CLIPTextModel, CLIPTokenizer, TimmWrapperForImageClassification
 
+from featinv_diffusion.analysis.scope_fit import fit_scope, split_images
 from featinv_diffusion.config import load_config
-from featinv_diffusion.diffusion.bundled import BASE, write_bundled, write_bundled_backbone
+from featinv_diffusion.diffusion.bundled import (
+    BASE,
+    load_member,
+    write_bundled,
+    write_bundled_backbone,
+)
 from featinv_diffusion.diffusion.featinv_controlnet import FeatureControlNet
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
 from featinv_diffusion.diffusion.model_card import CardInfo
+from featinv_diffusion.diffusion.pipeline_folder import SCOPE_FILE
+from featinv_diffusion.diffusion.quiet import without_progress_bars
 from featinv_diffusion.diffusion.schedulers import make_scheduler
 from featinv_diffusion.errors import InputError
+from featinv_diffusion.evaluation.dataset import open_images
+from featinv_diffusion.inverters import DiffusionInverter
 from featinv_diffusion.training.controlnet import ControlNetConfig
 from featinv_diffusion.training.entry import load_component
+from featinv_diffusion.training.pack_inverters import pack_inverters
 
 CONFIGS = Path("configs/tiny")
 MEMBERS = {
@@ -37,11 +48,16 @@ CLASSIFIERS = {"vit": "vit.yaml"}
 STAGES = (
     *(("classifier", name) for name in ("resnet-small.yaml", "resnet.yaml", "convnext.yaml")),
     *(("classifier", name) for name in ("swin.yaml", "vit-half.yaml", "vit.yaml")),
+    ("detector", "detr.yaml"),
+    ("inverter", "inverter-detr.yaml"),
+    ("inverter", "inverter-vit.yaml"),
     ("autoencoder", "autoencoder.yaml"),
     ("text_to_image", TEXT_TO_IMAGE),
     *(("controlnet", name) for name in MEMBERS.values()),
 )
 """(script in train/, config) in an order in which each finds what it needs."""
+N_SCOPE_IMAGES = 10_000
+"""Training images whose maps the natural maps of a member are fitted on."""
 
 COMMAND = "python train/tiny.py --data TINY_IMAGENET_200"
 CURVES = """\
@@ -57,8 +73,8 @@ without the last 10 images of each class. ImageNet's terms hold: non-commercial 
 ## As trained
 
 The weights of 2026-11-20 differ from the recipes in this: the autoencoder followed the learning
-rate of 4,000 steps up to step 1,500, then that of 2,500; group norms were summed in bfloat16 but
-for convnext's ControlNet; the ControlNet of resnet began with one of convnext of 1,000 steps.
+rate of 4,000 steps up to step 1,500, then that of 2,500; group norms of the autoencoder and of the
+UNet were summed in bfloat16.
 
 ## Limits
 
@@ -86,6 +102,9 @@ def pack_family(family: Path) -> Iterator[Path]:
         if _final(CONFIGS / config).exists():
             packed.add(name)
             yield pack_classifier(CONFIGS / config, family, name)
+    for folder in pack_inverters(family, CONFIGS):
+        packed.add(folder.name)
+        yield folder
     for folder in family.iterdir():
         if folder.is_dir() and folder.name not in packed:
             shutil.rmtree(folder)
@@ -127,6 +146,28 @@ def pack_member(config_path: Path, family: Path, name: str, *, replace_base: boo
     notes = f"{_curves(stages)}\n{LIMITS}"
     info = CardInfo(command=COMMAND, license="other", notes=notes)
     return write_bundled(pipeline, family, name, info, replace_base=replace_base)
+
+
+def fit_scopes(family: Path, data: str | None = None) -> Iterator[Path]:
+    """Fits the natural maps of each packed member that has none yet, and yields their files.
+
+    The images are those of the member's own training, calibrated on those that it holds back.
+
+    Args:
+        data: the images' folder; None takes that of the config.
+    """
+    for name, config_name in MEMBERS.items():
+        path = family / name / SCOPE_FILE
+        if path.is_file() or not path.parent.is_dir():
+            continue
+        with without_progress_bars():
+            pipeline = load_member(path.parent)
+        pipeline.set_progress_bar_config(disable=True)
+        config = load_config(ControlNetConfig, str(CONFIGS / config_name)).data
+        images = open_images(data or config.root, config.split, config.classes)
+        split = split_images(images, config.held_back_per_class, N_SCOPE_IMAGES)
+        fit_scope(DiffusionInverter(pipeline), images, split).save(path)
+        yield path
 
 
 def pack_classifier(config_path: Path, family: Path, name: str) -> Path:

@@ -28,8 +28,9 @@ ROOT = Path(featinv_diffusion.__file__).parents[1]
 def test_help_lists_every_command(featinv: Featinv):
     done = featinv("--help")
     assert done.code == 0
-    commands = ("sample", "interpolate", "compose", "variability", "replay", "evaluate", "layers")
-    assert (*commands, "export", "push", "convert") == cli.COMMANDS
+    samples = ("sample", "interpolate", "compose", "variability", "concepts", "viz", "replay")
+    others = ("evaluate", "classemb", "analyze", "layers", "scope", "export", "push", "convert")
+    assert (*samples, *others) == cli.COMMANDS
     for name in cli.COMMANDS:
         assert f" {name} " in done.out
 

@@ -38,6 +38,7 @@ SETTINGS = {
     "dtype": "float32",
 }
 PER_IMAGE = {
+    "scope_p_value",
     "input",
     "outputs",
     "seed",
@@ -66,7 +67,8 @@ def test_without_arguments_it_samples_the_photo_with_the_bundled_pipeline(featin
     first, *rest = done.out.splitlines()
     assert "built-in photo" in first
     assert "tiny/convnext" in first
-    assert len(rest) == 2
+    assert len(rest) == 3
+    assert "scope_p_value is null" in rest[1]
     assert names("outputs/sample") == {
         *(f"flower_{j}.png" for j in range(4)),
         "grid.png",

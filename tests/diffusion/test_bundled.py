@@ -7,17 +7,19 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from featinv_diffusion.diffusion import bundled
 from featinv_diffusion.diffusion.bundled import to_half, write_bundled_backbone
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
 from featinv_diffusion.diffusion.hub import (
     CardInfo,
+    find_scope_file,
     list_bundled,
     load_pipeline,
     write_bundled,
 )
+from featinv_diffusion.diffusion.pipeline_folder import SCOPE_FILE
 from featinv_diffusion.errors import InputError
 from tests import tiny
 from tests.diffusion.probe import sample
@@ -94,6 +96,16 @@ def test_a_member_may_read_the_backbone_of_another(family, pipeline):
     )
     with pytest.raises(InputError, match="is not the one of this pipeline"):
         write_bundled(other, family, "convnext-pooled", INFO)
+
+
+def test_statistics_of_natural_maps_stay_while_the_weights_do(family, pipeline):
+    member = write_bundled(pipeline, family, "convnext", INFO)
+    save_file({"a": torch.zeros(1)}, member / SCOPE_FILE)
+    write_bundled(pipeline, family, "convnext", INFO)
+    assert find_scope_file("tiny/convnext") == member / SCOPE_FILE
+    other = tiny.make_pipeline(controlnet=tiny.make_controlnet(zero=True))
+    write_bundled(other, family, "convnext", INFO)
+    assert find_scope_file("tiny/convnext") is None
 
 
 def test_a_classifier_ships_alone(family, pipeline):

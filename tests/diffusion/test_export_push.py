@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import sys
+from unittest.mock import ANY
 
 import pytest
 import torch
 import typer
 from huggingface_hub import ModelCard
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from featinv_diffusion.cli.export import export
 from featinv_diffusion.cli.push import push
-from featinv_diffusion.diffusion.hub import CardInfo, load_pipeline, write_bundled
+from featinv_diffusion.diffusion.hub import CardInfo, find_scope_file, load_pipeline, write_bundled
+from featinv_diffusion.diffusion.pipeline_folder import SCOPE_FILE
 from featinv_diffusion.errors import InputError
 from tests.diffusion.probe import sample
 
@@ -49,6 +52,20 @@ def test_export_and_push_commands(family, pipeline, tmp_path, monkeypatch):
     code, output = run_command("export", str(tmp_path / "second"), "--pipeline", str(out))
     assert code == 0
     assert torch.equal(sample(load_pipeline(tmp_path / "second")), sample(load_pipeline(out)))
+
+
+def test_statistics_of_natural_maps_go_with_the_pipeline(family, pipeline, tmp_path):
+    member = write_bundled(pipeline, family, "convnext", INFO)
+    save_file({"a": torch.zeros(1)}, member / SCOPE_FILE)
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert run_command("export", str(first)) == (0, ANY)
+    assert run_command("export", str(second), "--pipeline", str(first)) == (0, ANY)
+    assert (second / SCOPE_FILE).read_bytes() == (member / SCOPE_FILE).read_bytes()
+    assert find_scope_file(second) == second / SCOPE_FILE
+    assert SCOPE_FILE in run_command("push", str(second), "user/name", "--dry-run")[1]
+    (second / SCOPE_FILE).write_bytes(b"cut")
+    with pytest.raises(InputError, match="must be a whole safetensors file"):
+        load_pipeline(second)
 
 
 def test_export_command_assembles(family, pipeline, base, backbone_name, tmp_path, expected):

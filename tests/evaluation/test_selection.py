@@ -104,7 +104,6 @@ def test_the_digest_tells_the_order():
         ({"shard_size": 1}, "shard_size must be at least 2"),
         ({"n_null_images": -1}, "n_null_images must be at least 0"),
         ({"selection": "frist"}, "No selection is named 'frist'; did you mean 'first'"),
-        ({"inverter": "gan"}, "Choices: diffusion"),
         ({"fid": "legacy"}, "Choices: torch-fidelity, clean, adm"),
         ({"evaluated_by": ("a", "a")}, "names a backbone twice"),
         ({"steps": 0}, "steps must be at least 1"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from omegaconf import OmegaConf
 from featinv_diffusion.backbones import load_backbone
 from featinv_diffusion.diffusion import bundled
 from featinv_diffusion.errors import InputError
+from featinv_diffusion.features.natural_maps import NaturalMaps
+from featinv_diffusion.images import to_pil, write_png
 from featinv_diffusion.training import family
 from tests import tiny
 
@@ -96,3 +99,25 @@ def test_only_finished_members_are_packed_but_the_first_must_be(runs: Path) -> N
     assert names == ["convnext", "vit"]
     folders = {path.name for path in (runs / "assets/tiny").iterdir()}
     assert folders == {"base", "convnext", "vit"}
+
+
+def test_each_pipeline_gets_the_statistics_of_its_natural_maps_once(
+    runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(runs, "convnext")
+    data = OmegaConf.load(runs / "convnext.yaml")
+    data.data = {"root": str(runs / "images"), "held_back_per_class": 50}
+    OmegaConf.save(data, runs / "convnext.yaml")
+    for i, image in enumerate(to_pil(tiny.make_images(300))):
+        write_png(image, runs / f"images/{'ab'[i % 2]}/{i:03d}.png")
+    quick = partial(family.fit_scope, n_reconstructions=0)
+    monkeypatch.setattr(family, "fit_scope", quick)
+    members = list(family.pack_family(runs / "assets/tiny"))
+    (path,) = family.fit_scopes(runs / "assets/tiny")
+    assert path == members[0] / "scope.safetensors"
+    natural = NaturalMaps.load(path)
+    assert natural.spec.backbone == "tiny/convnext"
+    assert (natural.n_fitted, len(natural.calibration.distances)) == (200, 100)
+    assert not list(family.fit_scopes(runs / "assets/tiny"))
+    list(family.pack_family(runs / "assets/tiny"))
+    assert path.is_file()

@@ -1,0 +1,141 @@
+"""Run every command that draws on the package's own photos and write docs/gallery.md.
+
+    python benchmarks/gallery.py
+
+Below each figure stands the command that made it, and what it printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from featinv_diffusion.images import builtin_photo, read_image, write_png
+
+ROOT = Path("outputs/gallery")
+PAGE, FIGURES = Path("docs/gallery.md"), Path("docs/figures")
+WIDTH = 1200
+"""Pixels of a figure on the page, at most."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One figure of the gallery.
+
+    Args:
+        title: heading.
+        text: what is to be seen, one or two sentences.
+        command: its arguments after `featinv`.
+        figure: what it draws, below `ROOT`.
+    """
+
+    title: str
+    text: str
+    command: list[str]
+    figure: str
+
+
+def entries() -> Iterator[Entry]:
+    yield Entry(
+        "Reconstructions",
+        "One photo, its feature map of 8×8 cells, four images that have about this map.",
+        ["sample", "photos", "--n-samples", "4", "--output", "sample"],
+        "sample/grid.png",
+    )
+    yield Entry(
+        "Interpolation",
+        "Weighted sums of two maps, all with the same noise.",
+        ["interpolate", "photos/flower.jpg", "photos/china.jpg", "--output", "interpolate"],
+        "interpolate/figure.png",
+    )
+    yield Entry(
+        "Composition",
+        "Cells of one map pasted into another: a region of the map is a region of the image.",
+        [
+            *["compose", "photos/china.jpg", "photos/flower.jpg", "--box", "0,.5,1,1"],
+            *["--output", "compose"],
+        ],
+        "compose/figure.png",
+    )
+    yield Entry(
+        "Variability",
+        "What one map fixes, and what it leaves to the prior.",
+        ["variability", "photos/flower.jpg", "--n-samples", "32", "--output", "variability"],
+        "variability/figure.png",
+    )
+    yield Entry(
+        "Concepts",
+        "Subspaces of the cells of 64 crops of the two photos, by multi-dimensional concept "
+        "discovery, and where they are active. With a folder of images of one class they are the "
+        "concepts of that class.",
+        ["concepts", "crops", "--n-concepts", "3", "--output", "concepts/concepts.safetensors"],
+        "concepts/concepts.png",
+    )
+    yield Entry(
+        "FeatInv-Viz",
+        "What changes in the image when a concept fades from the map, beside what changes anyway.",
+        [
+            *["viz", "photos/flower.jpg", "--concepts", "concepts/concepts.safetensors"],
+            *["--concept", "1", "--factor", "0.25", "--n-samples", "8", "--output", "viz"],
+        ],
+        "viz/figure.png",
+    )
+
+
+def write_photos() -> None:
+    """Puts the package's photos, and crops of them, below `ROOT`."""
+    for path in (builtin_photo(), builtin_photo().with_name("china.jpg")):
+        photo = read_image(path)
+        _write(photo, ROOT / "photos" / path.name)
+        side = photo.height // 2
+        for i in range(8):
+            for j in range(4):
+                x, y = i * (photo.width - side) // 7, j * (photo.height - side) // 3
+                crop = photo.crop((x, y, x + side, y + side)).resize((64, 64))
+                write_png(crop, ROOT / "crops" / f"{path.stem}-{j}{i}.png")
+
+
+def _write(photo: Image.Image, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    photo.save(path, quality=95)
+
+
+def run(entry: Entry) -> str:
+    """Runs a command in `ROOT`, copies its figure and returns its section of the page."""
+    command = [sys.executable, "-m", "featinv_diffusion", *entry.command]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"featinv {shlex.join(entry.command)} failed:\n{done.stderr}")
+    name = f"gallery-{entry.command[0]}.png"
+    with Image.open(ROOT / entry.figure) as figure:
+        figure.thumbnail((WIDTH, 4 * WIDTH))
+        write_png(figure.convert("RGB"), FIGURES / name)
+    return (
+        f"## {entry.title}\n\n{entry.text}\n\n![{entry.title}](figures/{name})\n\n"
+        f"```console\n$ featinv {shlex.join(entry.command)}\n{done.stdout.strip()}\n```"
+    )
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    (ROOT / "crops").mkdir(parents=True, exist_ok=True)
+    write_photos()
+    sections = [run(entry) for entry in entries()]
+    head = (
+        "# Gallery\n\nEverything here is made by `python benchmarks/gallery.py` with the bundled "
+        "tiny family at 64 pixels, from the two photos that scikit-learn ships (danielbuechele and "
+        "vultilion, CC BY 2.0)."
+    )
+    PAGE.write_text("\n\n".join([head, *sections]) + "\n")
+    print(f"Wrote {PAGE}")
+
+
+if __name__ == "__main__":
+    main()

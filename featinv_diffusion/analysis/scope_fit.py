@@ -1,0 +1,135 @@
+"""Fits the statistics of natural maps that tell whether a map is in scope."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from featinv_diffusion.analysis.sampling import backbone_of
+from featinv_diffusion.analysis.scope import sampling_of
+from featinv_diffusion.data import split_held_back
+from featinv_diffusion.errors import InputError
+from featinv_diffusion.evaluation.dataset import ImageSet
+from featinv_diffusion.evaluation.fingerprints import weights_sha256
+from featinv_diffusion.features.density import MIN_CALIBRATION, Calibration, fit_density
+from featinv_diffusion.features.natural_maps import NaturalMaps
+from featinv_diffusion.images import center_square, to_pil, to_tensor
+from featinv_diffusion.inverters.base import Inverter
+from featinv_diffusion.metrics import feature_cosine
+from featinv_diffusion.reconstruction import batched
+from featinv_diffusion.seeds import derive_seed
+from featinv_diffusion.types import Features
+
+Advance = Callable[[float], None]
+"""Called with the number of images that are done."""
+
+_CALIBRATION_SHARE = 5  # one of so many images, where none are held back by class
+
+
+@dataclass(frozen=True)
+class ScopeSplit:
+    """Which images the density is fitted on, and which calibrate it; in random order."""
+
+    fitted: list[int]
+    held_out: list[int]
+
+
+def split_images(
+    images: ImageSet, held_back_per_class: int = 0, n_images: int | None = None
+) -> ScopeSplit:
+    """Draws the images of both parts with a fixed seed.
+
+    Args:
+        held_back_per_class: the last k images of each class are held out, as in training: what a
+            backbone was trained on is no measure of what it makes of other images. 0 holds out a
+            fifth of all.
+        n_images: at most so many to fit on.
+
+    Raises:
+        InputError: images without classes where some of each are to be held out, or too few.
+    """
+    generator = torch.Generator().manual_seed(derive_seed("scope"))
+    order = torch.randperm(len(images), generator=generator).tolist()
+    if held_back_per_class:
+        if images.labels is None:
+            raise InputError(
+                "Images must have classes where some of each are held back, but these have none. "
+                "Leave --held-back-per-class out, or give a folder with a folder for each class."
+            )
+        held = set(split_held_back(images.labels, held_back_per_class)[1])
+    else:
+        held = set(order[: len(order) // _CALIBRATION_SHARE])
+    fitted, held_out = ([i for i in order if (i in held) == side] for side in (False, True))
+    if len(held_out) < MIN_CALIBRATION:
+        raise InputError(
+            f"At least {MIN_CALIBRATION} images must be held out to calibrate p-values, but "
+            f"{len(held_out)} of {len(images)} are. Give more images."
+        )
+    return ScopeSplit(fitted[:n_images], held_out)
+
+
+def fit_scope(
+    inverter: Inverter,
+    images: ImageSet,
+    split: ScopeSplit,
+    n_reconstructions: int = 256,
+    batch_size: int = 8,
+    advance: Advance = lambda n: None,
+) -> NaturalMaps:
+    """Fits the natural maps of a pipeline's backbone, and calibrates them on held-out images.
+
+    Args:
+        n_reconstructions: held-out images that are sampled once each, with the inverter's settings,
+            to know how well natural maps come back; 0 leaves reconstructions out of the score.
+
+    Raises:
+        InputError: too few images, one that cannot be read, or maps that are not finite.
+    """
+    if 0 < n_reconstructions < MIN_CALIBRATION:
+        raise InputError(
+            f"There must be no reconstructions or at least {MIN_CALIBRATION}, but "
+            f"{n_reconstructions} were asked for."
+        )
+    looked = _look(inverter, images, split.fitted, batch_size, advance)
+    density = fit_density(maps for _, maps in looked)
+    distances: list[Tensor] = []
+    cosines: list[Tensor] = []
+    for indices, maps in _look(inverter, images, split.held_out, batch_size, advance):
+        distances.append(density.distance(maps))
+        n_left = n_reconstructions - sum(map(len, cosines))
+        if n_left > 0:
+            seeds = [derive_seed(0, images.ids[i], 0) for i in indices[:n_left]]
+            cosines.append(_self_consistency(inverter, maps[:n_left], seeds))
+    return NaturalMaps(
+        inverter.spec,
+        weights_sha256({"": backbone_of(inverter).model}),
+        density,
+        Calibration(torch.cat(distances), torch.cat([torch.zeros(0), *cosines])),
+        sampling_of(inverter) if n_reconstructions else None,
+        len(split.fitted),
+    )
+
+
+@torch.no_grad()
+def _look(
+    inverter: Inverter, images: ImageSet, indices: Iterable[int], size: int, advance: Advance
+) -> Iterator[tuple[list[int], Features]]:
+    backbone = backbone_of(inverter)
+    for chosen in batched(indices, size):
+        squares = [center_square(images.read(i), max(backbone.input_size)) for i in chosen]
+        maps = backbone.features(to_tensor(squares).to(backbone.device))
+        backbone.spec.check_features(maps)
+        yield chosen, maps
+        advance(len(chosen))
+
+
+@torch.no_grad()
+def _self_consistency(inverter: Inverter, maps: Features, seeds: Sequence[int]) -> Tensor:
+    """Cosine of each map to the features of one sample of it, of 8-bit pixels."""
+    backbone = backbone_of(inverter)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    pictures = to_pil(inverter.invert(maps, generator=generators))
+    return feature_cosine(maps, backbone.features(to_tensor(pictures).to(backbone.device))).cpu()

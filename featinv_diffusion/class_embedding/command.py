@@ -1,0 +1,254 @@
+"""`featinv classemb` from its arguments to a folder: figures, `metrics.json`, a table of images."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+import torch
+from pyarrow import parquet
+
+from featinv_diffusion import __version__
+from featinv_diffusion.analysis.figures import write_figure
+from featinv_diffusion.backbones import SHORT_NAMES, list_backbones, load_backbone
+from featinv_diffusion.class_embedding.anatomy import Anatomy, read_anatomy
+from featinv_diffusion.class_embedding.context import token_mask
+from featinv_diffusion.class_embedding.dataset import (
+    RESAMPLING,
+    TokenImages,
+    class_name,
+    find_class,
+    open_token_images,
+    to_input,
+)
+from featinv_diffusion.class_embedding.pictures import (
+    TokenPicture,
+    draw_blocks,
+    draw_identifiability,
+    draw_removal,
+)
+from featinv_diffusion.class_embedding.reading import read_images
+from featinv_diffusion.class_embedding.reconstructions import BlockInverter, match_inverters
+from featinv_diffusion.class_embedding.study import FindMask, TokenSettings, measure_tokens
+from featinv_diffusion.class_embedding.summary import Tally
+from featinv_diffusion.errors import InputError, choices_hint
+from featinv_diffusion.files import replacing, write_text
+from featinv_diffusion.images import builtin_photo, read_image, to_pil
+from featinv_diffusion.manifest import read_environment
+from featinv_diffusion.sampling import BUNDLED, SampleSettings, find_device, open_inverter
+
+logger = logging.getLogger(__name__)
+
+ProgressBar = Callable[[int], AbstractContextManager[Callable[[float], None]]]
+
+
+@dataclass(frozen=True)
+class TokenCommand:
+    """The arguments of `featinv classemb` beside `TokenSettings`; `metrics.json` records them.
+
+    Args:
+        data: a picture, or what `open_token_images` reads; None is the built-in photo.
+        backbone: a short name stands for the bundled tiny model of that name, where there is one.
+        pipelines: inverters of its blocks.
+        target: class to read in all images, by number or name.
+        masks: folder of masks with the paths of their images.
+        interpolation: `bilinear` or `bicubic`; None is the backbone's.
+    """
+
+    data: str | None = None
+    backbone: str = "vit"
+    pipelines: tuple[str, ...] = ()
+    target: str | None = None
+    masks: str | None = None
+    split: str = "validation"
+    classes: str | None = None
+    per_class: int | None = None
+    n_images: int | None = None
+    n_figures: int = 4
+    interpolation: str | None = None
+    device: str = "auto"
+
+
+def run_command(
+    command: TokenCommand, settings: TokenSettings, output: Path, progress_bar: ProgressBar
+) -> list[str]:
+    """Measures, draws and writes; returns what to print.
+
+    Raises:
+        InputError: arguments or pictures that cannot be used.
+    """
+    anatomy = load_anatomy(command)
+    images = open_token_images(
+        command.data or str(builtin_photo()),
+        anatomy.backbone,
+        split=command.split,
+        classes=command.classes,
+        per_class=command.per_class,
+        n_images=command.n_images,
+        exclude=output,
+    )
+    for note in images.notes:
+        logger.warning(note)
+    if command.target is not None:
+        target = find_class(command.target, anatomy.backbone, anatomy.n_classes)
+        settings = replace(settings, target=target)
+    inverters = _open_inverters(command, anatomy, settings.seed)
+    with progress_bar(len(images)) as advance:
+        tally, metrics = measure_tokens(
+            anatomy, images, settings, _mask_finder(command, images, anatomy), advance
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    names = _write_figures(anatomy, images, settings, inverters, command.n_figures, output)
+    head = _describe(command, settings, anatomy, images)
+    _write(tally, images, {**head, **metrics, "figures": names}, output)
+    return _summarise(metrics, head, output)
+
+
+def load_anatomy(command: TokenCommand) -> Anatomy:
+    """Loads the backbone on its device, with the interpolation asked for.
+
+    Raises:
+        InputError: unknown names, or no vision transformer.
+    """
+    name = command.backbone
+    if name in SHORT_NAMES and BUNDLED + name in list_backbones():
+        name = BUNDLED + name
+    backbone = load_backbone(name).to(find_device(command.device))
+    if command.interpolation is not None:
+        if command.interpolation not in RESAMPLING:
+            hint = choices_hint(command.interpolation, list(RESAMPLING))
+            raise InputError(f"No interpolation is named {command.interpolation!r}; {hint}")
+        backbone.preprocessing = replace(
+            backbone.preprocessing, interpolation=command.interpolation
+        )
+    return read_anatomy(backbone)
+
+
+def _open_inverters(command: TokenCommand, anatomy: Anatomy, seed: int) -> dict[int, BlockInverter]:
+    opened = [
+        open_inverter(SampleSettings(pipeline=name, device=command.device, seed=seed))[0]
+        for name in command.pipelines
+    ]
+    return match_inverters(anatomy, opened)
+
+
+def _mask_finder(command: TokenCommand, images: TokenImages, anatomy: Anatomy) -> FindMask | None:
+    if command.masks is None:
+        return None
+    folder = Path(command.masks)
+    if not folder.is_dir():
+        raise InputError(f"A folder of masks must exist at {folder}, but there is none.")
+
+    def find(index: int) -> torch.Tensor | None:
+        path = folder / PurePosixPath(images.ids[index]).with_suffix(".png")
+        return token_mask(read_image(path), anatomy.grid) if path.is_file() else None
+
+    return find
+
+
+def _write_figures(
+    anatomy: Anatomy,
+    images: TokenImages,
+    settings: TokenSettings,
+    inverters: dict[int, BlockInverter],
+    n_figures: int,
+    output: Path,
+) -> list[str]:
+    names: list[str] = []
+    for index in range(min(n_figures, len(images))):
+        item = make_picture(anatomy, images, index, settings, inverters)
+        stem = PurePosixPath(images.ids[index]).stem.replace(":", "-")
+        name = f"{index:02d}-{stem}.png"
+        write_figure(draw_blocks(anatomy, item), output / name)
+        names.append(name)
+    return names
+
+
+def make_picture(
+    anatomy: Anatomy,
+    images: TokenImages,
+    index: int,
+    settings: TokenSettings,
+    inverters: dict[int, BlockInverter],
+) -> TokenPicture:
+    """Reads one image for its figure."""
+    pixels = to_input([images.read(index)], anatomy.backbone)
+    label = settings.target
+    if label is None and images.labels is not None:
+        label = images.labels[index]
+    chosen = None if label is None else torch.tensor([label])
+    reading = read_images(anatomy, pixels, chosen)
+    name = images.ids[index]
+    noise = PurePosixPath(name).name
+    backbone = anatomy.backbone
+    return TokenPicture(
+        picture=to_pil(pixels)[0],
+        name=name,
+        class_name=class_name(backbone, int(reading.labels[0])),
+        predicted_name=class_name(backbone, int(reading.logits.argmax())),
+        reading=reading,
+        shown={
+            block: inverter.reconstruct(pixels, noise, settings.seed)[0].cpu()
+            for block, inverter in inverters.items()
+        },
+    )
+
+
+def _describe(
+    command: TokenCommand, settings: TokenSettings, anatomy: Anatomy, images: TokenImages
+) -> dict[str, Any]:
+    preprocessing = anatomy.backbone.preprocessing
+    source = "target" if settings.target is not None else images.label_source
+    return {
+        "version": __version__,
+        "command": "classemb",
+        "arguments": {**asdict(command), **asdict(settings)},
+        "backbone": anatomy.backbone.name,
+        "n_blocks": len(anatomy.blocks),
+        "n_classes": anatomy.n_classes,
+        "input_size": list(preprocessing.size),
+        "interpolation": preprocessing.interpolation,
+        "label_source": source,
+        "environment": read_environment(str(anatomy.backbone.device)),
+    }
+
+
+def _write(tally: Tally, images: TokenImages, metrics: dict[str, Any], output: Path) -> None:
+    kinds = ["image"] + (["cls"] if metrics["identifiability_by_block_cls"] else [])
+    curves = {kind: metrics["intervals"][f"identifiability_by_block/{kind}"] for kind in kinds}
+    tokens = torch.as_tensor(tally.token_identifiability) / metrics["n_images"]
+    drawn = draw_identifiability(tally.anatomy, tokens, curves, metrics["n_images"])
+    write_figure(drawn, output / "identifiability.png")
+    if metrics["perturbation"]:
+        drawn = draw_removal(metrics["perturbation"], metrics["n_images"])
+        write_figure(drawn, output / "perturbation.png")
+    columns = ("label", "predicted", "identifiability_rate", "any_identified")
+    table = {"id": images.ids, **{name: tally.column(name).tolist() for name in columns}}
+    with replacing(output / "per_image.parquet") as partial:
+        parquet.write_table(pa.table(table), partial)
+    text = json.dumps(metrics, indent=2, allow_nan=False) + "\n"
+    write_text(output / "metrics.json", text)
+
+
+def _summarise(metrics: dict[str, Any], head: dict[str, Any], output: Path) -> list[str]:
+    n = metrics["n_images"]
+    label = {
+        "predicted": "predicted class",
+        "target": "class asked for",
+    }.get(head["label_source"], "class")
+    accuracy = metrics["accuracy"]
+    counted = f"{n} image" + ("s" if n > 1 else "")
+    lines = [
+        f"{counted}: {metrics['identifiability_rate']:.1%} of the image tokens are closest to the "
+        f"{label} after the last block; {metrics['any_identified']:.1%} of the images have one."
+    ]
+    if accuracy is not None:
+        lines[0] += f" Accuracy {accuracy:.1%}."
+    lines.append(f"Wrote {output / 'metrics.json'}, identifiability.png and the figures of images.")
+    return lines

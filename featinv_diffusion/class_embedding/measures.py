@@ -1,0 +1,88 @@
+"""The measures of Vilas et al. 2023 as functions of a `Reading`; one value per image each.
+
+Images are the unit of every mean and interval: the tokens of an image are not independent. Block
+b of a result stands at position b − 1.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from featinv_diffusion.class_embedding.reading import PointReading
+from featinv_diffusion.errors import InputError
+
+
+def class_identifiability(rank: Float[Tensor, "*shape"], n_classes: int) -> Float[Tensor, "*shape"]:
+    """r = 1 − rank / |C|: 1 where the class is first, 1 / |C| where it is last, ½ by chance."""
+    return 1 - rank / n_classes
+
+
+def identified(rank: Float[Tensor, "b blocks n"], n_prefix: int) -> Bool[Tensor, "b patches"]:
+    """Marks the image tokens that are closest to their class after the last block."""
+    return rank[:, -1, n_prefix:] == 0
+
+
+def identifiability_rate(rank: Float[Tensor, "b blocks n"], n_prefix: int) -> Float[Tensor, " b"]:
+    """Share of image tokens with rank 0 after the last block."""
+    return identified(rank, n_prefix).float().mean(dim=1)
+
+
+def any_identified(rank: Float[Tensor, "b blocks n"], n_prefix: int) -> Float[Tensor, " b"]:
+    """1 for images with at least one image token of rank 0 after the last block."""
+    return identified(rank, n_prefix).any(dim=1).float()
+
+
+def block_change_rate(states: PointReading, n_prefix: int) -> Float[Tensor, "b blocks"]:
+    """Share of image tokens whose class score rises through each block.
+
+    The first block's, from the embeddings, is not in the publication.
+    """
+    score = states.score[:, :, n_prefix:]
+    return (score[:, 1:] > score[:, :-1]).float().mean(dim=2)
+
+
+def layer_change_rate(
+    layer: PointReading, states: PointReading, tokens: slice
+) -> Float[Tensor, "b blocks"]:
+    """Share of tokens where what a sub-layer adds scores higher than the block's input.
+
+    Both sub-layers are compared with the input of the block, as published.
+    """
+    higher = layer.score[:, :, tokens] > states.score[:, :-1, tokens]
+    return higher.float().mean(dim=2)
+
+
+def residual_composition(
+    states: PointReading, attention: PointReading, mlp: PointReading
+) -> dict[str, Float[Tensor, "b blocks"]]:
+    """Share of tokens whose top class after a block is that of one of its sources.
+
+    Sources are the block's input (`previous`), its attention and its MLP, which may agree;
+    `composition` is the share that agrees with none of the three.
+    """
+    after = states.top[:, 1:]
+    matches = {
+        "previous": after == states.top[:, :-1],
+        "attention": after == attention.top,
+        "mlp": after == mlp.top,
+    }
+    matches["composition"] = ~(matches["previous"] | matches["attention"] | matches["mlp"])
+    return {name: match.float().mean(dim=2) for name, match in matches.items()}
+
+
+def accuracy(logits: Float[Tensor, "b k"], labels: Int[Tensor, " b"]) -> Float[Tensor, " b"]:
+    """1 where the label's class scores highest."""
+    return (logits.argmax(dim=1) == labels).float()
+
+
+def mean_over_classes(values: Float[Tensor, "b ..."], labels: Int[Tensor, " b"]) -> Tensor:
+    """Returns the mean of the classes' means, so that a class with many images weighs no more.
+
+    Raises:
+        InputError: no image.
+    """
+    if not len(labels):
+        raise InputError("A mean over classes needs at least one image, but none came.")
+    return torch.stack([values[labels == c].mean(dim=0) for c in labels.unique()]).mean(dim=0)

@@ -1,0 +1,262 @@
+"""What the blocks say and what they show, in one figure; and identifiability by token and block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from featinv_diffusion.analysis import figures
+from featinv_diffusion.analysis.figures import Board
+from featinv_diffusion.class_embedding.anatomy import Anatomy
+from featinv_diffusion.class_embedding.measures import class_identifiability
+from featinv_diffusion.class_embedding.reading import Reading
+
+MAX_BLOCKS = 8
+OVERLAY = 0.55
+LINES = {"negative": "-", "positive": "--", "": ":"}
+COLOURS = {
+    "gradient": figures.BLUE,
+    "gradient_of_probability": figures.GREEN,
+    "chefer": figures.ORANGE,
+    "random": figures.GREY,
+}
+NO_INVERTER = "No inverter of this backbone's blocks is at hand: what they show is left out."
+
+
+@dataclass(frozen=True, eq=False)
+class TokenPicture:
+    """One image with its reading (a batch of one) and reconstructions `[3, h, w]` by block."""
+
+    picture: Image.Image
+    name: str
+    class_name: str
+    predicted_name: str
+    reading: Reading
+    shown: Mapping[int, Tensor] = field(default_factory=dict)
+
+
+def identifiability_maps(anatomy: Anatomy, reading: Reading) -> Float[Tensor, "b blocks h w"]:
+    """Returns the identifiability of the read class at each patch after each block."""
+    assert reading.states is not None
+    ranks = reading.states.rank[:, 1:, anatomy.n_prefix :]
+    return class_identifiability(ranks, anatomy.n_classes).unflatten(2, anatomy.grid)
+
+
+def relevance_maps(anatomy: Anatomy, reading: Reading) -> Float[Tensor, "b blocks h w"]:
+    """Returns the relevance of each patch at each block."""
+    assert reading.relevance is not None
+    return reading.relevance[:, :, anatomy.n_prefix :].unflatten(2, anatomy.grid)
+
+
+def to_unit_range(values: Float[Tensor, "h w"]) -> Float[Tensor, "h w"]:
+    """Scales a map to [0, 1]; a constant one becomes 0."""
+    low, high = values.min(), values.max()
+    return (values - low) / (high - low) if high > low else torch.zeros_like(values)
+
+
+def shown_blocks(n_blocks: int, inverted: Sequence[int], most: int = MAX_BLOCKS) -> list[int]:
+    """Returns blocks from 1 that fit in a figure: evenly spread, the last, those with inverters."""
+    spread = torch.linspace(1, n_blocks, min(n_blocks, most)).round().int().tolist()
+    return sorted({*spread, *inverted})
+
+
+def draw_blocks(anatomy: Anatomy, item: TokenPicture) -> Figure:
+    """Draws identifiability, relevance and, where there are inverters, reconstructions by block."""
+    blocks = shown_blocks(len(anatomy.blocks), list(item.shown))
+    notes = [
+        f"{figures.short_name(item.name, 60)} · {anatomy.backbone.name} predicts "
+        f"{item.predicted_name}",
+        "Says: identifiability of the class at each patch, 1 − rank / number of classes; chance is "
+        "0.5. Relevance: −∂ cross-entropy / ∂ attention to each patch, each map from its lowest "
+        "(dark) to its highest (bright); left, the sum over blocks. p: probability of the class in "
+        "what the attention adds.",
+        "Shows: an image made from the patches of that block." if item.shown else NO_INVERTER,
+    ]
+    n_rows = 3 if item.shown else 2
+    title = f"What the blocks say of {item.class_name!r}"
+    title += " and what they show" if item.shown else ""
+    board = Board(n_rows, 1 + len(blocks), title, notes, right=0.7, headers="first")
+    figure = board.make()
+    _draw_says(board, figure, anatomy, item, blocks)
+    _draw_relevance(board, figure, anatomy, item, blocks)
+    if item.shown:
+        _draw_shows(board, figure, item, blocks)
+    return figure
+
+
+def _draw_says(
+    board: Board, figure: Figure, anatomy: Anatomy, item: TokenPicture, blocks: list[int]
+) -> None:
+    first = board.tile_axes(figure, 0, 0)
+    figures.show_picture(first, item.picture)
+    figures.label(first, "picture")
+    figures.side_label(first, "says")
+    maps = identifiability_maps(anatomy, item.reading)[0]
+    image: Any = None
+    for column, block in enumerate(blocks, start=1):
+        axes = board.tile_axes(figure, 0, column)
+        figures.label(axes, f"block {block}")
+        image = figures.show_map(axes, maps[block - 1], 0, 1)
+        figures.caption(axes, f"mean {figures.number(maps[block - 1].mean().item())}")
+    figures.add_colour_bar(board, figure, 0, image, "identifiability")
+
+
+def _draw_relevance(
+    board: Board, figure: Figure, anatomy: Anatomy, item: TokenPicture, blocks: list[int]
+) -> None:
+    maps = relevance_maps(anatomy, item.reading)[0]
+    assert item.reading.confidence is not None
+    first = board.tile_axes(figure, 1, 0)
+    figures.side_label(first, "relevance")
+    show_overlay(first, item.picture, maps.sum(dim=0))
+    figures.caption(first, "sum over blocks")
+    for column, block in enumerate(blocks, start=1):
+        axes = board.tile_axes(figure, 1, column)
+        show_overlay(axes, item.picture, maps[block - 1])
+        confidence = item.reading.confidence[0, block - 1].item()
+        figures.caption(axes, f"p {confidence:.3f}", color=figures.GREY)
+
+
+def _draw_shows(board: Board, figure: Figure, item: TokenPicture, blocks: list[int]) -> None:
+    for column, block in enumerate(blocks, start=1):
+        axes = board.tile_axes(figure, 2, column)
+        if column == 1:
+            figures.side_label(axes, "shows")
+        if block in item.shown:
+            figures.show_picture(axes, item.shown[block])
+        else:
+            axes.text(
+                0.5,
+                0.5,
+                "no inverter",
+                ha="center",
+                va="center",
+                color=figures.GREY,
+                size=figures.TEXT,
+            )
+
+
+def show_overlay(axes: Axes, picture: Image.Image, values: Float[Tensor, "h w"]) -> None:
+    """Lays a map, scaled to its own range and bilinearly enlarged, over a grey picture."""
+    unit = to_unit_range(values)[None, None]
+    smooth = F.interpolate(unit, (224, 224), mode="bilinear", align_corners=False)[0, 0]
+    figures.show_picture(axes, picture.convert("L").convert("RGB"))
+    axes.imshow(
+        smooth.numpy(),
+        extent=(0, 1, 1, 0),
+        cmap=figures.HEAT,
+        vmin=0,
+        vmax=1,
+        alpha=OVERLAY,
+        aspect="auto",
+    )
+
+
+def draw_identifiability(
+    anatomy: Anatomy,
+    tokens: Float[Tensor, "blocks n"],
+    curves: Mapping[str, Sequence[Mapping[str, float]]],
+    n_images: int,
+) -> Figure:
+    """Draws mean identifiability by token and block, and its course for image and class tokens.
+
+    Args:
+        tokens: mean over images, the embeddings first.
+        curves: intervals by block, of `image` and perhaps `cls`.
+    """
+    title = f"Class identifiability in {anatomy.backbone.name}, {_counted(n_images)}"
+    note = (
+        "Left: mean over images at each token, prefix tokens first, patches in raster order. "
+        "Right: means with 95 % bootstrap intervals over images; dotted: chance."
+    )
+    board = Board(1, 2, title, [note], tile=2.7, gap=1.25, margin=0.5, caption=0.45)
+    figure = board.make()
+    top = board.bottom_of(0) - board.caption - board.tile
+    _draw_tokens(board, figure, tokens, top)
+    right = board.axes(figure, board.left_of(1), top, board.tile, board.tile)
+    _draw_curves(right, curves)
+    return figure
+
+
+def _draw_tokens(board: Board, figure: Figure, tokens: Tensor, top: float) -> None:
+    left = board.axes(figure, board.left_of(0), top, board.tile, board.tile)
+    style: Any = {"aspect": "auto", "interpolation": "nearest", "origin": "lower"}
+    image = left.imshow(tokens.numpy(), cmap=figures.HEAT, vmin=0, vmax=1, **style)
+    left.set_xlabel("token", size=figures.TEXT)
+    left.set_ylabel("block (0: embeddings)", size=figures.TEXT)
+    left.yaxis.set_major_locator(MaxNLocator(integer=True))
+    beside = board.left_of(0) + board.tile + 0.1
+    bar = figure.colorbar(image, cax=board.axes(figure, beside, top, 0.09, board.tile))
+    bar.ax.tick_params(labelsize=figures.TEXT)
+    bar.ax.spines[:].set_visible(False)
+
+
+def _draw_curves(axes: Axes, curves: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
+    styles = {"image": ("image tokens", figures.BLUE), "cls": ("class token", figures.ORANGE)}
+    for kind, points in curves.items():
+        name, colour = styles[kind]
+        blocks = list(range(1, len(points) + 1))
+        axes.plot(blocks, [p["value"] for p in points], color=colour, label=name, linewidth=1.3)
+        axes.fill_between(
+            blocks,
+            [p["low"] for p in points],
+            [p["high"] for p in points],
+            color=colour,
+            alpha=0.2,
+            linewidth=0,
+        )
+    axes.axhline(0.5, color=figures.GREY, linestyle=":", linewidth=0.8)
+    axes.set_xlabel("block", size=figures.TEXT)
+    axes.set_ylabel("identifiability", size=figures.TEXT)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylim(None, 1.01)
+    axes.legend(frameon=False, fontsize=figures.TEXT, loc="lower right")
+
+
+def draw_removal(perturbation: Mapping[str, Any], n_images: int) -> Figure:
+    """Draws accuracy over the number of kept tokens, one line per order."""
+    title = f"Perturbation test, {_counted(n_images)}"
+    note = (
+        "Accuracy with so many patches left. Solid: the least relevant go first (higher is "
+        "better); dashed: the most relevant go first (lower is better); dotted: random."
+    )
+    board = Board(1, 1, title, [note], tile=3.0, margin=0.55, right=1.4, caption=0.3)
+    figure = board.make()
+    top = board.bottom_of(0) - board.caption - board.tile
+    axes = board.axes(figure, board.left_of(0), top, board.tile, board.tile)
+    for name, values in perturbation.items():
+        if name != "n_kept":
+            _draw_order(axes, name, perturbation["n_kept"], values["accuracy"])
+    axes.set_xlabel("patches kept", size=figures.TEXT)
+    axes.set_ylabel("accuracy", size=figures.TEXT)
+    axes.set_ylim(0, None)
+    beside: Any = {"loc": "center left", "bbox_to_anchor": (1.02, 0.5)}
+    axes.legend(frameon=False, fontsize=figures.TEXT, **beside)
+    return figure
+
+
+def _draw_order(axes: Axes, name: str, n_kept: Sequence[int], accuracy: Sequence[float]) -> None:
+    method, _, direction = name.partition("/")
+    label = method.replace("_", " ") if direction != "positive" else None
+    axes.plot(
+        n_kept,
+        accuracy,
+        LINES[direction],
+        color=COLOURS[method],
+        label=label,
+        linewidth=1.2,
+    )
+
+
+def _counted(n_images: int) -> str:
+    return f"{n_images} image" + ("s" if n_images > 1 else "")

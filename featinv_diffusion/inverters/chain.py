@@ -1,0 +1,108 @@
+"""`Chain`: inverse modules in a row, from any stage to the image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from featinv_diffusion.errors import InputError
+from featinv_diffusion.inverters.base import Generators
+from featinv_diffusion.inverters.blocks import InverseModule
+from featinv_diffusion.inverters.path import ForwardPath
+from featinv_diffusion.inverters.stage_backbone import StageBackbone, map_to_sequence
+from featinv_diffusion.types import FeatureSpec, Images
+
+
+class Chain:
+    """An `Inverter` of inverse modules, each of which reads what the one before writes.
+
+    Deterministic: generators are ignored. Modules are put into evaluation mode.
+
+    Args:
+        modules: from the stage that is inverted to the image.
+        path: the model they undo; None where only embeddings are at hand.
+
+    Raises:
+        InputError: a module that reads another stage than the one before writes, a last module
+            that does not write the image, a path that makes other embeddings.
+    """
+
+    def __init__(self, modules: Sequence[InverseModule], path: ForwardPath | None = None):
+        if not modules:
+            raise InputError("A chain must have at least one inverse module, but none came.")
+        for first, second in pairwise(modules):
+            check_joint(first.writes, second.reads)
+        if not modules[-1].writes_image:
+            raise InputError(
+                f"A chain must end at the image, but its last module writes a {modules[-1].writes}."
+            )
+        self.modules = [module.eval() for module in modules]
+        self.path = path
+        if path is not None:
+            check_joint(path.spec(self.spec.layer), self.spec)
+
+    @property
+    def spec(self) -> FeatureSpec:
+        """The stage that it inverts."""
+        return self.modules[0].reads
+
+    @property
+    def backbone(self) -> StageBackbone | None:
+        """The model up to the stage that is inverted; sequences are maps of one column there."""
+        return None if self.path is None else StageBackbone(self.path, self.spec.layer)
+
+    @torch.no_grad()
+    def invert(self, features: Float[Tensor, "b ..."], *, generator: Generators = None) -> Images:
+        """Returns one image in [0, 1] per embedding.
+
+        States within a stage fit where they have its shape, such as `encoder.3` for `encoder`.
+
+        Raises:
+            InputError: embeddings of another shape than that of the stage, or not finite.
+        """
+        self.spec.check_features(features)
+        return self(features).float().clamp(0, 1)
+
+    def __call__(self, embedding: Float[Tensor, "b ..."]) -> Float[Tensor, "b 3 h w"]:
+        """As `invert`, unchecked, unclamped and with gradients."""
+        for module in self.modules:
+            embedding = module(embedding)
+        return embedding
+
+
+class MapChain:
+    """A `Chain` whose features are always maps: n tokens or queries are n×1 cells.
+
+    This is the form in which metrics, edits and commands know features.
+
+    Args:
+        chain: with its path.
+        on_progress: called after each batch with its number of images.
+    """
+
+    def __init__(self, chain: Chain, on_progress: Callable[[float], None] | None = None):
+        if chain.backbone is None:
+            raise InputError("A chain must know its forward path to read images, but has none.")
+        self.chain, self.backbone, self.on_progress = chain, chain.backbone, on_progress
+        self.spec = self.backbone.spec
+
+    def invert(self, features: Float[Tensor, "b c h w"], *, generator: Generators = None) -> Images:
+        """Returns one image in [0, 1] per map; see `Chain.invert`."""
+        self.spec.check_features(features)
+        is_map = self.chain.spec.kind == "map"
+        images = self.chain.invert(features if is_map else map_to_sequence(features))
+        if self.on_progress is not None:
+            self.on_progress(len(images))
+        return images
+
+
+def check_joint(written: FeatureSpec, read: FeatureSpec) -> None:
+    """Raises `InputError` unless what is written is what is read: model, stage and shape."""
+    if written != read:
+        raise InputError(
+            f"The modules of a chain must fit: one reads a {read}, but before it comes a {written}."
+        )

@@ -1,0 +1,234 @@
+"""`InverseSet`: the inverse modules of a model, by the stage that each reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from featinv_diffusion.backbones import Backbone, load_backbone
+from featinv_diffusion.errors import InputError, choices_hint
+from featinv_diffusion.files import write_text
+from featinv_diffusion.inverters.blocks import ConvInverse, InverseModule
+from featinv_diffusion.inverters.chain import Chain, check_joint
+from featinv_diffusion.inverters.detr import DecoderInverse, EncoderInverse, HeadInverse
+from featinv_diffusion.inverters.detr_model import ASSETS, DETECTOR, load_detr
+from featinv_diffusion.inverters.detr_path import PUBLISHED_SIZE, DetrPath
+from featinv_diffusion.inverters.path import ForwardPath
+from featinv_diffusion.inverters.vit import AnalyticPatchInverse, BlocksInverse
+from featinv_diffusion.inverters.vit_path import VitPath
+
+INDEX = "inverter.json"
+TUNING = "tuning.json"
+"""Beside an inverter that was tuned end to end: its λ as `reconstruction_weight`."""
+FAMILY, FOLDER = "tiny", "inverter"
+"""Bundled are `assets/tiny/NAME/inverter`."""
+FAMILIES = ("detr", "vit")
+MODULES: dict[str, type[InverseModule]] = {
+    cls.__name__: cls
+    for cls in (
+        ConvInverse,
+        EncoderInverse,
+        DecoderInverse,
+        HeadInverse,
+        BlocksInverse,
+        AnalyticPatchInverse,
+    )
+}
+"""By the class name in the config of a saved module."""
+
+
+@dataclass(frozen=True)
+class PathInfo:
+    """How to load the forward path again.
+
+    Args:
+        family: `detr` or `vit`.
+        model: name for `load_detr` or `load_backbone`.
+        input_size: (h, w) to which DETR's images are squashed; a ViT knows its own.
+    """
+
+    family: str
+    model: str
+    input_size: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.family not in FAMILIES:
+            hint = choices_hint(self.family, list(FAMILIES))
+            raise InputError(f"No family of models is named {self.family!r}; {hint}")
+
+
+class InverseSet(nn.Module):
+    """Inverse modules that undo parts of one model, one for each stage that can be inverted.
+
+    Args:
+        modules: any number, each reading another stage.
+        info: the model they undo.
+
+    Raises:
+        InputError: two modules read one stage, or one reads what another writes under that name
+            in another shape.
+    """
+
+    def __init__(self, modules: Mapping[str, InverseModule], info: PathInfo):
+        super().__init__()
+        for stage, module in modules.items():
+            if module.reads.layer != stage:
+                raise InputError(f"The module of stage {stage!r} reads a {module.reads}.")
+            if module.writes.layer in modules:
+                check_joint(module.writes, modules[module.writes.layer].reads)
+        self.info = info
+        self._stages = list(modules)
+        for stage, module in modules.items():
+            self.add_module(_key(stage), module)
+
+    @property
+    def stages(self) -> list[str]:
+        """The stages that have an inverse."""
+        return list(self._stages)
+
+    def __getitem__(self, stage: str) -> InverseModule:
+        if stage not in self._stages:
+            hint = choices_hint(stage, self._stages)
+            raise InputError(f"There is no inverse of stage {stage!r}; {hint}")
+        module = self.get_submodule(_key(stage))
+        assert isinstance(module, InverseModule)
+        return module
+
+    def forward(self, embeddings: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "b ..."]]:
+        """Returns what each module writes when it reads the true embedding of its stage."""
+        return {stage: self[stage](embeddings[stage]) for stage in self._stages}
+
+    def chain(self, stage: str, path: ForwardPath | None = None) -> Chain:
+        """Returns the modules from a stage to the image.
+
+        Raises:
+            InputError: no module on the way reads what the one before writes.
+        """
+        modules = [self[stage]]
+        while not modules[-1].writes_image:
+            modules.append(self[modules[-1].writes.layer])
+        return Chain(modules, path)
+
+    def chainable(self) -> list[str]:
+        """Returns the stages from which there is a way to the image."""
+        return [stage for stage in self._stages if self._reaches_image(stage)]
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes a folder per module (config and safetensors) and an index."""
+        folder = Path(folder)
+        for stage in self._stages:
+            self[stage].save_pretrained(folder / stage)
+        index = {
+            "family": self.info.family,
+            "model": self.info.model,
+            "input_size": self.info.input_size and list(self.info.input_size),
+            "stages": self._stages,
+        }
+        write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> InverseSet:
+        """Reads what `save_pretrained` wrote, in float32, in evaluation mode.
+
+        Raises:
+            InputError: no such folder, or files missing in it.
+        """
+        folder = Path(folder)
+        try:
+            index = json.loads((folder / INDEX).read_text())
+            modules = {stage: _load_module(folder / stage) for stage in index["stages"]}
+        except (OSError, KeyError, ValueError) as error:
+            raise InputError(
+                f"{folder} must hold a modular inverter ({INDEX} and a folder per stage), but it "
+                f"could not be read: {str(error).splitlines()[0]}"
+            ) from error
+        size = index.get("input_size")
+        info = PathInfo(index["family"], index["model"], size and tuple(size))
+        return cls(modules, info).eval()
+
+    def _reaches_image(self, stage: str) -> bool:
+        if stage not in self._stages:
+            return False
+        return self[stage].writes_image or self._reaches_image(self[stage].writes.layer)
+
+
+@dataclass(frozen=True, eq=False)
+class ModularInverter:
+    """Inverse modules with the model they undo."""
+
+    inverses: InverseSet
+    path: ForwardPath
+
+    def chain(self, stage: str | None = None) -> Chain:
+        """Returns the way from a stage, or the family's default one, to the image."""
+        return self.inverses.chain(stage or self.path.default_stage, self.path)
+
+
+def list_modular() -> list[str]:
+    """Returns the names of the bundled modular inverters, such as `vit`."""
+    return sorted(path.parents[1].name for path in ASSETS.glob(f"{FAMILY}/*/{FOLDER}/{INDEX}"))
+
+
+def load_modular(name: str) -> ModularInverter:
+    """Loads a bundled inverter by its name, or one from a folder, with its model.
+
+    Where a detector lies beside the folder, as end-to-end fine-tuning writes it, it is the model.
+
+    Raises:
+        InputError: no such inverter, or its model cannot be loaded.
+    """
+    folder = ASSETS / FAMILY / name / FOLDER if name in list_modular() else Path(name).expanduser()
+    if not (folder / INDEX).is_file():
+        hint = choices_hint(name, ["diffusion", *list_modular()])
+        raise InputError(
+            f"An inverter must be a name or a folder of trained modules, but {name!r} is none; "
+            f"{hint}"
+        )
+    inverses = InverseSet.from_pretrained(folder)
+    tuned = folder.parent / DETECTOR
+    if inverses.info.family == "detr" and tuned.is_dir():
+        size = inverses.info.input_size or PUBLISHED_SIZE
+        model = load_detr(str(tuned))
+        return ModularInverter(inverses, DetrPath(model, name=inverses.info.model, input_size=size))
+    return ModularInverter(inverses, load_path(inverses.info))
+
+
+def load_path(info: PathInfo) -> ForwardPath:
+    """Loads the model that an inverter undoes.
+
+    Raises:
+        InputError: it cannot be loaded, or is of another family.
+    """
+    if info.family == "detr":
+        size = info.input_size or PUBLISHED_SIZE
+        return DetrPath(load_detr(info.model), name=info.model, input_size=size)
+    return vit_path(load_backbone(info.model))
+
+
+def vit_path(backbone: Backbone) -> VitPath:
+    """Returns the forward path of a backbone that is a plain ViT."""
+    return VitPath(
+        backbone.model,
+        name=backbone.name,
+        preprocessing=backbone.preprocessing,
+        labels=backbone.labels,
+    )
+
+
+def _load_module(folder: Path) -> InverseModule:
+    config: Any = InverseModule.load_config(folder)
+    module_class = MODULES.get(config["_class_name"])
+    if module_class is None:
+        hint = choices_hint(config["_class_name"], list(MODULES))
+        raise ValueError(f"No inverse module is a {config['_class_name']!r}; {hint}")
+    return module_class.from_pretrained(folder, use_safetensors=True).float()
+
+
+def _key(stage: str) -> str:
+    return stage.replace(".", "_")

@@ -1,0 +1,149 @@
+"""Inverses of ViT stages: blocks of transformer layers, and the patch embedding in closed form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import register_to_config
+from jaxtyping import Float
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from featinv_diffusion.errors import InputError
+from featinv_diffusion.inverters.blocks import InverseModule, spec_of
+from featinv_diffusion.inverters.path import IMAGE
+from featinv_diffusion.inverters.vit_path import VitPath
+
+
+class BlocksInverse(InverseModule):
+    """encoder⁻¹ and the inverse of any range of blocks: timm's pre-norm blocks, tokens to tokens.
+
+    Reading a map (stage `last`), it begins with learned prefix tokens.
+
+    Args:
+        depth, n_heads, mlp_ratio: of the blocks; published are 12, 12 and 4 for ViT-B/16.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        reads_spec: dict[str, Any],
+        writes_spec: dict[str, Any],
+        depth: int = 12,
+        n_heads: int = 12,
+        mlp_ratio: float = 4.0,
+    ):
+        super().__init__()
+        reads, writes = spec_of(reads_spec), spec_of(writes_spec)
+        if reads.channels != writes.channels:
+            raise InputError(
+                f"Blocks keep the number of channels, but read {reads} and write {writes}."
+            )
+        self._wire(reads, writes)
+        make: Any = Block
+        sizes: dict[str, Any] = {"mlp_ratio": mlp_ratio, "norm_layer": nn.LayerNorm}
+        blocks = (make(reads.channels, n_heads, **sizes) for _ in range(depth))
+        self.blocks = nn.Sequential(*blocks)
+        if reads.kind == "map":
+            n_prefix = writes.grid[0] - reads.grid[0] * reads.grid[1]
+            self.prefix = nn.Parameter(torch.zeros(1, n_prefix, reads.channels))
+
+    def transform(self, embedding: Float[Tensor, "b ..."]) -> Float[Tensor, "b n c"]:
+        """Returns as many tokens as the written stage has."""
+        if embedding.ndim == 4:
+            tokens = embedding.flatten(2).transpose(1, 2)
+            embedding = torch.cat([self.prefix.expand(len(tokens), -1, -1), tokens], dim=1)
+        return self.blocks(embedding)
+
+
+class AnalyticPatchInverse(InverseModule):
+    """The pseudo-inverse of a ViT's patch embedding: x = W⁺ (e − position − bias).
+
+    Exact where W is square and invertible, as for patches of 16 pixels and 768 channels; errors of
+    e grow by up to `condition_number`. Nothing is trained. Pixels come back in [0, 1] but are not
+    clamped.
+
+    Args:
+        patch: (h, w) in pixels.
+        grid: (h, w) in patches.
+        n_prefix: tokens before the patches.
+        condition: largest by smallest singular value of W, without those that `rcond` cuts off.
+    """
+
+    standardises_input = False
+    weight: Tensor
+    offset: Tensor
+    mean: Tensor
+    std: Tensor
+
+    @register_to_config
+    def __init__(
+        self,
+        reads_spec: dict[str, Any],
+        writes_spec: dict[str, Any],
+        patch: Sequence[int] = (16, 16),
+        grid: Sequence[int] = (14, 14),
+        n_prefix: int = 1,
+        condition: float = 0.0,
+    ):
+        super().__init__()
+        reads = spec_of(reads_spec)
+        self._wire(reads, spec_of(writes_spec))
+        self.register_buffer("weight", torch.zeros(3 * patch[0] * patch[1], reads.channels))
+        self.register_buffer("offset", torch.zeros(grid[0] * grid[1], reads.channels))
+        self.register_buffer("mean", torch.zeros(3))
+        self.register_buffer("std", torch.ones(3))
+
+    @classmethod
+    def from_path(cls, path: VitPath, rcond: float = 1e-6) -> AnalyticPatchInverse:
+        """Inverts the patch embedding of a model, in float64; the module keeps that dtype.
+
+        Args:
+            rcond: singular values below this share of the largest are taken for zero.
+
+        Raises:
+            InputError: the model norms its patches before the first block.
+        """
+        vit: Any = path.model
+        if not path.embeds_linearly:
+            raise InputError(
+                f"{path.name!r} must hand its patch embedding to the first block as it is, but it "
+                "has a norm between. Train a backbone inverse instead."
+            )
+        projection = vit.patch_embed.proj
+        weight = projection.weight.detach().double().flatten(1)
+        values = torch.linalg.svdvals(weight)
+        kept = values[values > rcond * values[0]]
+        module = cls(
+            reads_spec=asdict(path.spec("patches")),
+            writes_spec=asdict(path.spec(IMAGE)),
+            patch=tuple(projection.kernel_size),
+            grid=path.grid,
+            n_prefix=path.n_prefix,
+            condition=float(kept[0] / kept[-1]),
+        ).double()
+        module.weight.copy_(torch.linalg.pinv(weight, rtol=rcond))
+        positions = path.positions()[path.n_prefix :]
+        bias = 0 if projection.bias is None else projection.bias.detach()
+        module.offset.copy_(positions + bias)
+        module.mean.copy_(torch.tensor(path.preprocessing.mean, dtype=torch.float64))
+        module.std.copy_(torch.tensor(path.preprocessing.std, dtype=torch.float64))
+        return module
+
+    @property
+    def condition_number(self) -> float:
+        """Largest by smallest singular value that is kept."""
+        return self.config["condition"]
+
+    def transform(self, embedding: Float[Tensor, "b n c"]) -> Float[Tensor, "b 3 h w"]:
+        """Returns pixels, which lie in [0, 1] where the tokens are those of an image."""
+        config: Any = self.config
+        patches = (embedding[:, config.n_prefix :] - self.offset) @ self.weight.T
+        height, width = self.writes.grid
+        patch = tuple(config.patch)
+        pixels = F.fold(patches.transpose(1, 2), (height, width), patch, stride=patch)
+        return pixels * self.std[:, None, None] + self.mean[:, None, None]

@@ -1,0 +1,193 @@
+"""All measures over a folder, beside each of them on all images at once; masks; figures."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from featinv_diffusion.analysis.figures import write_figure
+from featinv_diffusion.class_embedding import read_images
+from featinv_diffusion.class_embedding.dataset import TokenImages, to_input
+from featinv_diffusion.class_embedding.measures import identifiability_rate
+from featinv_diffusion.class_embedding.pictures import (
+    NO_INVERTER,
+    TokenPicture,
+    draw_blocks,
+    draw_identifiability,
+    draw_removal,
+    shown_blocks,
+    to_unit_range,
+)
+from featinv_diffusion.class_embedding.reconstructions import match_inverters
+from featinv_diffusion.class_embedding.study import TokenSettings, measure_tokens
+from featinv_diffusion.errors import InputError
+from featinv_diffusion.images import to_pil
+from featinv_diffusion.types import FeatureSpec
+from tests.class_embedding.vits import make_vit, weights_of
+
+
+def make_pictures(n: int = 5) -> TokenImages:
+    pixels = torch.rand(n, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    pictures = to_pil(pixels)
+    labels = [i % 3 for i in range(n)]
+    return TokenImages([f"{i}.png" for i in range(n)], labels, "number", pictures.__getitem__)
+
+
+def half(_index: int) -> torch.Tensor:
+    mask = torch.zeros(4, 4, dtype=torch.bool)
+    mask[:, :2] = True
+    return mask
+
+
+@pytest.fixture(scope="module")
+def measured():
+    anatomy, images = make_vit("token"), make_pictures()
+    before = weights_of(anatomy)
+    settings = TokenSettings(batch_size=2, ablations=True, null=True, perturbation=True, n_points=4)
+    advanced: list[int] = []
+    tally, metrics = measure_tokens(anatomy, images, settings, half, advanced.append)
+    assert all(torch.equal(a, b) for a, b in zip(before, weights_of(anatomy), strict=True))
+    assert advanced == [2, 2, 1]
+    return anatomy, images, tally, metrics
+
+
+def test_figures_of_batches_are_those_of_all_images(measured):
+    anatomy, images, _, metrics = measured
+    pixels = to_input([images.read(i) for i in range(5)], anatomy.backbone)
+    reading = read_images(anatomy, pixels, torch.tensor(images.labels))
+    assert reading.states is not None
+    rate = identifiability_rate(reading.states.rank, 1)
+    assert metrics["n_images"] == 5
+    assert metrics["identifiability_rate"] == pytest.approx(rate.mean().item())
+    expected = (1 - reading.states.rank[:, 1:, 1:] / 7).mean(dim=(0, 2))
+    assert metrics["identifiability_by_block"] == pytest.approx(expected.tolist(), abs=1e-6)
+    correct = (reading.logits.argmax(dim=1) == reading.labels).float()
+    assert metrics["accuracy"] == pytest.approx(correct.mean().item())
+
+
+def test_every_measure_is_there_and_is_json(measured):
+    metrics = measured[3]
+    json.dumps(metrics, allow_nan=False)
+    assert set(metrics["ablations"]) == {"self_only", "no_cls"}
+    assert set(metrics["residual_composition"]) == {"previous", "attention", "mlp", "composition"}
+    for layer in ("attention", "mlp"):
+        assert len(metrics["key_value_agreement"][layer]) == 2
+        assert len(metrics["class_value_agreement"][layer]["p_value"]) == 2
+        assert len(metrics["layer_change_rate"][layer]["cls"]) == 2
+    assert metrics["random_model"]["identifiability_rate"] <= 1
+    assert metrics["perturbation"]["n_kept"] == [1, 6, 11, 16]
+    random = metrics["perturbation"]["random"]["area"]["value"]
+    gradient = metrics["perturbation"]["gradient/negative"]
+    assert gradient["area_minus_random"]["value"] == pytest.approx(
+        gradient["area"]["value"] - random
+    )
+    assert metrics["context"]["n_images"] == 5
+    assert len(metrics["context"]["identifiability_difference_by_block"]) == 2
+    assert {"class_tokens/alone", "context_tokens/in_whole_image"} < set(metrics["context"])
+
+
+def test_without_labels_the_predicted_class_is_read_and_there_is_no_accuracy():
+    anatomy, images = make_vit("token"), make_pictures(2)
+    unlabelled = TokenImages(images.ids, None, "predicted", images.read)
+    tally, metrics = measure_tokens(anatomy, unlabelled, TokenSettings())
+    assert metrics["accuracy"] is None
+    assert torch.equal(tally.column("label"), tally.column("predicted"))
+    assert metrics["random_model"] is metrics["perturbation"] is metrics["context"] is None
+
+
+def test_masks_that_fit_no_image():
+    with pytest.raises(InputError, match="none has one"):
+        measure_tokens(make_vit("token"), make_pictures(2), TokenSettings(), lambda _index: None)
+
+
+def test_a_mean_pooled_model_has_no_class_token():
+    _, metrics = measure_tokens(make_vit("gap"), make_pictures(2), TokenSettings(ablations=True))
+    assert metrics["identifiability_by_block_cls"] is None
+    assert set(metrics["ablations"]) == {"self_only"}
+    assert set(metrics["layer_change_rate"]["mlp"]) == {"image"}
+
+
+# ---- figures -----------------------------------------------------------------------------------
+
+
+class Inverts:
+    """An inverter that paints the mean of the features."""
+
+    backbone = None
+
+    def __init__(self, layer: str, backbone: str = "token", channels: int = 32):
+        self.spec = FeatureSpec(backbone, layer, channels, (4, 4))
+
+    def invert(self, features, *, generator=None):
+        assert features.shape[1:] == (32, 4, 4)
+        return features.mean(dim=(1, 2, 3))[:, None, None, None].expand(-1, 3, 8, 8).sigmoid()
+
+
+def test_inverters_find_their_blocks_and_see_their_patches():
+    anatomy = make_vit("token")
+    found = match_inverters(anatomy, [Inverts("blocks.0"), Inverts("last")])
+    assert list(found) == [1, 2]
+    pixels = to_input([make_pictures().read(0)], anatomy.backbone)
+    shown = found[1].reconstruct(pixels, "a.png")
+    model = anatomy.backbone.model
+    states = model.blocks[0](
+        model._pos_embed(model.patch_embed(anatomy.backbone.preprocess(pixels)))
+    )
+    torch.testing.assert_close(shown[0, 0, 0, 0], states[0, 1:].mean().sigmoid())
+
+
+@pytest.mark.parametrize(
+    ("inverters", "message"),
+    [
+        ([Inverts("last", "convnext")], "trained on this backbone"),
+        ([Inverts("blocks.0.mlp")], "must read a block"),
+        ([Inverts("last"), Inverts("blocks.1")], "one inverter per block"),
+        ([Inverts("blocks.0", channels=31)], "The inverter reads a"),
+    ],
+)
+def test_inverters_that_do_not_fit(inverters, message):
+    with pytest.raises(InputError, match=message):
+        match_inverters(make_vit("token"), inverters)
+
+
+def test_shown_blocks_hold_the_last_and_the_inverted():
+    assert shown_blocks(6, []) == [1, 2, 3, 4, 5, 6]
+    assert shown_blocks(24, [3])[-1] == 24
+    assert 3 in shown_blocks(24, [3])
+    assert len(shown_blocks(24, [])) == 8
+
+
+def test_maps_are_scaled_to_their_own_range():
+    assert to_unit_range(torch.tensor([[1.0, 3.0], [2.0, 1.0]])).tolist() == [[0, 1], [0.5, 0]]
+    assert to_unit_range(torch.ones(2, 2)).tolist() == [[0, 0], [0, 0]]
+
+
+@pytest.mark.parametrize("with_inverter", [True, False])
+def test_the_figure_has_a_row_of_reconstructions_or_says_why_not(tmp_path, with_inverter):
+    anatomy, images = make_vit("token"), make_pictures()
+    pixels = to_input([images.read(0)], anatomy.backbone)
+    reading = read_images(anatomy, pixels, torch.tensor([1]))
+    shown = {2: torch.rand(3, 8, 8)} if with_inverter else {}
+    item = TokenPicture(images.read(0), "a/b.png", "tench", "goldfish", reading, shown)
+    write_figure(draw_blocks(anatomy, item), tmp_path / "f.svg")
+    words = (tmp_path / "f.svg").read_text()
+    assert "block 2" in words
+    assert "tench" in words
+    assert "goldfish" in words
+    assert ("shows" in words) == with_inverter
+    assert (NO_INVERTER.split(":")[0] in words) != with_inverter
+
+
+def test_curves_are_drawn(measured, tmp_path):
+    anatomy, _, tally, metrics = measured
+    curves = {
+        kind: metrics["intervals"][f"identifiability_by_block/{kind}"] for kind in ("image", "cls")
+    }
+    figure = draw_identifiability(anatomy, tally.token_identifiability / 5, curves, 5)
+    write_figure(figure, tmp_path / "i.png")
+    write_figure(draw_removal(metrics["perturbation"], 5), tmp_path / "p.png")
+    for name in ("i.png", "p.png"):
+        assert Image.open(tmp_path / name).width > 500

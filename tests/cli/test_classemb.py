@@ -1,0 +1,82 @@
+"""`featinv classemb` from pictures to a folder, with a tiny ViT of random weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from pyarrow import parquet
+
+from featinv_diffusion.class_embedding import command
+from tests.class_embedding.vits import make_vit
+from tests.cli.conftest import Featinv
+
+
+@pytest.fixture(autouse=True)
+def _tiny_vit(monkeypatch: pytest.MonkeyPatch) -> None:
+    names: list[str] = []
+    monkeypatch.setattr(command, "list_backbones", lambda: ["tiny/vit"])
+    monkeypatch.setattr(
+        command, "load_backbone", lambda name: names.append(name) or make_vit().backbone
+    )
+
+
+def read(folder: Path) -> dict:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def test_pictures_without_classes(featinv: Featinv, photos: Path, tmp_path: Path):
+    done = featinv("classemb", photos, "--backbone", "vit", "--output", tmp_path / "out")
+    assert done.code == 0, done.err
+    found = read(tmp_path / "out")
+    assert found["label_source"] == "predicted"
+    assert found["accuracy"] is None
+    assert found["n_images"] == 3
+    assert len(found["identifiability_by_block"]) == 2
+    assert 0 <= found["identifiability_rate"] <= 1
+    assert len(found["figures"]) == 3
+    for name in (*found["figures"], "identifiability.png"):
+        assert Image.open(tmp_path / "out" / name).width > 300
+    table = parquet.read_table(tmp_path / "out/per_image.parquet")
+    assert table.column("id").to_pylist() == ["a.png", "b.jpg", "more/c.png"]
+    assert "predicted class" in done.out
+
+
+def test_class_folders_masks_and_a_target(featinv: Featinv, tmp_path: Path):
+    for i in range(7):
+        for root, colour in (("images", (9 * i, 99, 0)), ("masks", "black")):
+            path = tmp_path / root / str(i) / "x.png"
+            path.parent.mkdir(parents=True)
+            picture = Image.new("RGB", (32, 32), colour)
+            picture.paste("white", (0, 0, 16, 32))
+            picture.save(path)
+    arguments = ("--masks", tmp_path / "masks", "--n-figures", 1, "--interpolation", "bilinear")
+    done = featinv("classemb", tmp_path / "images", *arguments, "--ablations", "-o", "out")
+    assert done.code == 0, done.err
+    found = read(Path("out"))
+    assert found["label_source"] == "number"
+    assert found["interpolation"] == "bilinear"
+    assert found["context"]["n_images"] == 7
+    assert 0 <= found["accuracy"] <= 1
+    assert len(found["figures"]) == 1
+    done = featinv("classemb", tmp_path / "images/0/x.png", "--target", 4, "-o", "one")
+    assert done.code == 0, done.err
+    assert read(Path("one"))["label_source"] == "target"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--target", "7"), "0 to 6"),
+        (("--interpolation", "bilinaer"), "did you mean 'bilinear'"),
+        (("--masks", "nowhere"), "folder of masks must exist"),
+        (("--batch-size", "0"), "batch_size must be at least 1"),
+    ],
+)
+def test_mistakes_are_sentences(featinv: Featinv, photos: Path, arguments, message):
+    done = featinv("classemb", photos, *arguments)
+    assert done.code == 2
+    assert message in done.err
+    assert "Traceback" not in done.err
