@@ -87,6 +87,13 @@ def entries() -> Iterator[Entry]:
         ],
         "viz/figure.png",
     )
+    yield Entry(
+        "Class embedding",
+        "What the tokens of the ViT say of the class, block by block, read without inversion, and "
+        "which patches it rests on.",
+        ["classemb", "crops/flower-02.png", "--output", "classemb"],
+        "classemb/00-flower-02.png",
+    )
 
 
 def write_photos() -> None:

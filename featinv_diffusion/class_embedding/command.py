@@ -37,6 +37,7 @@ from featinv_diffusion.class_embedding.reading import read_images
 from featinv_diffusion.class_embedding.reconstructions import BlockInverter, match_inverters
 from featinv_diffusion.class_embedding.study import FindMask, TokenSettings, measure_tokens
 from featinv_diffusion.class_embedding.summary import Tally
+from featinv_diffusion.diffusion.quiet import without_progress_bars
 from featinv_diffusion.errors import InputError, choices_hint
 from featinv_diffusion.files import replacing, write_text
 from featinv_diffusion.images import builtin_photo, read_image, to_pil
@@ -119,7 +120,8 @@ def load_anatomy(command: TokenCommand) -> Anatomy:
     name = command.backbone
     if name in SHORT_NAMES and BUNDLED + name in list_backbones():
         name = BUNDLED + name
-    backbone = load_backbone(name).to(find_device(command.device))
+    with without_progress_bars():
+        backbone = load_backbone(name).to(find_device(command.device))
     if command.interpolation is not None:
         if command.interpolation not in RESAMPLING:
             hint = choices_hint(command.interpolation, list(RESAMPLING))

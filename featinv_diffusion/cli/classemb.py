@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -105,5 +106,6 @@ def classemb(
         interpolation=interpolation,
         device=device,
     )
-    for line in run_command(command, settings, output, progress_bar):
+    bar = partial(progress_bar, doing="reading", noun="images")
+    for line in run_command(command, settings, output, bar):
         print(line)
