@@ -67,8 +67,8 @@ def report(manifest: Manifest, output: Path) -> None:
         f"mean cosine {manifest.mean('cosine'):.2f} "
         f"(cells shuffled: {manifest.mean('cosine_shuffled'):.2f}){matched}."
     )
-    p_values = [entry.get("scope_p_value") for entry in manifest.images]
-    print(scope_line(None if None in p_values else p_values, manifest.scope_basis))
+    p_values = [p for entry in manifest.images if (p := entry.get("scope_p_value")) is not None]
+    print(scope_line(p_values or None, manifest.scope_basis))
     print(f"Wrote {output / GRID} and {output / MANIFEST}.")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -10,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from featinv_diffusion.errors import InputError
-from featinv_diffusion.files import replacing
+from featinv_diffusion.tensors import read_tensors, write_tensors
 from featinv_diffusion.types import FeatureSpec
 
 FORMAT = "featinv-concepts/1"
@@ -27,13 +26,7 @@ def write_concepts(path: Path, tensors: Mapping[str, Tensor], header: Mapping[st
     Raises:
         InputError: the disk refuses.
     """
-    metadata = {"format": FORMAT, "concepts": json.dumps(header)}
-    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    try:
-        with replacing(path) as partial:
-            save_file(whole, partial, metadata=metadata)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path} could not be written: {error}.") from error
+    write_tensors(path, tensors, header, FORMAT)
 
 
 def read_concepts(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -44,21 +37,7 @@ def read_concepts(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     if not path.is_file():
         raise InputError(f"A file of concepts must be there, but {path} is not. Fit one first.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise InputError(
-            f"{path} must be a whole safetensors file, but it is truncated or something else "
-            f"({error})."
-        ) from None
-    if metadata.get("format") != FORMAT:
-        raise InputError(
-            f"{path} must hold concepts in the format {FORMAT!r}, "
-            f"but its header says {metadata.get('format')!r}. Fit them again."
-        )
-    return tensors, json.loads(metadata["concepts"])
+    return read_tensors(path, FORMAT, "Fit the concepts again.")
 
 
 def read_directions(path: str | Path) -> tuple[Tensor, Tensor | None]:

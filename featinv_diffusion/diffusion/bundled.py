@@ -102,9 +102,9 @@ def write_bundled(
     """Packs a trained pipeline as member `name` of a family folder and returns the member's folder.
 
     An older member of that name is replaced; its statistics of natural maps stay where its weights
-    are the same. The base is written with the first member. Where
-    the ControlNet declares the features of another member, `tiny/convnext` for a family `tiny`,
-    the backbone of that one is referred to.
+    are the same. The base is written with the first member. Where the ControlNet declares the
+    features of another member, `tiny/convnext` for a family `tiny`, the backbone of that one is
+    referred to.
 
     Args:
         family: e.g. `featinv_diffusion/assets/tiny`.

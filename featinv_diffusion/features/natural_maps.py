@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.features.density import Calibration, MapDensity
 from featinv_diffusion.features.summary import CellBasis
-from featinv_diffusion.files import replacing
+from featinv_diffusion.tensors import read_tensors, write_tensors
 from featinv_diffusion.types import Features, FeatureSpec
 
 FORMAT = "featinv-scope/1"
@@ -90,7 +87,7 @@ class NaturalMaps:
         """
         parts = {"basis": self.density.basis, "density": self.density}
         tensors = {
-            f"{part}.{name}": value.contiguous()
+            f"{part}.{name}": value
             for part, held in {**parts, "calibration": self.calibration}.items()
             for name, value in vars(held).items()
             if isinstance(value, Tensor)
@@ -101,13 +98,7 @@ class NaturalMaps:
             "sampling": self.sampling,
             "n_fitted": self.n_fitted,
         }
-        metadata = {"format": FORMAT, "scope": json.dumps(header, sort_keys=True)}
-        try:
-            with replacing(path) as partial:
-                save_file(tensors, partial, metadata=metadata)
-                partial.chmod(0o644)  # safetensors makes files that only their owner can read
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{path} could not be written: {error}.") from error
+        write_tensors(path, tensors, header, FORMAT)
 
     @classmethod
     def load(cls, path: Path) -> NaturalMaps:
@@ -116,21 +107,7 @@ class NaturalMaps:
         Raises:
             InputError: a damaged file, or one that holds something else.
         """
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise InputError(
-                f"{path} must be a whole safetensors file, but it is truncated or something else "
-                f"({error}). Fit it again with featinv scope."
-            ) from None
-        if metadata.get("format") != FORMAT:
-            raise InputError(
-                f"{path} must hold statistics in the format {FORMAT!r}, but its header says "
-                f"{metadata.get('format')!r}. Fit them again with featinv scope."
-            )
-        header = json.loads(metadata["scope"])
+        tensors, header = read_tensors(path, FORMAT, "Fit it again with featinv scope.")
         basis = CellBasis(**_part("basis", tensors))
         spec = FeatureSpec(**{**header["spec"], "grid": tuple(header["spec"]["grid"])})
         return cls(

@@ -40,11 +40,12 @@ MEMBERS = {
     "convnext-stages.1": "controlnet-convnext-stages.1.yaml",
     "resnet": "controlnet-resnet.yaml",
     "swin": "controlnet-swin.yaml",
+    "vit": "controlnet-vit.yaml",
 }
 """Member → config of its ControlNet; the first is packed with the base that all share."""
 TEXT_TO_IMAGE = "text_to_image.yaml"
 CLASSIFIERS = {"vit": "vit.yaml"}
-"""Member without a pipeline → config of its classifier."""
+"""Member → config of its classifier, which ships alone until its ControlNet is trained."""
 STAGES = (
     *(("classifier", name) for name in ("resnet-small.yaml", "resnet.yaml", "convnext.yaml")),
     *(("classifier", name) for name in ("swin.yaml", "vit-half.yaml", "vit.yaml")),
@@ -99,7 +100,7 @@ def pack_family(family: Path) -> Iterator[Path]:
             packed.add(name)
             yield pack_member(path, family, name, replace_base=number == 0)
     for name, config in CLASSIFIERS.items():
-        if _final(CONFIGS / config).exists():
+        if name not in packed and _final(CONFIGS / config).exists():
             packed.add(name)
             yield pack_classifier(CONFIGS / config, family, name)
     for folder in pack_inverters(family, CONFIGS):
