@@ -63,7 +63,7 @@ def main() -> None:
     @torch.no_grad()
     def encode(item: Item) -> Features:
         square = center_square(images.read(item.index), max(backbone.input_size))
-        return backbone.features(to_tensor(square))
+        return backbone.features(to_tensor(square).to(backbone.device))
 
     mask = box_mask(BOX, backbone.spec.grid)
     cosines: list[list[float]] = []

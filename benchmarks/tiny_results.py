@@ -40,7 +40,7 @@ from featinv_diffusion.viz import GridRow, make_grid
 
 ROOT = Path("outputs/tiny-results")
 PAGE, FIGURES = Path("docs/tiny-results.md"), Path("docs/figures")
-MEMBERS = ("convnext", "convnext-pooled", "resnet", "swin", "convnext-stages.1")
+MEMBERS = ("convnext", "convnext-pooled", "resnet", "swin", "convnext-stages.1", "vit")
 BACKBONES = ("resnet", "convnext", "swin", "vit")
 SAMPLERS = (
     ("ddim", 50),
@@ -63,8 +63,7 @@ DEFAULT = "default"
 SHIPPED = (("dpmsolver++", 10), ("features", 3.0), 1.0)
 """Sampler, guidance and strength of the run `DEFAULT`, a row of each curve."""
 N_CURVE = 300
-N_EARLIER = 1000
-"""Images at most for the earlier layer."""
+N_FEWER, MEASURED_ON_FEWER = 1000, ("convnext-stages.1", "vit")
 TABLES = ("members", "samplers", "guidance", "strength")
 
 
@@ -77,7 +76,7 @@ def plan(data: str, n_images: int, tables: Sequence[str]) -> Iterator[tuple[str,
         if f"tiny/{member}" in list_bundled():
             own = f"tiny/{member.partition('-')[0]}"
             others = ",".join(name for name in backbones if name != own)
-            n = min(n_images, N_EARLIER) if "stages" in member else n_images
+            n = min(n_images, N_FEWER) if member in MEASURED_ON_FEWER else n_images
             size = ["--n-images", str(n), "--n-null-images", "300"]
             yield (
                 member,

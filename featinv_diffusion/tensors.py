@@ -53,7 +53,7 @@ def read_tensors(
             f"{path} must be a whole safetensors file, but it is truncated or something else "
             f"({error}). {advice}"
         ) from None
-    if metadata.get("format") != file_format:
+    if metadata.get("format") != file_format or "header" not in metadata:
         raise InputError(
             f"{path} must be in the format {file_format!r}, but its header says "
             f"{metadata.get('format')!r}. {advice}"

@@ -95,6 +95,8 @@ class ConceptFit:
             raise InputError(
                 f"{self.method} must be told the number of concepts; only mcd chooses it."
             )
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"seed must lie in 0 … 2**32 - 1, but {self.seed} came.")
         for name in ("n_concepts", "max_cells", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -137,9 +139,9 @@ def fit_concepts(fit: ConceptFit, *, progress: bool = False) -> Fitted:
     device = find_device(fit.device)
     with without_progress_bars():
         backbone = load_backbone(fit.backbone, fit.layer).to(device)
+    concepts = _make(fit, backbone.spec)
     images, features, logits = _encode(fit, backbone)
     target = find_class(backbone, fit.target, logits)
-    concepts = _make(fit, backbone.spec)
     _fit(concepts, features, target, progress)
     _arrange(concepts, fit, target)
     concepts.origin = {
@@ -226,15 +228,20 @@ def _measure(
     """Returns activation maps, shares of energy, and relevance of each picture to the class."""
     activations, relevance = [], []
     energy = torch.zeros(concepts.n_concepts, dtype=torch.float64)
+    total = 0.0
     for batch in features.split(batch_size):
         norms = concepts.activations(batch, "none")
         energy += norms.double().square().sum(dim=(0, 2, 3))
+        total += batch.double().square().sum().item()
         activations.append(concepts.activations(batch))
         if target is not None and target.head is not None:
             local = concepts.local_relevance(batch, target.head, target.index)
             relevance.append(local[:, :-1].mean(dim=(2, 3)))
-    energy /= features.double().square().sum()
-    return torch.cat(activations), energy.float(), torch.cat(relevance) if relevance else None
+    return (
+        torch.cat(activations),
+        (energy / total).float(),
+        torch.cat(relevance) if relevance else None,
+    )
 
 
 def to_rows(fitted: Fitted) -> list[dict[str, Any]]:

@@ -85,9 +85,10 @@ def _energies(found: dict[str, Any]) -> list[str]:
         for name, share in energy.items()
     ]
     if equal := fit.get("energy_at_equal_dimensions"):
-        parts += [f"{name} {share:.3f} at as many dimensions" for name, share in equal.items()]
+        both = ", ".join(f"{name} {share:.3f}" for name, share in equal.items())
+        parts.append(f"with as many dimensions, which decides: {both}")
     return [
-        f"Energy of the cells in the span of all concepts: {'; '.join(dict.fromkeys(parts))}. "
+        f"Energy of the cells in the span of all concepts: {'; '.join(parts)}. "
         f"The {fit['basis']} basis is used."
     ]
 

@@ -133,7 +133,8 @@ def measure_concept(
     doses = [sample(part, dose) for dose in sorted({1.0, factor, *film})]
     generators = [make_generator(seeds[0], "direction", k) for k in range(n_directions)]
     random_doses = [sample(turn_part(part, generator), factor) for generator in generators]
-    before, after = (_images_at(doses, at) for at in (1.0, factor))
+    by_factor = {dose.factor: dose.images for dose in doses}
+    before, after = by_factor[1.0], by_factor[factor]
     return ConceptEffect(
         doses=doses,
         factor=factor,
@@ -172,10 +173,6 @@ def median(values: Float[Tensor, "n height width"]) -> Float[Tensor, "height wid
     """Returns the median over the first axis; of an even number the mean of the middle two."""
     ordered = values.sort(dim=0).values
     return (ordered[(len(values) - 1) // 2] + ordered[len(values) // 2]) / 2
-
-
-def _images_at(doses: Sequence[Dose], factor: float) -> Images:
-    return next(dose.images for dose in doses if dose.factor == factor)
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -56,6 +56,12 @@ class ConceptViz(Study):
                 f"Factors must be finite numbers, but {self.factor:g} came, and for the film "
                 f"{','.join(f'{factor:g}' for factor in self.film)}."
             )
+        factors = {1.0, self.factor, *self.film}
+        if len(set(map(figures.exact_number, factors))) < len(factors):
+            raise InputError(
+                "Factors must differ by more than rounding errors, but "
+                f"{','.join(map(repr, sorted(factors)))} came."
+            )
         if len(self.seeds) < 2 or self.n_directions < 1:
             raise InputError(
                 "n_samples must be at least 2 here and n_directions at least 1, "
@@ -88,10 +94,7 @@ class ConceptViz(Study):
             "part_energy": _share(part, picture.features),
             **summarise(found, high_cells(activation)),
         }
-        p_values = scope.p_values(
-            torch.cat([dose.features for dose in found.doses]),
-            [dose.cosine.mean().item() for dose in found.doses],
-        )
+        p_values = _scope_of(found.doses, scope)
         shown = Shown(self.image, picture.square, self.concept, activation, held, p_values)
         return self._outcome(found, shown, settings, scope)
 
@@ -104,6 +107,7 @@ class ConceptViz(Study):
             numbers={
                 **shown.held,
                 "scope_p_values": p_values,
+                "scope_p_values_random": _scope_of(found.random_doses, scope),
                 "activation": to_list(shown.activation),
                 "samples": self._samples(found),
             },
@@ -144,6 +148,12 @@ class ConceptViz(Study):
             for kind, direction, stem, dose in _edits(found)
             for j, seed in enumerate(self.seeds)
         ]
+
+
+def _scope_of(doses: Sequence[Dose], scope: Scope) -> list[float] | None:
+    """Returns how natural each edited map is."""
+    maps = torch.cat([dose.features for dose in doses])
+    return scope.p_values(maps, [dose.cosine.mean().item() for dose in doses])
 
 
 def with_backbone_of(settings: SampleSettings, concepts: Path) -> SampleSettings:

@@ -89,7 +89,7 @@ def open_scope(inverter: Inverter, settings: SampleSettings) -> Scope:
     Raises:
         InputError: statistics that are damaged, or of other features or weights.
     """
-    path = find_scope_file(settings.pipeline or "")
+    path = None if settings.pipeline is None else find_scope_file(settings.pipeline)
     if path is None:
         return Scope()
     natural = NaturalMaps.load(path)

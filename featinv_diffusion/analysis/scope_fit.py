@@ -51,6 +51,11 @@ def split_images(
     Raises:
         InputError: images without classes where some of each are to be held out, or too few.
     """
+    if held_back_per_class < 0 or (n_images is not None and n_images < 1):
+        raise InputError(
+            "held_back_per_class must be at least 0 and n_images at least 1, "
+            f"but {held_back_per_class} and {n_images} came."
+        )
     generator = torch.Generator().manual_seed(derive_seed("scope"))
     order = torch.randperm(len(images), generator=generator).tolist()
     if held_back_per_class:
@@ -88,7 +93,7 @@ def fit_scope(
     Raises:
         InputError: too few images, one that cannot be read, or maps that are not finite.
     """
-    if 0 < n_reconstructions < MIN_CALIBRATION:
+    if n_reconstructions < 0 or 0 < n_reconstructions < MIN_CALIBRATION:
         raise InputError(
             f"There must be no reconstructions or at least {MIN_CALIBRATION}, but "
             f"{n_reconstructions} were asked for."

@@ -92,8 +92,14 @@ def run_study(
     with progress_bar(study.n_samples) as advance:
         inverter, resolved = open_inverter(settings, on_progress=advance)
         scope = open_scope(inverter, resolved)
-        output.mkdir(parents=True, exist_ok=True)
-        outcome = study.run(inverter, resolved, scope)
+        is_new = not output.exists()
+        output.mkdir(parents=True, exist_ok=True)  # a place that refuses is found before sampling
+        try:
+            outcome = study.run(inverter, resolved, scope)
+        except InputError:
+            if is_new:
+                output.rmdir()
+            raise
     manifest = {
         "version": __version__,
         "command": study.command,

@@ -243,6 +243,9 @@ def make_random(anatomy: Anatomy, seed: int = 0) -> Anatomy:
         torch.manual_seed(seed)
         model: Any = deepcopy(backbone.model).to("cpu")
         if hasattr(model, "init_weights") and hasattr(model, "forward_features"):
+            for module in model.modules():  # older timm initialises the linear layers alone
+                if hasattr(module, "reset_parameters"):
+                    module.reset_parameters()
             model.init_weights()
             nn.init.trunc_normal_(model.head.weight, std=0.02)  # some recipes start it at zero
         else:

@@ -37,12 +37,13 @@ from featinv_diffusion.class_embedding.reading import read_images
 from featinv_diffusion.class_embedding.reconstructions import BlockInverter, match_inverters
 from featinv_diffusion.class_embedding.study import FindMask, TokenSettings, measure_tokens
 from featinv_diffusion.class_embedding.summary import Tally
+from featinv_diffusion.diffusion.bundled import list_bundled
 from featinv_diffusion.diffusion.quiet import without_progress_bars
 from featinv_diffusion.errors import InputError, choices_hint
 from featinv_diffusion.files import replacing, write_text
 from featinv_diffusion.images import builtin_photo, read_image, to_pil
 from featinv_diffusion.manifest import read_environment
-from featinv_diffusion.sampling import BUNDLED, SampleSettings, find_device, open_inverter
+from featinv_diffusion.sampling import BUNDLED, SampleSettings, find_device, open_chosen
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,10 @@ class TokenCommand:
     Args:
         data: a picture, or what `open_token_images` reads; None is the built-in photo.
         backbone: a short name stands for the bundled tiny model of that name, where there is one.
-        pipelines: inverters of its blocks.
+        pipelines: diffusion inverters of its blocks; without one and a modular inverter, that
+            which the backbone is bundled with.
+        inverter: modular inverter of the backbone: the name of a bundled one, or its folder.
+        stages: the stages of it, each a block.
         target: class to read in all images, by number or name.
         masks: folder of masks with the paths of their images.
         interpolation: `bilinear` or `bicubic`; None is the backbone's.
@@ -65,6 +69,8 @@ class TokenCommand:
     data: str | None = None
     backbone: str = "vit"
     pipelines: tuple[str, ...] = ()
+    inverter: str | None = None
+    stages: tuple[str, ...] = ()
     target: str | None = None
     masks: str | None = None
     split: str = "validation"
@@ -133,11 +139,18 @@ def load_anatomy(command: TokenCommand) -> Anatomy:
 
 
 def _open_inverters(command: TokenCommand, anatomy: Anatomy, seed: int) -> dict[int, BlockInverter]:
-    opened = [
-        open_inverter(SampleSettings(pipeline=name, device=command.device, seed=seed))[0]
-        for name in command.pipelines
-    ]
-    return match_inverters(anatomy, opened)
+    if command.stages and command.inverter is None:
+        raise InputError("--stage is of a modular inverter; name one with --inverter.")
+    own = [anatomy.backbone.name] if anatomy.backbone.name in list_bundled() else []
+    names = command.pipelines or (own if command.inverter is None else [])
+    chosen = [SampleSettings(pipeline=name, device=command.device, seed=seed) for name in names]
+    if command.inverter is not None:
+        chosen += [
+            SampleSettings(inverter=command.inverter, stage=stage, device=command.device)
+            for stage in command.stages or (None,)
+        ]
+    with without_progress_bars():
+        return match_inverters(anatomy, [open_chosen(settings)[0] for settings in chosen])
 
 
 def _mask_finder(command: TokenCommand, images: TokenImages, anatomy: Anatomy) -> FindMask | None:
@@ -147,8 +160,15 @@ def _mask_finder(command: TokenCommand, images: TokenImages, anatomy: Anatomy) -
     if not folder.is_dir():
         raise InputError(f"A folder of masks must exist at {folder}, but there is none.")
 
+    paths = [folder / PurePosixPath(name).with_suffix(".png") for name in images.ids]
+    if len(set(paths)) < len(paths) or not any(path.is_file() for path in paths):
+        raise InputError(
+            "Masks must belong to the images, but none has one of its own: a mask is a PNG with "
+            "the path of its image below the folder of masks."
+        )
+
     def find(index: int) -> torch.Tensor | None:
-        path = folder / PurePosixPath(images.ids[index]).with_suffix(".png")
+        path = paths[index]
         return token_mask(read_image(path), anatomy.grid) if path.is_file() else None
 
     return find

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from PIL import Image
 
 from featinv_diffusion.backbones.base import Backbone
@@ -119,14 +118,16 @@ def _by_wordnet(names: Sequence[str], backbone: Backbone) -> list[int] | None:
 
 
 def to_input(pictures: Sequence[Image.Image], backbone: Backbone) -> Images:
-    """Squashes whole pictures to the backbone's input size, as the published preprocessing does."""
+    """Squashes whole pictures to the backbone's input size.
+
+    So were all published models read but MIIL, which had a central crop of 0.875.
+    """
     height, width = backbone.input_size
     filter_ = RESAMPLING[backbone.preprocessing.interpolation]
     squashed = [picture.resize((width, height), filter_) for picture in pictures]
     return to_tensor(squashed).to(backbone.device)
 
 
-@torch.no_grad()
 def find_class(name: str, backbone: Backbone, n_classes: int) -> int:
     """Returns the number of a class that is given by number or name.
 

@@ -15,8 +15,13 @@ from featinv_diffusion.errors import InputError
 
 
 def class_identifiability(rank: Float[Tensor, "*shape"], n_classes: int) -> Float[Tensor, "*shape"]:
-    """r = 1 − rank / |C|: 1 where the class is first, 1 / |C| where it is last, ½ by chance."""
+    """r = 1 − rank / |C|: 1 where the class is first, 1 / |C| where it is last."""
     return 1 - rank / n_classes
+
+
+def chance_identifiability(n_classes: int) -> float:
+    """Returns the mean of r over all ranks, (|C| + 1) / 2|C|."""
+    return (n_classes + 1) / (2 * n_classes)
 
 
 def identified(rank: Float[Tensor, "b blocks n"], n_prefix: int) -> Bool[Tensor, "b patches"]:

@@ -1,7 +1,8 @@
 """The sub-layers as key–value memories: columns of their last weight matrix, and who opens them.
 
 A memory is a column v_m of W_O (attention) or of the MLP's last layer; its coefficient is an entry
-of that layer's input (attention) or of the MLP before its activation.
+of that layer's input (attention) or of the MLP before its activation. Layer scale and norms behind
+a sub-layer, which the published models but one do not have, are left out.
 """
 
 from __future__ import annotations

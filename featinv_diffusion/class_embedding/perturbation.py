@@ -40,14 +40,14 @@ class RemovalCurve:
         """Returns the area under the raw curve of each image: its mean over 1 … n kept tokens."""
         return self.at_each_count().mean(dim=1)
 
-    def published_area(self) -> float:
+    def published_area(self) -> float | None:
         """Returns Σ_{k<n} accuracy_k / (n · max_k accuracy_k), the figure of Vilas et al. 2023.
 
-        It leaves out the whole image and is 1 − 1/n at most.
+        It leaves out the whole image and is 1 − 1/n at most; None where nothing is right.
         """
         accuracy = self.at_each_count().mean(dim=0)[:-1]
         peak = float(accuracy.max())
-        return 0.0 if peak == 0 else float(accuracy.sum()) / (self.n_kept[-1] * peak)
+        return None if peak == 0 else float(accuracy.sum()) / (self.n_kept[-1] * peak)
 
 
 def order_by(relevance: Float[Tensor, "b patches"]) -> Int[Tensor, "b patches"]:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from featinv_diffusion.analysis import figures
 from featinv_diffusion.analysis.figures import Board
 from featinv_diffusion.class_embedding.anatomy import Anatomy
-from featinv_diffusion.class_embedding.measures import class_identifiability
+from featinv_diffusion.class_embedding.measures import chance_identifiability, class_identifiability
 from featinv_diffusion.class_embedding.reading import Reading
 
 MAX_BLOCKS = 8
@@ -77,7 +77,8 @@ def draw_blocks(anatomy: Anatomy, item: TokenPicture) -> Figure:
         f"{figures.short_name(item.name, 60)} · {anatomy.backbone.name} predicts "
         f"{item.predicted_name}",
         "Says: identifiability of the class at each patch, 1 − rank / number of classes; chance is "
-        "0.5. Relevance: −∂ cross-entropy / ∂ attention to each patch, each map from its lowest "
+        f"{chance_identifiability(anatomy.n_classes):.3g}. "
+        "Relevance: −∂ cross-entropy / ∂ attention to each patch, each map from its lowest "
         "(dark) to its highest (bright); left, the sum over blocks. p: probability of the class in "
         "what the attention adds.",
         "Shows: an image made from the patches of that block." if item.shown else NO_INVERTER,
@@ -184,7 +185,7 @@ def draw_identifiability(
     top = board.bottom_of(0) - board.caption - board.tile
     _draw_tokens(board, figure, tokens, top)
     right = board.axes(figure, board.left_of(1), top, board.tile, board.tile)
-    _draw_curves(right, curves)
+    _draw_curves(right, curves, chance_identifiability(anatomy.n_classes))
     return figure
 
 
@@ -201,7 +202,9 @@ def _draw_tokens(board: Board, figure: Figure, tokens: Tensor, top: float) -> No
     bar.ax.spines[:].set_visible(False)
 
 
-def _draw_curves(axes: Axes, curves: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
+def _draw_curves(
+    axes: Axes, curves: Mapping[str, Sequence[Mapping[str, float]]], chance: float
+) -> None:
     styles = {"image": ("image tokens", figures.BLUE), "cls": ("class token", figures.ORANGE)}
     for kind, points in curves.items():
         name, colour = styles[kind]
@@ -215,7 +218,7 @@ def _draw_curves(axes: Axes, curves: Mapping[str, Sequence[Mapping[str, float]]]
             alpha=0.2,
             linewidth=0,
         )
-    axes.axhline(0.5, color=figures.GREY, linestyle=":", linewidth=0.8)
+    axes.axhline(chance, color=figures.GREY, linestyle=":", linewidth=0.8)
     axes.set_xlabel("block", size=figures.TEXT)
     axes.set_ylabel("identifiability", size=figures.TEXT)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -13,6 +13,7 @@ from torch import Tensor
 from featinv_diffusion.class_embedding.anatomy import Anatomy
 from featinv_diffusion.class_embedding.recording import Trace, record
 from featinv_diffusion.class_embedding.relevance import relevance_of
+from featinv_diffusion.errors import InputError
 from featinv_diffusion.types import Images
 
 MEASURES = frozenset({"states", "attention", "mlp", "memories", "relevance"})
@@ -114,6 +115,11 @@ def read_points(
     ranks, scores, tops = [], [], []
     for tokens in points:
         projection = anatomy.project(tokens).float()
+        if not bool(projection.isfinite().all()):
+            raise InputError(
+                "Projections on the class embedding must be finite, but NaN or infinite values "
+                "came: look at the weights of the model."
+            )
         score = projection.gather(2, labels[:, None, None].expand(-1, projection.shape[1], 1))
         ranks.append(rank_of(projection, score).cpu())
         scores.append(score[..., 0].cpu())

@@ -13,8 +13,9 @@ from featinv_diffusion.backbones.base import LAST, Backbone
 from featinv_diffusion.class_embedding.anatomy import Anatomy
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.inverters.base import Inverter
+from featinv_diffusion.inverters.chain import MapChain
 from featinv_diffusion.seeds import make_generator
-from featinv_diffusion.types import Images
+from featinv_diffusion.types import FeatureSpec, Images
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +62,8 @@ def _match(anatomy: Anatomy, inverter: Inverter) -> BlockInverter:
             f"The inverter reads a {spec}, but the tokens are those of {own.name!r}. Use an "
             "inverter that was trained on this backbone."
         )
+    if isinstance(inverter, MapChain):
+        return BlockInverter(_block_of_stage(anatomy, spec), inverter.backbone, inverter)
     backbone = wrap_model(own.model, name=own.name, layer=spec.layer, input_size=own.input_size)
     backbone.preprocessing = own.preprocessing
     spec.check_matches(backbone.spec)
@@ -74,6 +77,18 @@ def _match(anatomy: Anatomy, inverter: Inverter) -> BlockInverter:
             "layer 'blocks.5', or of the layer 'last'."
         )
     return BlockInverter(blocks[0], backbone, inverter)
+
+
+def _block_of_stage(anatomy: Anatomy, spec: FeatureSpec) -> int:
+    """A chain names the blocks as `VitPath` does, and reads tokens of a model of its own."""
+    last = len(anatomy.blocks)
+    stages = {f"blocks.{b}": b + 1 for b in range(last)} | {"encoder": last, LAST: last}
+    if spec.layer not in stages:
+        raise InputError(
+            f"The inverter must read a block, but reads a {spec}. Take the stage of one: "
+            f"{', '.join(stages)}."
+        )
+    return stages[spec.layer]
 
 
 def _plain(name: str) -> str:

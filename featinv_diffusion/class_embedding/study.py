@@ -115,7 +115,7 @@ def measure_tokens(
             contexts += _read_context(anatomy, batch, reading, find_mask)
         if on_progress is not None:
             on_progress(len(batch.indices))
-    has_labels = settings.target is not None or images.labels is not None
+    has_labels = settings.target is None and images.labels is not None
     metrics = to_metrics(tally, has_labels=has_labels)
     metrics["class_value_agreement"] = memory_metrics(anatomy, random)
     metrics["ablations"] = {
@@ -183,18 +183,17 @@ def _read_context(
 
 def _context_metrics(found: list[_Context]) -> dict[str, Any]:
     if not found:
-        raise InputError(
-            "Masks must belong to the images, but none has one: a mask is a PNG with the path of "
-            "its image below the folder of masks."
-        )
+        return {"n_images": 0}
     is_class = torch.stack([context.is_class for context in found])
+    is_mixed = bool((is_class.any(dim=1) & ~is_class.all(dim=1)).any())
     result: dict[str, Any] = {"n_images": len(found)}
     for name in ("identifiability", "attention"):
         values = torch.stack([getattr(context, name) for context in found])
-        differences = [
-            asdict(class_context_difference(values[:, b], is_class)) for b in range(values.shape[1])
-        ]
-        result[f"{name}_difference_by_block"] = differences
+        result[f"{name}_difference_by_block"] = (
+            [asdict(class_context_difference(row, is_class)) for row in values.unbind(dim=1)]
+            if is_mixed
+            else None
+        )
     for name in found[0].rates:
         rates = [c.rates[name] for c in found if c.rates[name] == c.rates[name]]
         result[name] = asdict(bootstrap_mean(rates)) if rates else None

@@ -26,11 +26,24 @@ def classemb(
     pipeline: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="FOLDER_OR_REPO", help="Inverts one of its blocks; may be given several times."
+            metavar="FOLDER_OR_REPO",
+            help="Diffusion inverter of one of its blocks; may be given several times.",
+            show_default="the bundled one",
         ),
     ] = None,
+    inverter: Annotated[
+        str | None, typer.Option(metavar="NAME_OR_FOLDER", help="Modular inverter of its blocks.")
+    ] = None,
+    stage: Annotated[
+        list[str] | None,
+        typer.Option(help="Stage of the modular inverter; may be given several times."),
+    ] = None,
     target: Annotated[
-        str | None, typer.Option(metavar="CLASS", help="Read this class: a number or a name.")
+        str | None,
+        typer.Option(
+            metavar="CLASS",
+            help="Read this class, a number or a name, in all; accuracy is then null.",
+        ),
     ] = None,
     ablations: Annotated[
         bool, typer.Option("--ablations", help="Also with attention ablated, two more passes.")
@@ -96,6 +109,8 @@ def classemb(
         data=data,
         backbone=backbone,
         pipelines=tuple(pipeline or ()),
+        inverter=inverter,
+        stages=tuple(stage or ()),
         target=target,
         masks=None if masks is None else str(masks),
         split=split,

@@ -87,9 +87,12 @@ def concepts(
     from featinv_diffusion.images import list_images
 
     method = method or ("mcd" if directions is None else "directions")
+    drawn = figure or f"{output.stem}.png"
+    own = {(output.parent / inner / drawn).resolve() for inner in ("", "replay")}
+    pictures = [path for path in list_images(folder) if path.resolve() not in own]
     fit = ConceptFit(
         folder=str(folder.absolute()),
-        images=[path.relative_to(folder).as_posix() for path in list_images(folder)],
+        images=[path.relative_to(folder).as_posix() for path in pictures],
         backbone=backbone_name(backbone),
         layer=layer,
         target=target,
@@ -102,7 +105,7 @@ def concepts(
         batch_size=batch_size,
         device=device,
         output=output.name,
-        figure=figure or f"{output.stem}.png",
+        figure=drawn,
     )
     run(fit, output.parent)
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from featinv_diffusion.concepts.base import ConceptDictionary
+from featinv_diffusion.concepts.base import ConceptDictionary, to_cells
 from featinv_diffusion.concepts.elastic_net import ElasticNet, sparse_codes
 from featinv_diffusion.concepts.subspaces import energy_share
 from featinv_diffusion.errors import InputError
@@ -61,7 +61,7 @@ class DirectionConcepts(ConceptDictionary):
 
     def fit(self, features: Features, *, progress: bool = False) -> DirectionConcepts:
         """Changes nothing but `report`: the share of the features' energy that is held."""
-        cells = self._cells_to_fit(features)
+        cells = to_cells(features.detach(), self.channels)
         span = self._split.span.to(cells)
         self.report = {"n_cells": len(cells), "energy": energy_share(span, cells)}
         return self

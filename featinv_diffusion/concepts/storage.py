@@ -62,6 +62,8 @@ def read_directions(path: str | Path) -> tuple[Tensor, Tensor | None]:
             f"but holds {', '.join(sorted(tensors)) or 'nothing'}."
         )
     offset = tensors.get("offset")
+    if tensors[name].is_complex():
+        raise InputError(f"{path} must hold real numbers, but holds complex ones.")
     return tensors[name].float(), None if offset is None else offset.float()
 
 
@@ -71,7 +73,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             return {"directions": torch.from_numpy(np.load(path, allow_pickle=False))}
         if path.suffix == ".safetensors":
             return load_file(path)
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
+    except (EOFError, OSError, ValueError, TypeError, SafetensorError) as error:
         raise InputError(f"{path} must hold directions, but cannot be read: {error}.") from error
     raise InputError(f"Directions must be a .npy or .safetensors file, but {path} came.")
 

@@ -118,6 +118,11 @@ class Calibration:
         among held-out maps, so that the two need not be independent.
         """
         r = len(self.cosines)
+        if not r:
+            raise InputError(
+                "Cosines can be counted in only where reconstructions were calibrated, but there "
+                "were none. Fit the statistics with reconstructions."
+            )
         new = self.of_maps(distances) * tail_p_values(-cosines, -self.cosines)
         held = _leave_one_out(self.distances)[:r] * _leave_one_out(-self.cosines)
         return tail_p_values(-new, -held)

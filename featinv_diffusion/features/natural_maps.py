@@ -108,6 +108,16 @@ class NaturalMaps:
             InputError: a damaged file, or one that holds something else.
         """
         tensors, header = read_tensors(path, FORMAT, "Fit it again with featinv scope.")
+        try:
+            return cls._from_parts(tensors, header)
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{path} must hold all statistics of natural maps, but lacks some ({error}). "
+                "Fit it again with featinv scope."
+            ) from error
+
+    @classmethod
+    def _from_parts(cls, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> NaturalMaps:
         basis = CellBasis(**_part("basis", tensors))
         spec = FeatureSpec(**{**header["spec"], "grid": tuple(header["spec"]["grid"])})
         return cls(

@@ -160,7 +160,7 @@ def test_areas_by_hand():
     assert curve.published_area() == pytest.approx(0.375)
     best = RemovalCurve((1, 2, 3, 4), torch.ones(2, 4))
     assert best.published_area() == pytest.approx(1 - 1 / 4)
-    assert RemovalCurve((1, 2), torch.zeros(2, 2)).published_area() == 0
+    assert RemovalCurve((1, 2), torch.zeros(2, 2)).published_area() is None
     assert join_curves([curve, curve]).correct.shape == (4, 3)
     assert torch.equal(mean_curve([curve, curve]).correct, curve.correct)
 

@@ -9,7 +9,9 @@ import torch
 from PIL import Image
 
 from featinv_diffusion.analysis.figures import write_figure
+from featinv_diffusion.backbones import wrap_model
 from featinv_diffusion.class_embedding import read_images
+from featinv_diffusion.class_embedding.anatomy import read_anatomy
 from featinv_diffusion.class_embedding.dataset import TokenImages, to_input
 from featinv_diffusion.class_embedding.measures import identifiability_rate
 from featinv_diffusion.class_embedding.pictures import (
@@ -25,8 +27,10 @@ from featinv_diffusion.class_embedding.reconstructions import match_inverters
 from featinv_diffusion.class_embedding.study import TokenSettings, measure_tokens
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.images import to_pil
+from featinv_diffusion.inverters.chain import MapChain
 from featinv_diffusion.types import FeatureSpec
 from tests.class_embedding.vits import make_vit, weights_of
+from tests.inverters import small
 
 
 def make_pictures(n: int = 5) -> TokenImages:
@@ -98,9 +102,14 @@ def test_without_labels_the_predicted_class_is_read_and_there_is_no_accuracy():
     assert metrics["random_model"] is metrics["perturbation"] is metrics["context"] is None
 
 
-def test_masks_that_fit_no_image():
-    with pytest.raises(InputError, match="none has one"):
-        measure_tokens(make_vit("token"), make_pictures(2), TokenSettings(), lambda _index: None)
+def test_masks_that_fit_no_image_leave_the_context_out():
+    images, anatomy = make_pictures(2), make_vit("token")
+    _, metrics = measure_tokens(anatomy, images, TokenSettings(), lambda _index: None)
+    assert metrics["context"] == {"n_images": 0}
+    full = torch.ones(4, 4, dtype=torch.bool)
+    _, metrics = measure_tokens(anatomy, images, TokenSettings(), lambda _index: full)
+    assert metrics["context"]["n_images"] == 2
+    assert metrics["context"]["identifiability_difference_by_block"] is None
 
 
 def test_a_mean_pooled_model_has_no_class_token():
@@ -137,6 +146,21 @@ def test_inverters_find_their_blocks_and_see_their_patches():
         model._pos_embed(model.patch_embed(anatomy.backbone.preprocess(pixels)))
     )
     torch.testing.assert_close(shown[0, 0, 0, 0], states[0, 1:].mean().sigmoid())
+
+
+def test_modular_inverters_find_their_blocks():
+    path = small.make_vit_path()
+    inverses = small.make_vit_inverses(path)
+    anatomy = read_anatomy(wrap_model(path.model, name="small/vit"))
+    chains = [MapChain(inverses.chain(stage, path)) for stage in ("blocks.1", "last")]
+    found = match_inverters(anatomy, chains)
+    assert list(found) == [2, 3]
+    pixels = torch.rand(2, 3, small.SIDE, small.SIDE)
+    embedding = path.embeddings(pixels, ["blocks.1"])["blocks.1"]
+    expected = inverses.chain("blocks.1", path).invert(embedding)
+    torch.testing.assert_close(found[2].reconstruct(pixels, "a.png"), expected)
+    with pytest.raises(InputError, match="must read a block"):
+        match_inverters(anatomy, [MapChain(inverses.chain("patches", path))])
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,8 @@ def test_class_folders_masks_and_a_target(featinv: Featinv, tmp_path: Path):
         (("--target", "7"), "0 to 6"),
         (("--interpolation", "bilinaer"), "did you mean 'bilinear'"),
         (("--masks", "nowhere"), "folder of masks must exist"),
+        (("--masks", "."), "none has one of its own"),
+        (("--stage", "last"), "name one with --inverter"),
         (("--batch-size", "0"), "batch_size must be at least 1"),
     ],
 )
@@ -80,3 +82,4 @@ def test_mistakes_are_sentences(featinv: Featinv, photos: Path, arguments, messa
     assert done.code == 2
     assert message in done.err
     assert "Traceback" not in done.err
+    assert not Path("outputs").exists()
