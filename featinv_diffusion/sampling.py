@@ -14,6 +14,7 @@ from torch import nn
 from featinv_diffusion.backbones import SHORT_NAMES, load_backbone
 from featinv_diffusion.diffusion.featinv_pipeline import GUIDANCE, FeatInvPipeline
 from featinv_diffusion.diffusion.hub import list_bundled, load_pipeline
+from featinv_diffusion.diffusion.quiet import without_progress_bars
 from featinv_diffusion.diffusion.schedulers import SCHEDULERS, make_scheduler, scheduler_name
 from featinv_diffusion.errors import InputError, choices_hint
 from featinv_diffusion.inverters.base import Inverter
@@ -99,7 +100,8 @@ def open_chosen(
     if settings.inverter == DIFFUSION:
         return open_inverter(settings, on_progress)
     device = find_device(settings.device)
-    modular = load_modular(settings.inverter)
+    with without_progress_bars():
+        modular = load_modular(settings.inverter)
     modular.inverses.to(device)
     modular.path.to(device)
     inverter = MapChain(modular.chain(settings.stage), on_progress)

@@ -78,6 +78,10 @@ def _write(target: Path, model: torch.nn.Module) -> None:
     shutil.rmtree(fresh, ignore_errors=True)
     with new_folder(fresh) as folder, without_progress_bars():
         model.save_pretrained(folder)  # pyright: ignore[reportCallIssue]
+        for path in folder.rglob("config.json"):
+            settings = json.loads(path.read_text())
+            settings.pop("_name_or_path", None)  # where it was trained
+            write_text(path, json.dumps(settings, indent=2, sort_keys=True) + "\n")
         for path in folder.rglob("*"):
             if path.is_file() and path.stat().st_size > MAX_FILE_MB * 10**6:
                 raise InputError(
