@@ -17,8 +17,8 @@ from featinv_diffusion.types import Images
 def matching_states(inverter: ModularInverter, stage: str) -> list[str]:
     """Returns the stages and states whose shape the inverse of a stage reads, in order.
 
-    A state that is another name for one before it, such as `encoder.0` for `backbone`, is left out
-    where that one is there.
+    `encoder.0`, another name for `backbone`, is left out where that one is there; the last state of
+    a stage stands beside the stage itself.
     """
     specs = inverter.path.specs
     wanted = specs[stage]

@@ -143,13 +143,13 @@ class InverseSet(nn.Module):
         try:
             index = json.loads((folder / INDEX).read_text())
             modules = {stage: _load_module(folder / stage) for stage in index["stages"]}
+            size = index.get("input_size")
+            info = PathInfo(index["family"], index["model"], size and tuple(size))
         except (OSError, KeyError, ValueError) as error:
             raise InputError(
                 f"{folder} must hold a modular inverter ({INDEX} and a folder per stage), but it "
                 f"could not be read: {str(error).splitlines()[0]}"
             ) from error
-        size = index.get("input_size")
-        info = PathInfo(index["family"], index["model"], size and tuple(size))
         return cls(modules, info).eval()
 
     def _reaches_image(self, stage: str) -> bool:

@@ -49,7 +49,8 @@ class TuningConfig:
         inverter: folder of the trained inverse modules to begin with; None trains modules in
             isolation instead.
         stage: from which images are reconstructed.
-        reconstruction_weight: λ in [0, 1]. At 0 the inverses get no gradient and stay as they are.
+        reconstruction_weight: λ in [0, 1]. At 0 the gradients of the inverses are zero, but weight
+            decay acts on them and their batch norms go on counting.
     """
 
     inverter: str | None = None

@@ -110,11 +110,21 @@ def make_inverses(config: InverterModelConfig, path: ForwardPath) -> InverseSet:
 
 
 def make_inverse(path: ForwardPath, stage: str, config: ModuleConfig) -> InverseModule:
-    """Builds the module that reads a stage of a path."""
+    """Builds the module that reads a stage of a path.
+
+    Raises:
+        InputError: a stage that the model does not have, or one to write that does not come before.
+    """
     specs = {
         "reads_spec": asdict(path.spec(stage)),
         "writes_spec": asdict(path.spec(config.writes)),
     }
+    order = list(path.specs)
+    if order.index(config.writes) >= order.index(stage):
+        raise InputError(
+            f"The inverse of {stage!r} must write a stage before it, but {config.writes!r} is not; "
+            f"the order is {', '.join(order)}."
+        )
     if config.kind == "conv":
         return _make_conv(path, stage, config, specs)
     if config.kind == "head":

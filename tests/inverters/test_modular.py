@@ -132,6 +132,10 @@ def test_a_folder_that_lacks_a_module_is_an_input_error(inverses, tmp_path) -> N
     (tmp_path / INDEX).write_text(json.dumps({**index, "stages": ["nothing"]}))
     with pytest.raises(InputError, match="must hold a modular inverter"):
         InverseSet.from_pretrained(tmp_path)
+    del index["model"]
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    with pytest.raises(InputError, match="must hold a modular inverter"):
+        InverseSet.from_pretrained(tmp_path)
 
 
 def test_tokens_are_maps_of_one_column_for_metrics(vit) -> None:

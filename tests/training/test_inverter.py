@@ -209,6 +209,10 @@ def test_wrong_stages_are_errors_at_wiring_time(config: InverterConfig) -> None:
     wrong = {**MODULES, "encoder": replace(MODULES["encoder"], writes="backbon")}
     with pytest.raises(InputError, match="did you mean 'backbone'"):
         make_inverses(InverterModelConfig(model=path.name, modules=wrong), path)
+    for writes in ("encoder", "decoder"):
+        cyclic = {**MODULES, "encoder": replace(MODULES["encoder"], writes=writes)}
+        with pytest.raises(InputError, match=f"a stage before it, but '{writes}' is not"):
+            make_inverses(InverterModelConfig(model=path.name, modules=cyclic), path)
     with pytest.raises(InputError, match="at least one stage"):
         make_inverses(InverterModelConfig(model=path.name), path)
 
