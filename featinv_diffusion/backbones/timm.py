@@ -10,9 +10,10 @@ from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
 from timm.layers import AttentionPool2d, AttentionPoolLatent, AttentionPoolPrr, RotAttentionPool2d
 from torch import Tensor, nn
 
-from featinv_diffusion.backbones.base import LAST, Backbone, LastLayer
+from featinv_diffusion.backbones.base import LAST
 from featinv_diffusion.backbones.layout import Axes, Layout
 from featinv_diffusion.backbones.preprocessing import Preprocessing
+from featinv_diffusion.backbones.traced import LastLayer, TracedBackbone
 from featinv_diffusion.errors import InputError
 
 ATTENTION_POOLS = (AttentionPool2d, AttentionPoolLatent, AttentionPoolPrr, RotAttentionPool2d)
@@ -20,7 +21,7 @@ PATCH_POOLS = ("avg", "max", "avgmax")
 """timm's names of pools over tokens that leave out the prefix, unless `pool_include_prefix`."""
 
 
-class TimmBackbone(Backbone):
+class TimmBackbone(TracedBackbone):
     """A timm model; `last` is the spatial part of its `forward_features`.
 
     Axes come from the model's `output_fmt` (NCHW where it has none), prefix tokens from its

@@ -17,10 +17,11 @@ from timm.data import (
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from featinv_diffusion.backbones.base import LAST, Backbone, LastLayer
+from featinv_diffusion.backbones.base import LAST
 from featinv_diffusion.backbones.layout import Layout
 from featinv_diffusion.backbones.preprocessing import Preprocessing
 from featinv_diffusion.backbones.timm import class_names
+from featinv_diffusion.backbones.traced import LastLayer, TracedBackbone
 from featinv_diffusion.errors import InputError
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
@@ -72,7 +73,7 @@ MEAN_POOLED = (
 PILLOW_RESAMPLING = {2: "bilinear", 3: "bicubic"}
 
 
-class TransformersBackbone(Backbone):
+class TransformersBackbone(TracedBackbone):
     """A vision tower of transformers, with its classification head where it has one.
 
     `last` is the `last_hidden_state` of the tower without its prefix tokens.

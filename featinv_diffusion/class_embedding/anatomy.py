@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from featinv_diffusion.backbones.base import Backbone
+from featinv_diffusion.backbones.transformers import TransformersBackbone
 from featinv_diffusion.errors import InputError
 
 Heads = tuple[Tensor, Tensor, Tensor]
@@ -125,7 +126,8 @@ def read_anatomy(backbone: Backbone) -> Anatomy:
 
     if isinstance(backbone.model, VisionTransformer):
         return _of_timm(backbone)
-    if type(backbone.model).__name__ in TRANSFORMERS_READOUT:
+    is_known = type(backbone.model).__name__ in TRANSFORMERS_READOUT
+    if isinstance(backbone, TransformersBackbone) and is_known:
         return _of_transformers(backbone)
     known = ["VisionTransformer of timm", *TRANSFORMERS_READOUT]
     raise InputError(
@@ -193,10 +195,10 @@ def _split_timm(attention: Any, qkv: Tensor) -> Heads:
     return attention.q_norm(q), attention.k_norm(k), v
 
 
-def _of_transformers(backbone: Backbone) -> Anatomy:
-    tower: Any = backbone.tower  # pyright: ignore[reportAttributeAccessIssue]
+def _of_transformers(backbone: TransformersBackbone) -> Anatomy:
+    tower: Any = backbone.tower
     model: Any = backbone.model
-    layout = backbone._last.layout
+    layout = backbone.last_layout
     pool = TRANSFORMERS_READOUT[type(model).__name__]
     return Anatomy(
         backbone=backbone,

@@ -6,10 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from featinv_diffusion.backbones.base import Backbone, LastLayer
-from featinv_diffusion.backbones.layout import Layout
+from featinv_diffusion.backbones.base import Backbone
 from featinv_diffusion.inverters.path import ForwardPath
 from featinv_diffusion.inverters.vit_path import VitPath
 from featinv_diffusion.types import Features, FeatureSpec, Images
@@ -24,10 +23,8 @@ class StageBackbone(Backbone):
     """
 
     def __init__(self, path: ForwardPath, stage: str):
-        nn.Module.__init__(self)  # the path has described itself already
-        self.path, self.name, self.stage = path, path.name, stage
-        self.model = path.model
-        self.preprocessing = path.preprocessing
+        super().__init__(path.model, name=path.name, preprocessing=path.preprocessing)
+        self.path, self.stage = path, stage
         self.spec = _as_map(path.spec(stage))
 
     @property
@@ -35,11 +32,6 @@ class StageBackbone(Backbone):
         """Whether the model scores images as wholes; DETR scores its queries."""
         model: Any = self.path.model
         return isinstance(self.path, VitPath) and bool(model.num_classes > 0)
-
-    @property
-    def head_reads_map(self) -> bool:
-        """False: class scores are taken from images."""
-        return False
 
     def features(self, images: Images) -> Features:
         """Returns the stage as a map."""
@@ -64,23 +56,6 @@ class StageBackbone(Backbone):
 
     def _class_names(self) -> tuple[str, ...] | None:
         return self.path.labels if isinstance(self.path, VitPath) else None
-
-    # The path knows its shapes, so that nothing has to be traced.
-
-    def _inspect(self, pixels: Tensor) -> LastLayer:
-        raise NotImplementedError("A stage is described by its path.")
-
-    def _run_last(self, pixels: Tensor) -> Tensor:
-        raise NotImplementedError("A stage is not the last layer.")
-
-    def _run_last_and_head(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError("A stage is not the last layer.")
-
-    def _run_head(self, output: Tensor) -> Tensor:
-        raise NotImplementedError("Class scores of a stage are taken from images.")
-
-    def _declared_layouts(self) -> list[Layout]:
-        raise NotImplementedError("A stage is described by its path.")
 
 
 def sequence_to_map(sequence: Float[Tensor, "b n c"]) -> Float[Tensor, "b c n 1"]:
