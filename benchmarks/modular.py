@@ -18,13 +18,15 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
+from featinv_diffusion.analysis.stages import AVERAGE
 from featinv_diffusion.backbones import load_backbone
 from featinv_diffusion.evaluation.dataset import open_images
 from featinv_diffusion.evaluation.report import to_cell
@@ -32,8 +34,14 @@ from featinv_diffusion.images import builtin_photo, center_square, read_image, t
 from featinv_diffusion.inverters.detr_path import DetrPath
 from featinv_diffusion.inverters.modular import load_modular
 from featinv_diffusion.inverters.vit_path import VitPath
-from featinv_diffusion.metrics import ClassifierFeatures, FeatureMoments, frechet_distance
-from featinv_diffusion.metrics.statistics import bootstrap_difference
+from featinv_diffusion.metrics import (
+    ClassifierFeatures,
+    FeatureMoments,
+    bootstrap_difference,
+    bootstrap_statistic,
+    frechet_distance,
+    kernel_distance,
+)
 
 ROOT, FIGURES = Path("outputs/modular"), Path("docs/figures")
 CLASSES = "configs/tiny/classes.txt"
@@ -96,7 +104,8 @@ def exactness(photos: Path) -> str:
     rows = []
     for family in FAMILIES:
         path = load_modular(family).path
-        stages = [stage for stage in path.main_stages if stage != "detection"]  # ours, not its own
+        end = "encoder" if isinstance(path, VitPath) else "prediction"  # what the model has too
+        stages = path.main_stages[: path.main_stages.index(end) + 1]
         pictures = [read_image(p) for p in sorted(photos.glob("*.png"))]
         images = to_tensor([center_square(p, path.input_size[0]) for p in pictures])
         with torch.no_grad():
@@ -107,11 +116,12 @@ def exactness(photos: Path) -> str:
             output = _own_output(path, pixels)
             state = path.logits(state) if isinstance(path, VitPath) else state
         difference = float((state - output).abs().max())
-        rows.append([family, " → ".join(stages), f"{difference:.1e}"])
+        name = " → ".join([*stages, "logits"] if family == "vit" else stages)
+        rows.append([family, name, f"{difference:.1e}"])
     return table("model|stages|max abs difference", rows)
 
 
-def _own_output(path: Any, pixels: torch.Tensor) -> torch.Tensor:
+def _own_output(path: Any, pixels: Tensor) -> Tensor:
     if isinstance(path, DetrPath):
         found = path.model(pixels)
         return torch.cat([found.logits, found.pred_boxes], -1)
@@ -131,12 +141,14 @@ def stages_table(family: str) -> str:
 
 
 def layers_table(family: str) -> str:
+    """States by the inverse through which they go."""
+    metrics = read(f"layers-{family}")["layer_mse"]
+    states = dict.fromkeys(name for found in metrics.values() for name in found if name != AVERAGE)
     rows = [
-        [stage, name, interval(value)]
-        for stage, states in read(f"layers-{family}")["layer_mse"].items()
-        for name, value in states.items()
+        [name, *(f"{f[name]['value']:.3f}" if name in f else "" for f in metrics.values())]
+        for name in [*states, AVERAGE]
     ]
-    return table("inverse of|state|MSE", rows)
+    return table("|".join(["state", *(f"{stage}⁻¹" for stage in metrics)]), rows)
 
 
 def colour_table(family: str) -> str:
@@ -181,48 +193,55 @@ def comparison_table(data: str) -> str:
     for other in metrics[0]["evaluated_by"]:
         cells = [to_cell(m["evaluated_by"][other]["top5_match"], "match") for m in metrics]
         rows.append([f"top5 match, seen by {other}", *cells, ""])
-    originals = _moments(_originals(data, frames[0]))
-    cells = [f"{_distance(originals, ROOT / name, frames[0]):.2f}" for name in runs]
-    rows.append([f"Fréchet distance, {SCORER}", *cells, ""])
+    originals = _originals(data, list(frames[0].index))
+    made = [_pictures(ROOT / name / "images", list(frames[0].index)) for name in runs]
+    rows += _perception_rows(originals, made)
     return table("|deterministic|diffusion|difference", rows)
 
 
-def _distance(originals: FeatureMoments, folder: Path, frame: pd.DataFrame) -> float:
-    files = {path.stem: path for path in (folder / "images").glob("*.png")}
-    pictures = [read_image(path) for _, path in sorted(files.items())]
-    assert len(pictures) == len(frame)
-    return float(frechet_distance(_moments(to_tensor(pictures)), originals).value)
+def _perception_rows(originals: Tensor, made: Sequence[Tensor]) -> list[list[str]]:
+    """Energy of edges by the originals', and distances of distributions in the eyes of `SCORER`."""
+    sharp = [_edges(images) for images in made]
+    energies = [
+        bootstrap_statistic({"a": x, "b": _edges(originals)}, lambda m: m["a"] / m["b"])
+        for x in sharp
+    ]
+    vectors = [_describe(images) for images in made]
+    real = _describe(originals)
+    distances = [frechet_distance(_moments(x), _moments(real)).value for x in vectors]
+    kernels = [kernel_distance(x, real, subset_size=len(real) // 2) for x in vectors]
+    return [
+        ["edge energy by the originals'", *(interval(asdict(e), 2) for e in energies), ""],
+        [f"Fréchet distance, {SCORER}", *(f"{d:.1f}" for d in distances), ""],
+        [f"kernel distance, {SCORER}", *(f"{k.mean:.3f} ± {k.std:.3f}" for k in kernels), ""],
+    ]
 
 
-def _originals(data: str, frame: pd.DataFrame) -> torch.Tensor:
+def _originals(data: str, ids: Sequence[str]) -> Tensor:
     images = open_images(data, "validation", None)
-    wanted = set(frame.index)
-    rows = [i for i, name in enumerate(images.ids) if name in wanted]
-    return to_tensor([center_square(images.read(i), 64) for i in rows])
+    rows = {name: i for i, name in enumerate(images.ids)}
+    return to_tensor([center_square(images.read(rows[name]), 64) for name in ids])
 
 
-def _moments(images: torch.Tensor) -> FeatureMoments:
+def _pictures(folder: Path, ids: Sequence[str]) -> Tensor:
+    return to_tensor([read_image(folder / f"{name.replace(':', '-')}.png") for name in ids])
+
+
+def _describe(images: Tensor) -> Tensor:
     extractor = ClassifierFeatures(load_backbone(SCORER))
-    moments = FeatureMoments(extractor.dim)
-    for batch in images.split(100):
-        moments.update(extractor(batch))
+    return torch.cat([extractor(batch) for batch in images.split(100)])
+
+
+def _moments(vectors: Tensor) -> FeatureMoments:
+    moments = FeatureMoments(vectors.shape[1])
+    moments.update(vectors)
     return moments
 
 
-def sharpness(data: str) -> str:
-    """Share of the originals' energy of differences between neighbouring pixels."""
-    frame = pd.read_parquet(ROOT / "vit-modular" / "per_image.parquet").set_index("id")
-    energies = {"originals": _energy(_originals(data, frame))}
-    for name in ("vit-modular", "vit-diffusion"):
-        files = sorted((ROOT / name / "images").glob("*.png"))
-        energies[name] = _energy(to_tensor([read_image(path) for path in files]))
-    base = energies.pop("originals")
-    return ", ".join(f"{name} {100 * value / base:.0f} %" for name, value in energies.items())
-
-
-def _energy(images: torch.Tensor) -> float:
-    across, down = images.diff(dim=-1), images.diff(dim=-2)
-    return float(np.mean([across.square().mean().item(), down.square().mean().item()]))
+def _edges(images: Tensor) -> Tensor:
+    """Mean squared difference between neighbouring pixels of each image."""
+    across, down = images.diff(dim=-1).square(), images.diff(dim=-2).square()
+    return across.mean((1, 2, 3)) + down.mean((1, 2, 3))
 
 
 def write_photos(folder: Path) -> None:
@@ -237,15 +256,11 @@ def write_photos(folder: Path) -> None:
 
 
 def copy_figures() -> None:
+    """Those of the page, which show the package's photos or no picture."""
     for family in FAMILIES:
-        for name, figure in (
-            (f"stages-{family}", "stage_mse"),
-            (f"stages-{family}-photos", "stages"),
-            (f"colour-{family}", "pairwise_mse"),
-        ):
-            shutil.copy(ROOT / name / f"{figure}.png", FIGURES / f"{family}-{figure}.png")
-        for path in (ROOT / f"layers-{family}-photos").glob("layers-*.png"):
-            shutil.copy(path, FIGURES / f"{family}-{path.name}")
+        stages, layers = ROOT / f"stages-{family}-photos", ROOT / f"layers-{family}-photos"
+        shutil.copy(stages / "stages.png", FIGURES / f"{family}-stages.png")
+        shutil.copy(layers / "layers-encoder.png", FIGURES / f"{family}-layers.png")
     shutil.copy(ROOT / "tradeoff" / "tradeoff.png", FIGURES / "detr-tradeoff.png")
 
 
@@ -266,7 +281,6 @@ def main() -> None:
         print("\n" + layers_table(family))
     print(f"\n## λ\n\n{tradeoff_table()}")
     print(f"\n## Deterministic and diffusion\n\n{comparison_table(arguments.data)}")
-    print(f"\nEnergy of edges: {sharpness(arguments.data)}")
 
 
 if __name__ == "__main__":

@@ -10,15 +10,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from featinv_diffusion.backbones.tracing import to_meta
 from featinv_diffusion.inverters.modular import ModularInverter
+from featinv_diffusion.inverters.path import ForwardPath
 from featinv_diffusion.types import Images
 
 
 def matching_states(inverter: ModularInverter, stage: str) -> list[str]:
     """Returns the stages and states whose shape the inverse of a stage reads, in order.
 
-    `encoder.0`, another name for `backbone`, is left out where that one is there; the last state of
-    a stage stands beside the stage itself.
+    Of several names of one state, such as the last state of a stage and the stage itself, only the
+    stage that was asked for, or else a main stage, is returned.
     """
     specs = inverter.path.specs
     wanted = specs[stage]
@@ -27,7 +29,19 @@ def matching_states(inverter: ModularInverter, stage: str) -> list[str]:
         for name, spec in specs.items()
         if (spec.kind, spec.channels, spec.grid) == (wanted.kind, wanted.channels, wanted.grid)
     ]
-    return [name for name in found if name != "encoder.0" or "backbone" not in found]
+    return _drop_aliases(inverter.path, stage, found)
+
+
+def _drop_aliases(path: ForwardPath, stage: str, names: Sequence[str]) -> list[str]:
+    """Leaves out the names under which a forward pass (on the meta device) hands on one tensor."""
+    ghost = to_meta(path)
+    pixels = torch.zeros(1, 3, *path.input_size, device="meta")
+    with torch.no_grad():
+        states = ghost.embeddings(pixels, names)
+    chosen: dict[int, str] = {}
+    for name in sorted(names, key=lambda name: (name != stage, name not in path.main_stages)):
+        chosen.setdefault(id(states[name]), name)
+    return [name for name in names if name in chosen.values()]
 
 
 @torch.no_grad()

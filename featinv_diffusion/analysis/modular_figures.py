@@ -62,8 +62,15 @@ def write_tradeoff(
     figure, axes = _plain_figure(4.2, 3.2)
     errors = [[v.value - v.low for v in mse], [v.high - v.value for v in mse]]
     axes.errorbar([v.value for v in mse], ap, xerr=errors, fmt="o", color=figures.BLUE, capsize=3)
-    for name, value, precision in zip(names, mse, ap, strict=True):
-        axes.annotate(name, (value.value, precision), xytext=(4, 4), textcoords="offset points")
+    for i, (name, value, precision) in enumerate(zip(names, mse, ap, strict=True)):
+        axes.annotate(
+            name,
+            (value.value, precision),
+            xytext=(4, -11 if i % 2 else 4),  # two neighbours may be alike
+            textcoords="offset points",
+            fontsize=figures.TEXT,
+        )
+    axes.margins(0.12)  # room for the names
     axes.set_xlabel("MSE of the reconstruction, 95 % interval", fontsize=figures.TEXT)
     axes.set_ylabel("average precision", fontsize=figures.TEXT)
     figures.write_figure(figure, path)

@@ -60,8 +60,10 @@ def leaf_layout(module: nn.Module) -> Layout | None:
     """Returns the 4-d layout that the class of a childless module implies, None where it does not.
 
     Classes named `…2d`, PyTorch's and timm's, work on NCHW; linear layers and layer norms on the
-    last axis.
+    last axis, but for those of transformers whose `data_format` says otherwise.
     """
+    if getattr(module, "data_format", None) == "channels_first":
+        return Layout("NCHW")
     if any(cls.__name__.endswith("2d") for cls in type(module).__mro__):
         return Layout("NCHW")
     if isinstance(module, nn.GroupNorm):

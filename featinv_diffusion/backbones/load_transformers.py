@@ -16,8 +16,27 @@ from transformers import PretrainedConfig, PreTrainedModel
 from featinv_diffusion.errors import InputError
 
 PROCESSOR_FILE = "preprocessor_config.json"
-VISION_TOWERS = {"clip": "CLIPVisionModel", "siglip": "SiglipVisionModel"}
-"""Models of image and text, by `config.model_type`, of which only the vision tower is loaded."""
+WHOLE_PROCESSOR_FILE = "processor_config.json"
+"""Where transformers 5 keeps the image processor of a model of image and text, nested."""
+
+VISION_TOWERS = {
+    "clip": "CLIPVisionModel",
+    "internvl": "InternVLVisionModel",
+    "sam": "SamVisionModel",
+    "siglip": "SiglipVisionModel",
+}
+"""Larger models, by `config.model_type`, of which only the vision tower is loaded."""
+
+KEY_MAPPINGS = {"internvl": {r"^(model\.)?vision_tower\.": ""}}
+"""From the names of weights in a larger model to those in its tower, unless transformers knows."""
+
+ELSEWHERE = {
+    "intern_vit_6b": "its code is not part of transformers. timm has InternViT-300M under "
+    "timm/vit_intern300m_patch14_448.ogvl_dist and .ogvl_2pt5",
+    "siglip2": "NaFlex checkpoints read patches of varying grids instead of images. SigLIP2 of one "
+    "resolution, such as hf/google/siglip2-base-patch16-256, is of the type siglip",
+}
+"""Types that cannot be loaded, and what can be loaded in their place."""
 
 
 def load_transformers(
@@ -33,19 +52,50 @@ def load_transformers(
     """
     model_kwargs.setdefault("dtype", torch.float32)
     try:
-        config = transformers.AutoConfig.from_pretrained(source)
+        _check_type(source)
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
         factory = _model_class(config)
         if pretrained:
-            model = factory.from_pretrained(source, **model_kwargs)
+            model = _load(factory, source, config.model_type, **model_kwargs)
         else:
             model = _build(factory, config, **model_kwargs)
         # A timm model carries its preprocessing in its configuration.
         return model, {} if config.model_type == "timm_wrapper" else _read_processor(source)
+    except InputError:
+        raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(
             f"{source!r} must be a folder or Hub repository of a vision model of transformers, "
             f"but loading it failed: {str(error).strip().splitlines()[0]}"
         ) from error
+
+
+def _check_type(source: str) -> None:
+    """Raises `InputError` for a type of `ELSEWHERE`, before any code is asked for."""
+    raw, _ = PretrainedConfig.get_config_dict(source)
+    model_type = raw.get("model_type", "")
+    if model_type in ELSEWHERE:
+        raise InputError(
+            f"{source!r} must be a vision model of transformers that reads images, but it is of "
+            f"type {model_type!r}: {ELSEWHERE[model_type]}."
+        )
+
+
+def _load(factory: Any, source: str, model_type: str, **model_kwargs: Any) -> PreTrainedModel:
+    """Loads weights; those of a tower must all be there, for transformers leaves gaps random."""
+    if model_type not in VISION_TOWERS:
+        return factory.from_pretrained(source, **model_kwargs)
+    mapping = KEY_MAPPINGS.get(model_type)
+    model, found = factory.from_pretrained(
+        source, output_loading_info=True, key_mapping=mapping, **model_kwargs
+    )
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise InputError(
+            f"{source!r} must hold all weights of a {type(model).__name__}, "
+            f"but {len(missing)} are missing, {missing[0]} among them."
+        )
+    return model
 
 
 def _model_class(config: PretrainedConfig) -> Any:
@@ -67,13 +117,19 @@ def _build(factory: Any, config: PretrainedConfig, **model_kwargs: Any) -> PreTr
 
 
 def _read_processor(source: str) -> dict[str, Any]:
-    """Reads `preprocessor_config.json`; empty where the folder or repository has none."""
-    path = Path(source) / PROCESSOR_FILE
+    """Returns the settings of the image processor; empty where there is none."""
+    settings = _read_json(source, PROCESSOR_FILE)
+    return settings or _read_json(source, WHOLE_PROCESSOR_FILE).get("image_processor", {})
+
+
+def _read_json(source: str, name: str) -> dict[str, Any]:
+    """Reads a file of a folder or repository; empty where that is known not to have it."""
+    path = Path(source) / name
     if not Path(source).is_dir():
         try:
-            path = Path(hf_hub_download(source, PROCESSOR_FILE))
+            path = Path(hf_hub_download(source, name))
         except LocalEntryNotFoundError:
-            if try_to_load_from_cache(source, PROCESSOR_FILE) is not _CACHED_NO_EXIST:
+            if try_to_load_from_cache(source, name) is not _CACHED_NO_EXIST:
                 raise  # offline, and never asked for before
             return {}
         except EntryNotFoundError:

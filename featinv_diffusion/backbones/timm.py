@@ -8,6 +8,7 @@ from typing import Any
 
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
 from timm.layers import AttentionPool2d, AttentionPoolLatent, AttentionPoolPrr, RotAttentionPool2d
+from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import Tensor, nn
 
 from featinv_diffusion.backbones.base import LAST
@@ -121,6 +122,8 @@ class TimmBackbone(TracedBackbone):
 
     def _declared_layouts(self) -> list[Layout]:
         tokens = [self._last.layout] if self._last.layout.axes == "NLC" else []
+        if isinstance(self.model, VisionTransformerSAM):  # channels first behind the neck alone
+            return [Layout("NHWC")]
         return [Layout(self._axes), *tokens]
 
     def _class_names(self) -> tuple[str, ...] | None:

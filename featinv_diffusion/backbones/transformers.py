@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from featinv_diffusion.backbones.base import LAST
-from featinv_diffusion.backbones.layout import Layout
+from featinv_diffusion.backbones.layout import Axes, Layout
 from featinv_diffusion.backbones.preprocessing import Preprocessing
 from featinv_diffusion.backbones.timm import class_names
 from featinv_diffusion.backbones.traced import LastLayer, TracedBackbone
@@ -39,12 +39,16 @@ class Tower:
         statistics: (mean, std) where the model comes without an image processor's configuration.
         interpolation: likewise.
         asks_to_interpolate: whether other input sizes need `interpolate_pos_encoding=True`.
+        last_axes: of the last hidden state.
+        block_axes: of what the blocks hand on.
     """
 
     n_prefix: Callable[[PretrainedConfig], int]
     statistics: Statistics
     interpolation: str = "bicubic"
     asks_to_interpolate: bool = True
+    last_axes: Axes = "NLC"
+    block_axes: Axes = "NLC"
 
 
 TOWERS: dict[str, Tower] = {
@@ -58,10 +62,22 @@ TOWERS: dict[str, Tower] = {
         lambda c: 1 + c.num_register_tokens, IMAGENET, "bilinear", asks_to_interpolate=False
     ),
     "ijepa": Tower(lambda c: 0, HALF, "bilinear"),
+    "internvl_vision": Tower(lambda c: 1, IMAGENET, asks_to_interpolate=False),
+    "sam_vision_model": Tower(
+        lambda c: 0,
+        IMAGENET,
+        "bilinear",
+        asks_to_interpolate=False,
+        last_axes="NCHW",
+        block_axes="NHWC",
+    ),
     "siglip_vision_model": Tower(lambda c: 0, HALF),
     "vit": Tower(lambda c: 1, HALF, "bilinear"),
 }
 """By `config.model_type`."""
+
+TOWER_ATTRIBUTES = ("vision_model", "vision_encoder", "vision_tower")
+"""Where models of transformers keep the tower that they are built on."""
 
 MEAN_POOLED = (
     "CLIPForImageClassification",
@@ -76,11 +92,12 @@ PILLOW_RESAMPLING = {2: "bilinear", 3: "bicubic"}
 class TransformersBackbone(TracedBackbone):
     """A vision tower of transformers, with its classification head where it has one.
 
-    `last` is the `last_hidden_state` of the tower without its prefix tokens.
+    `last` is the `last_hidden_state` of the tower without its prefix tokens. Of SAM that is the map
+    behind the neck, all that its decoder sees; `layers.11` of its base model is the one before.
 
     Args:
-        model: a vision model, a model for image classification, or a model of image and text, of
-            which the vision tower is used.
+        model: a vision model, a model for image classification, or a larger model, of which the
+            vision tower is used.
         name, layer: as in `Backbone`.
         input_size: (h, w); default the size of the processor or of the model.
         processor: settings of the image processor, empty where there are none.
@@ -143,23 +160,30 @@ class TransformersBackbone(TracedBackbone):
         return module(pixels)
 
     def _inspect(self, pixels: Tensor) -> LastLayer:
-        config = self._config
-        patch = _pair(config.patch_size)
-        grid = (self.input_size[0] // patch[0], self.input_size[1] // patch[1])
-        layout = Layout("NLC", TOWERS[config.model_type].n_prefix(config), grid)
+        layout = self._find_layout()
         shape = tuple(self._run_last(pixels).shape)
         if not layout.fits(shape, self.input_size):
             raise InputError(
                 f"The last hidden state of {self.name!r} must hold {layout.n_prefix} prefix tokens "
-                f"and a grid of {grid[0]}×{grid[1]}, but holds {shape[1]} tokens."
+                f"and a grid of {layout.grid[0]}×{layout.grid[1]}, but holds {shape[1]} tokens."
             )
         has_head = _classifies(self.model) and self._hf.config.num_labels > 0
         return LastLayer(
             layout, shape, has_head, has_head and type(self.model).__name__ in MEAN_POOLED
         )
 
+    def _find_layout(self) -> Layout:
+        config = self._config
+        tower = TOWERS[config.model_type]
+        if tower.last_axes != "NLC":
+            return Layout(tower.last_axes)
+        patch = _pair(config.patch_size)
+        grid = (self.input_size[0] // patch[0], self.input_size[1] // patch[1])
+        return Layout("NLC", tower.n_prefix(config), grid)
+
     def _declared_layouts(self) -> list[Layout]:
-        return [self._last.layout]
+        axes = TOWERS[self._config.model_type].block_axes
+        return [self._last.layout if axes == "NLC" else Layout(axes)]
 
     def _class_names(self) -> tuple[str, ...] | None:
         return class_names(self._hf.config)
@@ -171,8 +195,9 @@ def find_tower(model: nn.Module, name: str) -> PreTrainedModel:
     Raises:
         InputError: its type is not in `TOWERS`.
     """
-    prefix = getattr(model, "base_model_prefix", "") if _classifies(model) else ""
-    for candidate in (getattr(model, "vision_model", None), getattr(model, prefix, None), model):
+    base = getattr(model, getattr(model, "base_model_prefix", ""), None)
+    parts = [getattr(owner, name, None) for owner in (model, base) for name in TOWER_ATTRIBUTES]
+    for candidate in (*parts, base if _classifies(model) else None, model):
         if isinstance(candidate, PreTrainedModel) and _model_type(candidate) in TOWERS:
             return candidate
     raise InputError(
@@ -194,7 +219,8 @@ def read_preprocessing(config: PretrainedConfig, processor: Mapping[str, Any]) -
     """Returns the preprocessing of an image processor's configuration.
 
     What it does not say comes from the model: `config.image_size`, and mean, std and interpolation
-    of the model type in `TOWERS`. Crops become a squash to the crop's size.
+    of the model type in `TOWERS`. Crops become a squash to the crop's size, and so does SAM's way
+    (longest edge resized, the rest padded with zeros): no cell of the map is of padding.
     """
     tower = TOWERS[config.model_type]
     mean, std = tower.statistics

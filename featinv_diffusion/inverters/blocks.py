@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -25,9 +25,12 @@ class InverseModule(ModelMixin, ConfigMixin):
     written as they are, in [0, 1].
 
     Subclasses take `reads_spec` and `writes_spec`, `FeatureSpec`s as dicts, into their config and
-    call `_wire` with them.
+    call `_wire` with them, which refuses other kinds of stages than `reads_kinds` and
+    `writes_kinds`; there the image is a kind of its own.
     """
 
+    reads_kinds: ClassVar[tuple[str, ...]]
+    writes_kinds: ClassVar[tuple[str, ...]]
     standardises_input = True
     input_mean: Tensor
     input_std: Tensor
@@ -80,9 +83,18 @@ class InverseModule(ModelMixin, ConfigMixin):
             self.output_std.copy_(outputs[1].clamp_min(1e-3 * outputs[1].max()))
 
     def _wire(self, reads: FeatureSpec, writes: FeatureSpec) -> None:
+        self._check_kind("read", reads, self.reads_kinds)
+        self._check_kind("write", writes, self.writes_kinds)
         for name, n in (("input", reads.channels), ("output", writes.channels)):
             self.register_buffer(f"{name}_mean", torch.zeros(n))
             self.register_buffer(f"{name}_std", torch.ones(n))
+
+    def _check_kind(self, verb: str, spec: FeatureSpec, kinds: tuple[str, ...]) -> None:
+        if (IMAGE if spec.layer == IMAGE else spec.kind) not in kinds:
+            raise InputError(
+                f"A stage that {type(self).__name__} can {verb} must be of kind "
+                f"{' or '.join(kinds)}, but {spec} came. Choose a module of another kind for it."
+            )
 
     @staticmethod
     def _fit(embedding: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,6 +117,9 @@ class ConvInverse(InverseModule):
         grid: of tokens: (h, w) in patches.
         positions: subtract a fixed table of positions from tokens, set by `set_positions`.
     """
+
+    reads_kinds = ("map", "tokens")
+    writes_kinds = (IMAGE,)
 
     @register_to_config
     def __init__(

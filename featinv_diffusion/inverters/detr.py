@@ -33,6 +33,9 @@ class EncoderInverse(InverseModule):
             fixes mean and variance of each cell; those of B vary.
     """
 
+    reads_kinds = ("map",)
+    writes_kinds = ("map",)
+
     @register_to_config
     def __init__(
         self,
@@ -67,6 +70,9 @@ class DecoderInverse(InverseModule):
     Args:
         depth, n_heads, feedforward, linear_output: as in `EncoderInverse`.
     """
+
+    reads_kinds = ("queries", "tokens")
+    writes_kinds = ("map",)
 
     @register_to_config
     def __init__(
@@ -107,6 +113,8 @@ class HeadInverse(InverseModule):
         hidden: widths of the two hidden layers.
     """
 
+    reads_kinds = ("queries", "tokens")
+    writes_kinds = ("queries", "tokens")
     standardises_input = False  # a one-hot code of rare classes would become huge
 
     @register_to_config

@@ -28,6 +28,9 @@ class BlocksInverse(InverseModule):
         depth, n_heads, mlp_ratio: of the blocks; published are 12, 12 and 4 for ViT-B/16.
     """
 
+    reads_kinds = ("tokens", "map")
+    writes_kinds = ("tokens",)
+
     @register_to_config
     def __init__(
         self,
@@ -39,11 +42,11 @@ class BlocksInverse(InverseModule):
     ):
         super().__init__()
         reads, writes = spec_of(reads_spec), spec_of(writes_spec)
+        self._wire(reads, writes)
         if reads.channels != writes.channels:
             raise InputError(
                 f"Blocks keep the number of channels, but read {reads} and write {writes}."
             )
-        self._wire(reads, writes)
         make: Any = Block
         sizes: dict[str, Any] = {"mlp_ratio": mlp_ratio, "norm_layer": nn.LayerNorm}
         blocks = (make(reads.channels, n_heads, **sizes) for _ in range(depth))
@@ -74,6 +77,8 @@ class AnalyticPatchInverse(InverseModule):
         condition: largest by smallest singular value of W, without those that `rcond` cuts off.
     """
 
+    reads_kinds = ("tokens",)
+    writes_kinds = (IMAGE,)
     standardises_input = False
     weight: Tensor
     offset: Tensor

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from jaxtyping import Float
+from torch import Tensor, nn
 from transformers import TimmWrapperForImageClassification
 
 from featinv_diffusion.backbones import wrap_model
@@ -164,17 +165,39 @@ def _make_conv(
 def measure_statistics(
     path: ForwardPath, stages: list[str], images: Tensor, batch_size: int = 64
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Returns (mean, std) per channel of the named stages, over images and cells."""
+    """Returns (mean, std) per channel of the named stages, over images and the cells that count.
+
+    Images are squashed to the input size of the model, as those that modules are trained to write.
+    """
     count: dict[str, int] = dict.fromkeys(stages, 0)
     sums: dict[str, tuple[Tensor, Tensor]] = {}
     for batch in images.split(batch_size):
-        for stage, embedding in path.embeddings(batch.to(path.device), stages).items():
+        found = path.embeddings(batch.to(path.device), stages)
+        if IMAGE in found:
+            found[IMAGE] = resize(batch, path.input_size)
+        for stage, embedding in found.items():
             axis = 1 if embedding.ndim == 4 else -1
-            cells = embedding.cpu().double().movedim(axis, -1).flatten(0, -2)
+            cells = counted(path, stage, embedding).cpu().double().movedim(axis, -1).flatten(0, -2)
             total, square = sums.get(stage, (torch.zeros(()), torch.zeros(())))
             sums[stage] = (total + cells.sum(0), square + cells.square().sum(0))
             count[stage] += len(cells)
     return {stage: _mean_and_std(*sums[stage], count[stage]) for stage in stages}
+
+
+def counted(
+    path: ForwardPath, stage: str, embedding: Float[Tensor, "b ..."]
+) -> Float[Tensor, "b ..."]:
+    """Leaves out the prefix tokens that enter a ViT's first block: they are the same for all."""
+    if stage == "patches" and isinstance(path, VitPath):
+        return embedding[:, path.n_prefix :]
+    return embedding
+
+
+def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Squashes images to (h, w)."""
+    if tuple(images.shape[-2:]) == size:
+        return images
+    return nn.functional.interpolate(images, size, mode="bilinear", antialias=True)
 
 
 def set_statistics(inverses: InverseSet, statistics: Mapping[str, tuple[Tensor, Tensor]]) -> None:

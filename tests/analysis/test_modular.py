@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import json
+from itertools import combinations
 
 import pytest
 import torch
@@ -77,15 +78,24 @@ def test_the_patch_embedding_is_undone_in_closed_form(vit: ModularInverter) -> N
     assert next(vit.path.model.parameters()).dtype == torch.float32
 
 
-def test_states_that_fit_an_inverse_are_those_of_its_shape(
+def test_states_that_fit_an_inverse_are_those_of_its_shape_each_once(
     detr: ModularInverter, vit: ModularInverter
 ) -> None:
-    maps = ["backbone", "encoder.1", "encoder.2", "encoder"]
-    assert matching_states(detr, "encoder") == maps
-    assert matching_states(detr, "decoder") == [f"decoder.{i}" for i in range(4)] + ["decoder"]
-    tokens = matching_states(vit, "encoder")
-    assert tokens[:3] == ["patches", "blocks.0.attention", "blocks.0"]
+    """`encoder.0` is `backbone`; `encoder.2`, `decoder.3` and `blocks.2` are the last states."""
+    assert matching_states(detr, "encoder") == ["backbone", "encoder.1", "encoder"]
+    assert matching_states(detr, "decoder") == [f"decoder.{i}" for i in range(3)] + ["decoder"]
+    blocks = [f"blocks.{i}{part}" for i in range(3) for part in (".attention", "")]
+    assert matching_states(vit, "encoder") == ["patches", *blocks[:-1], "encoder"]
+    assert matching_states(vit, "blocks.2") == ["patches", *blocks]
     assert matching_states(vit, "last") == ["last"]
+
+
+@torch.no_grad()
+def test_no_two_states_are_the_same(detr: ModularInverter, vit: ModularInverter) -> None:
+    for inverter, stage in ((detr, "encoder"), (detr, "decoder"), (vit, "encoder")):
+        names = matching_states(inverter, stage)
+        states = inverter.path.embeddings(make_images(1), names)
+        assert not any(torch.equal(states[a], states[b]) for a, b in combinations(names, 2))
 
 
 def test_the_zeros_where_the_decoder_starts_give_one_picture_for_all(detr: ModularInverter) -> None:
@@ -203,4 +213,4 @@ def test_analyze_writes_figures_and_metrics(saved, boxes, tmp_path, name, key, f
 
 
 def test_the_command_line_knows_every_analysis() -> None:
-    assert tuple(STUDIES) == NAMES
+    assert (*STUDIES, "encoders") == NAMES

@@ -105,7 +105,9 @@ def test_listed_layers_can_be_selected_and_have_the_shape_that_was_listed(backbo
         assert not inner.head_reads_map
 
 
-@pytest.mark.parametrize("name", ["resnet", "convnext", "swin", "vit", "dinov2", "clip"])
+@pytest.mark.parametrize(
+    "name", ["resnet", "convnext", "swin", "vit", "dinov2", "clip", "sam", "internvit"]
+)
 def test_a_map_changes_most_where_the_image_changes(backbone):
     """Channels taken for rows, or a prefix token for a cell, would break this."""
     images = zoo.make_images(1)

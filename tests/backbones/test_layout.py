@@ -4,6 +4,7 @@ import pytest
 import timm.layers
 import torch
 from torch import nn
+from transformers.models.sam.modeling_sam import SamLayerNorm
 
 from featinv_diffusion.backbones.layout import Layout, is_elementwise, leaf_layout
 
@@ -62,6 +63,8 @@ def test_fits_allows_for_rounding():
         (timm.layers.LayerNorm2d(4), "NCHW"),
         (timm.layers.BatchNormAct2d(4), "NCHW"),
         (nn.LayerNorm(4), "NHWC"),
+        (SamLayerNorm(4), "NHWC"),
+        (SamLayerNorm(4, data_format="channels_first"), "NCHW"),
         (nn.Linear(4, 4), "NHWC"),
     ],
 )

@@ -32,7 +32,7 @@ PROCESSOR = {
 }
 
 
-@pytest.mark.parametrize("name", zoo.TOWERS)
+@pytest.mark.parametrize("name", zoo.TOKEN_TOWERS)
 def test_last_is_the_last_hidden_state_without_prefix_tokens(name):
     """Cell (i, j) of the 4×4 grid is token n_prefix + 4i + j."""
     model, n_prefix = zoo.make_tower(name), zoo.TOWERS[name][2]
@@ -61,7 +61,7 @@ def test_class_names():
     assert wrap_model(model, name="vit").labels == tuple(f"kind {i}" for i in range(5))
 
 
-@pytest.mark.parametrize("name", ["clip", "dinov2", "siglip", "vit-classes", "dinov3"])
+@pytest.mark.parametrize("name", ["clip", "dinov2", "siglip", "vit-classes", "dinov3", "internvit"])
 def test_layers_by_name_follow_the_hidden_states(name):
     model, n_prefix = zoo.make_tower(name), zoo.TOWERS[name][2]
     backbone, images = wrap_model(model, name=name), zoo.make_images()
@@ -77,7 +77,7 @@ def test_layers_by_name_follow_the_hidden_states(name):
     assert torch.allclose(features.flatten(2).transpose(1, 2), tokens[:, n_prefix:], atol=1e-6)
 
 
-@pytest.mark.parametrize("name", zoo.TOWERS)
+@pytest.mark.parametrize("name", zoo.TOKEN_TOWERS)
 def test_other_input_sizes_resample_the_positions(name):
     backbone = wrap_model(zoo.make_tower(name), name=name, input_size=(96, 48))
     assert backbone.spec.grid == (6, 3)
@@ -232,9 +232,10 @@ def test_a_repository_that_has_no_processor_gets_that_of_its_type():
     snapshot = cache("someone/vit", "vit-classes")
     with pytest.raises(InputError, match="loading it failed"):
         load_backbone("hf/someone/vit")  # not known: nobody has asked
-    absent = snapshot.parents[1] / ".no_exist" / "abc123" / "preprocessor_config.json"
-    absent.parent.mkdir(parents=True)
-    absent.touch()
+    absent = snapshot.parents[1] / ".no_exist" / "abc123"
+    absent.mkdir(parents=True)
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        (absent / name).touch()
     assert load_backbone("hf/someone/vit").preprocessing.mean == (0.5, 0.5, 0.5)
 
 

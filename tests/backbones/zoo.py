@@ -25,6 +25,10 @@ from transformers import (
     DINOv3ViTModel,
     IJepaConfig,
     IJepaForImageClassification,
+    InternVLVisionConfig,
+    InternVLVisionModel,
+    SamVisionConfig,
+    SamVisionModel,
     SiglipConfig,
     SiglipForImageClassification,
     SiglipVisionConfig,
@@ -59,6 +63,9 @@ TIMM: dict[str, dict[str, Any]] = {
     "vit_base_patch16_clip_224": VIT | {"global_pool": "avg"},
     "deit_tiny_distilled_patch16_224": VIT,
     "beit_base_patch16_224": VIT,
+    "eva02_base_patch16_clip_224": VIT,
+    "samvit_base_patch16": VIT | {"window_size": 3, "global_attn_indexes": (1,)},
+    "vit_intern300m_patch14_448": VIT | {"patch_size": 16},
     "test_efficientnet": {},
     "coat_lite_tiny": {"img_size": SIZE},
 }
@@ -72,6 +79,12 @@ ViT: dict[str, Any] = {
 }
 DINO = {k: v for k, v in ViT.items() if k != "intermediate_size"}
 CLASSES: dict[str, Any] = {"num_labels": 5}
+SAM: dict[str, Any] = DINO | {
+    "mlp_dim": 48,
+    "window_size": 3,  # does not divide the grid of 4
+    "global_attn_indexes": [1],
+    "output_channels": 24,
+}
 TOWERS: dict[str, tuple[Any, Any, int]] = {
     "clip": (CLIPVisionModel, CLIPVisionConfig(**ViT), 1),
     "clip-classes": (CLIPForImageClassification, CLIPConfig(vision_config=ViT, **CLASSES), 1),
@@ -90,6 +103,8 @@ TOWERS: dict[str, tuple[Any, Any, int]] = {
     ),
     "dinov3": (DINOv3ViTModel, DINOv3ViTConfig(**ViT, num_register_tokens=2), 3),
     "ijepa-classes": (IJepaForImageClassification, IJepaConfig(**ViT, **CLASSES), 0),
+    "internvit": (InternVLVisionModel, InternVLVisionConfig(**ViT), 1),
+    "sam": (SamVisionModel, SamVisionConfig(**SAM), 0),
     "siglip": (SiglipVisionModel, SiglipVisionConfig(**ViT), 0),
     "siglip-classes": (
         SiglipForImageClassification,
@@ -99,6 +114,9 @@ TOWERS: dict[str, tuple[Any, Any, int]] = {
     "vit-classes": (ViTForImageClassification, ViTConfig(**ViT, **CLASSES), 1),
 }
 """Class, configuration, and how many tokens come before the patches."""
+
+TOKEN_TOWERS = [name for name in TOWERS if name != "sam"]
+"""Those whose last hidden state is a sequence of tokens."""
 
 NAMES = [*SHORT_NAMES, *TIMM, *TOWERS, "wrapper"]
 

@@ -115,6 +115,35 @@ def test_published_backbone_inverses_have_their_sizes(name, n_layers, millions) 
     assert module(torch.zeros(2, 256, 15, 20, device="meta")).shape == (2, 3, 480, 640)
 
 
+@pytest.mark.parametrize(
+    ("module", "reads", "writes", "message"),
+    [
+        (EncoderInverse, "decoder", "encoder", r"EncoderInverse can read must be of kind map, "),
+        (EncoderInverse, "encoder", "decoder", r"EncoderInverse can write must be of kind map, "),
+        (EncoderInverse, "encoder", "image", r"EncoderInverse can write must be of kind map, "),
+        (DecoderInverse, "encoder", "backbone", r"can read must be of kind queries or tokens, "),
+        (DecoderInverse, "prediction", "decoder", r"DecoderInverse can write must be of kind map"),
+        (HeadInverse, "encoder", "decoder", r"HeadInverse can read must be of kind queries or"),
+        (HeadInverse, "prediction", "encoder", r"HeadInverse can write must be of kind queries"),
+        (ConvInverse, "decoder", "image", r"ConvInverse can read must be of kind map or tokens, "),
+        (ConvInverse, "encoder", "backbone", r"ConvInverse can write must be of kind image, "),
+        (BlocksInverse, "decoder", "prediction", r"BlocksInverse can read must be of kind tokens"),
+    ],
+)
+def test_a_module_refuses_stages_of_a_kind_that_it_cannot_read_or_write(
+    detr, module, reads: str, writes: str, message: str
+) -> None:
+    with pytest.raises(InputError, match=f"A stage that .*{message}.* of small/detr at layer"):
+        module(**small.ends(detr, reads, writes))
+
+
+def test_modules_of_a_vit_refuse_a_map_to_write_and_the_analytic_one_a_map_to_read(vit) -> None:
+    with pytest.raises(InputError, match="BlocksInverse can write must be of kind tokens, "):
+        BlocksInverse(**small.ends(vit, "encoder", "last"))
+    with pytest.raises(InputError, match="AnalyticPatchInverse can read must be of kind tokens, "):
+        AnalyticPatchInverse(**small.ends(vit, "last", "image"))
+
+
 @pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (3, 1), (3, 2), (4, 2), (8, 8), (5, 2)])
 def test_each_layer_enlarges_by_its_stride(detr, kernel: int, stride: int) -> None:
     last = 8 // stride
