@@ -33,6 +33,19 @@ def load_config(cls: type[T], path: str | Path | None = None, overrides: Sequenc
         raise InputError(f"The configuration is incomplete: {_first_line(error)}") from error
 
 
+def read_setting(key: str, path: str | Path | None = None, overrides: Sequence[str] = ()) -> Any:
+    """Returns one value of what `load_config` reads, before any class checks it; None without it.
+
+    Raises:
+        InputError: unreadable file or override.
+    """
+    config = OmegaConf.create() if path is None else _read_yaml(Path(path))
+    for override in overrides:
+        if "=" in override:  # `load_config` refuses what has none
+            config = _merge(config, _read_override(override), f"override {override!r}")
+    return OmegaConf.select(config, key)
+
+
 def to_yaml(config: Any) -> str:
     """Returns the YAML that `load_config` reads back to an equal object."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))

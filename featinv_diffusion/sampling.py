@@ -18,13 +18,16 @@ from featinv_diffusion.diffusion.quiet import without_progress_bars
 from featinv_diffusion.diffusion.schedulers import SCHEDULERS, make_scheduler, scheduler_name
 from featinv_diffusion.errors import InputError, choices_hint
 from featinv_diffusion.inverters.base import Inverter
-from featinv_diffusion.inverters.chain import MapChain
 from featinv_diffusion.inverters.diffusion import DiffusionInverter, declared_spec
-from featinv_diffusion.inverters.modular import list_modular, load_modular
+from featinv_diffusion.inverters.registry import (
+    DIFFUSION,
+    Source,
+    list_inverters,
+    open_deterministic,
+)
 from featinv_diffusion.types import FeatureSpec
 
 DEFAULT_BACKBONE = "convnext"
-DIFFUSION = "diffusion"
 BUNDLED = "tiny/"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CHOICES: dict[str, Collection[str]] = {
@@ -40,7 +43,8 @@ class SampleSettings:
     """Everything that decides the pictures; a manifest records it.
 
     Args:
-        pipeline: bundled name, folder or Hub repo; None is the bundled one of `backbone`.
+        pipeline: bundled name, folder or Hub repo; None is the bundled one of `backbone`. Of the
+            inverter `rae`, the folder or Hub repo of its autoencoder.
         backbone: must be the pipeline's; None takes it, or `convnext` without a pipeline.
         layer: must be the pipeline's; None takes it.
         steps, guidance_scale, guidance: see `DiffusionInverter`; None is the pipeline's default.
@@ -49,8 +53,9 @@ class SampleSettings:
         attention: `native` is PyTorch's scaled dot product, `xformers` needs that extra.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps` …
         dtype: of the diffusion model; the backbone always computes in float32.
-        inverter: `diffusion`, or a modular inverter: the name of a bundled one, or its folder.
-        stage: of the modular inverter; None is its default one.
+        inverter: `diffusion`, or a deterministic inverter: a name of `list_inverters`, or a folder
+            of a modular inverter or a reconstructor.
+        stage: of a modular inverter; None is its default one. Others have their own layer only.
     """
 
     pipeline: str | None = None
@@ -87,7 +92,13 @@ class SampleSettings:
         if self.inverter == DIFFUSION and self.stage is not None:
             raise InputError("--stage is of a modular inverter; name one with --inverter.")
         if self.inverter != DIFFUSION:
-            _check_modular(self)
+            _check_deterministic(self)
+
+
+def choose_inverter(settings: SampleSettings, inverter: str, stage: str | None) -> SampleSettings:
+    """Returns the settings of an inverter; samples of a deterministic one would all be the same."""
+    n_samples = settings.n_samples if inverter == DIFFUSION else 1
+    return replace(settings, inverter=inverter, stage=stage, n_samples=n_samples)
 
 
 def open_chosen(
@@ -95,19 +106,25 @@ def open_chosen(
 ) -> tuple[Inverter, SampleSettings]:
     """As `open_inverter`, of whichever kind the settings name.
 
-    In the resolved settings of a modular inverter the backbone and the stage are its own.
+    In the resolved settings of a deterministic inverter backbone, layer and stage are its own.
+
+    Raises:
+        InputError: as `open_inverter` and `open_deterministic`.
     """
     if settings.inverter == DIFFUSION:
         return open_inverter(settings, on_progress)
     device = find_device(settings.device)
+    source = Source(settings.inverter, settings.stage, settings.pipeline, on_progress)
     with without_progress_bars():
-        modular = load_modular(settings.inverter)
-    modular.inverses.to(device)
-    modular.path.to(device)
-    inverter = MapChain(modular.chain(settings.stage), on_progress)
+        inverter = open_deterministic(source)
+    assert inverter.backbone is not None
+    for module in (*inverter.networks.values(), inverter.backbone):
+        module.to(device)
+    pipeline = settings.pipeline
     resolved = replace(
         settings,
-        inverter=_lasting_folder(settings.inverter, list_modular()),
+        inverter=_lasting_folder(settings.inverter, list_inverters()),
+        pipeline=None if pipeline is None else _lasting_folder(pipeline, ()),
         stage=inverter.spec.layer,
         backbone=inverter.spec.backbone,
         layer=inverter.spec.layer,
@@ -121,8 +138,8 @@ def open_inverter(
 ) -> tuple[DiffusionInverter, SampleSettings]:
     """Loads the pipeline and returns it as an inverter with a backbone, and the settings resolved.
 
-    In the resolved settings nothing is None or `auto`, but for the stage of a modular inverter and
-    a scheduler that has no name here.
+    In the resolved settings nothing is None or `auto`, but for the stage, which deterministic
+    inverters have, and a scheduler that has no name here.
 
     Raises:
         InputError: unknown names, a device that is not there, a pipeline of another backbone or
@@ -253,12 +270,12 @@ def _lasting_folder(name: str, bundled: Collection[str]) -> str:
     return str(folder.absolute()) if name not in bundled and folder.is_dir() else name
 
 
-def _check_modular(settings: SampleSettings) -> None:
-    """A modular inverter implies its backbone, and no setting of diffusion means anything to it.
+def _check_deterministic(settings: SampleSettings) -> None:
+    """A deterministic inverter implies its backbone, and draws no noise.
 
     Resolved settings, in which the backbone and the layer are the inverter's own, pass too.
     """
-    names = ("pipeline", "steps", "scheduler", "guidance_scale", "guidance")
+    names = ("steps", "scheduler", "guidance_scale", "guidance")
     given = [name for name in names if getattr(settings, name) is not None]
     given += [name for name in ("backbone", "layer") if getattr(settings, name) is not None]
     is_resolved = settings.stage is not None and settings.layer == settings.stage

@@ -31,7 +31,7 @@ from featinv_diffusion.images import center_square, read_image, write_png
 from featinv_diffusion.manifest import Manifest, to_jobs
 from featinv_diffusion.processes import device_name, make_accelerator
 from featinv_diffusion.reconstruction import find_images, make_jobs
-from featinv_diffusion.sampling import SampleSettings, open_inverter
+from featinv_diffusion.sampling import SampleSettings, choose_inverter, open_chosen
 from featinv_diffusion.shards import Shard, begin_run, make_shards, merge_shards, run_shard
 from featinv_diffusion.viz import GridRow
 
@@ -43,6 +43,8 @@ def main(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE|FOLDER...")],
     *,
     settings: SampleSettings,
+    inverter: options.Inverter = "diffusion",
+    stage: options.Stage = None,
     output: options.Output = Path("outputs/reconstruct"),
     shard_size: Annotated[
         int, typer.Option(help="Pictures that one process does, and keeps, at a time.")
@@ -50,6 +52,7 @@ def main(
 ) -> None:
     """Reconstruct all pictures, a shard of them at a time, on as many processes as were started."""
     accelerator = make_accelerator()
+    settings = choose_inverter(settings, inverter, stage)
     settings = replace(settings, device=device_name(accelerator))
     jobs = make_jobs(find_images(images, exclude=output), settings.seed, settings.n_samples)
     manifest = reconstruct_shards(accelerator, settings, make_shards(jobs, shard_size), output)
@@ -72,7 +75,7 @@ def reconstruct_shards(
     n_mine = sum(len(job.seeds) for shard in mine for job in shard.jobs)
     with progress_bar(n_mine, enabled=accelerator.is_main_process) as advance:
         with accelerator.main_process_first():  # one downloads, the others find it there
-            inverter, resolved = open_inverter(settings, on_progress=advance)
+            inverter, resolved = open_chosen(settings, on_progress=advance)
             scope = open_scope(inverter, resolved)
         begin_run(resolved, shards, output, write=accelerator.is_main_process)
         accelerator.wait_for_everyone()  # all have counted what is done before any does more

@@ -10,7 +10,7 @@ import featinv_diffusion
 PACKAGE = Path(featinv_diffusion.__file__).parent
 LAYERS = [
     {"errors", "types", "config", "files", "seeds"},
-    {"images", "data", "boxes", "processes", "tensors"},
+    {"images", "data", "boxes", "pixel_operations", "processes", "tensors"},
     {"backbones", "features", "concepts", "metrics"},
     {"diffusion", "inverters"},
     {

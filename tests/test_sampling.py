@@ -21,7 +21,7 @@ def open_saved(folder, **settings):
 def test_resolved_settings_have_no_gaps(saved_pipeline):
     _, resolved = open_saved(saved_pipeline)
     gaps = [f.name for f in fields(resolved) if getattr(resolved, f.name) is None]
-    assert gaps == ["stage"]  # which a modular inverter has
+    assert gaps == ["stage"]  # which deterministic inverters have
     assert (resolved.backbone, resolved.layer, resolved.scheduler) == ("convnext", "last", "ddim")
     assert resolved.steps == 50
     assert resolved.device == "cpu"

@@ -18,7 +18,7 @@ from featinv_diffusion.features.density import LEVEL
 from featinv_diffusion.features.natural_maps import NaturalMaps
 from featinv_diffusion.inverters.base import Inverter
 from featinv_diffusion.inverters.diffusion import DiffusionInverter
-from featinv_diffusion.sampling import SampleSettings
+from featinv_diffusion.sampling import DIFFUSION, SampleSettings
 from featinv_diffusion.types import Features
 
 MAP, RECONSTRUCTION = "map", "map and reconstruction"
@@ -26,6 +26,10 @@ MARK = " · out"
 UNKNOWN = (
     "Scope: unknown (scope_p_value is null), for this pipeline holds no statistics of natural "
     "feature maps to compare with. Fit them with: featinv scope PIPELINE_FOLDER --data IMAGES."
+)
+UNKNOWN_DETERMINISTIC = (
+    "Scope: unknown (scope_p_value is null), for only pipelines of the diffusion inverter hold "
+    "statistics of natural feature maps to compare with."
 )
 _MAX_LISTED = 8
 
@@ -89,8 +93,9 @@ def open_scope(inverter: Inverter, settings: SampleSettings) -> Scope:
     Raises:
         InputError: statistics that are damaged, or of other features or weights.
     """
-    path = None if settings.pipeline is None else find_scope_file(settings.pipeline)
-    if path is None:
+    if settings.inverter != DIFFUSION or settings.pipeline is None:
+        return Scope()
+    if (path := find_scope_file(settings.pipeline)) is None:
         return Scope()
     natural = NaturalMaps.load(path)
     natural.check(inverter.spec, weights_sha256({"": backbone_of(inverter).model}))
@@ -118,10 +123,16 @@ def caption(axes: Axes, words: str, p_value: float | None) -> None:
         figures.caption(axes, words)
 
 
-def scope_line(p_values: float | Sequence[float] | None, basis: str | None) -> str:
-    """Returns what the terminal says of one map or of several."""
+def scope_line(
+    p_values: float | Sequence[float] | None, basis: str | None, *, deterministic: bool = False
+) -> str:
+    """Returns what the terminal says of one map or of several.
+
+    Args:
+        deterministic: whether a deterministic inverter was used, which has no statistics.
+    """
     if p_values is None:
-        return UNKNOWN
+        return UNKNOWN_DETERMINISTIC if deterministic else UNKNOWN
     if isinstance(p_values, int | float):
         verdict = "out of scope" if p_values < LEVEL else "like a natural map"
         return f"Scope: {verdict}, p = {p_values:.3f} ({basis})."

@@ -30,6 +30,8 @@ COMMANDS = (
     "push",
     "convert",
 )
+GROUPS = ("operator",)
+"""Of commands."""
 
 app = typer.Typer(
     help="Turn the feature maps of frozen vision models back into images.",
@@ -41,6 +43,8 @@ app = typer.Typer(
 )
 for _name in COMMANDS:
     app.command(_name)(getattr(import_module(f"featinv_diffusion.cli.{_name}"), _name))
+for _name in GROUPS:
+    app.add_typer(getattr(import_module(f"featinv_diffusion.cli.{_name}"), _name), name=_name)
 
 
 def main() -> None:

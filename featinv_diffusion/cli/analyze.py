@@ -1,15 +1,21 @@
-"""`featinv analyze`: what the stages of a model keep, seen through its modular inverter."""
+"""`featinv analyze`: what encoders and their stages keep, seen through their inverters."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from featinv_diffusion.cli import options
 
-NAMES = ("stages", "layers", "colour", "tradeoff")
+if TYPE_CHECKING:
+    from featinv_diffusion.analysis.encoders_settings import EncoderSettings
+
+ENCODERS = "encoders"
+NAMES = ("stages", "layers", "colour", "tradeoff", ENCODERS)
+OF_ENCODERS = ("config", "scorers", "grey", "seed", "batch_size", "device")
 
 
 def analyze(
@@ -17,62 +23,153 @@ def analyze(
         str,
         typer.Argument(
             metavar="|".join(NAMES),
-            help="MSE by stage; states within stages; recoloured objects; MSE against detection.",
+            help="MSE by stage; states within stages; recoloured objects; MSE against detection; "
+            "encoders ranked.",
         ),
     ],
     *,
     inverter: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="NAME_OR_FOLDER",
-            help="detr, vit, or the folder of a trained one; for tradeoff several as A,B.",
+            help="detr, vit, or the folder of a trained one; for tradeoff several as A,B. For "
+            "encoders several of any kind: siglip,siglip2,vit,diffusion:PIPELINE.",
         ),
-    ],
+    ] = None,
     data: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="PATH_OR_NAME",
             help="COCO or Tiny-ImageNet-200 (with boxes), else a folder, parquet file or Hub name.",
         ),
-    ],
+    ] = None,
     split: Annotated[
-        str, typer.Option(help="Of the data; train for Tiny-ImageNet's boxes.")
-    ] = "validation",
-    n_images: Annotated[int, typer.Option(help="Spread evenly over the data.")] = 250,
+        str | None,
+        typer.Option(
+            help="Of the data; train for Tiny-ImageNet's boxes.", show_default="validation"
+        ),
+    ] = None,
+    n_images: Annotated[
+        int | None,
+        typer.Option(
+            help="Spread evenly over the data; for encoders, drawn as `evaluate` does.",
+            show_default="250",
+        ),
+    ] = None,
     classes: Annotated[
         str | None, typer.Option(metavar="FILE", help="Only these class folders, one a line.")
     ] = None,
     held_back_per_class: Annotated[
-        int, typer.Option(help="Of images with boxes, only the last k of each class.")
-    ] = 0,
+        int | None,
+        typer.Option(
+            help="Of images with boxes, or for encoders, only the last k of each class.",
+            show_default="0",
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="YAML", help="For encoders: settings; options beside it win.", show_default=""
+        ),
+    ] = None,
+    scorers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B",
+            help="For encoders: backbones that measure similarity.",
+            show_default="a bundled classifier",
+        ),
+    ] = None,
+    grey: Annotated[
+        bool | None,
+        typer.Option("--grey", help="For encoders: similarity without colour too."),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="For encoders: of noise and bootstrap.", show_default="0"),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="For encoders: images per batch.", show_default="32")
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="For encoders: auto, cpu, cuda …", show_default="auto"),
+    ] = None,
     output: options.Output = Path("outputs/analyze"),
 ) -> None:
-    """Analyse the stages of a DETR or a ViT through its modular inverter.
+    """Analyse what encoders, or the stages of a DETR or a ViT, keep, through their inverters.
 
-    Writes figures and metrics.json (each figure with its interval).
+    Writes figures and metrics.json (each figure with its interval); for encoders also metrics.md
+    and per_image.parquet, with paired tests of every two.
     """
-    import json
-    import shlex
-    import sys
-
+    given = {key: value for key, value in locals().items() if value is not None}
+    chosen = {key: given[key] for key in given if key not in ("name", "output")}
     from featinv_diffusion.analysis.modular_studies import STUDIES
-    from featinv_diffusion.analysis.picture_set import PictureChoice, load_pictures
     from featinv_diffusion.cli.run import quiet_libraries
     from featinv_diffusion.errors import InputError, choices_hint
+
+    quiet_libraries()
+    if name not in NAMES:
+        raise InputError(f"No analysis is named {name!r}; {choices_hint(name, list(NAMES))}")
+    if name == ENCODERS:
+        _compare(_read_settings(chosen), output)
+        return
+    if strange := [f"--{key.replace('_', '-')}" for key in OF_ENCODERS if key in chosen]:
+        raise InputError(f"{', '.join(strange)} is for `analyze {ENCODERS}` alone. Leave it out.")
+    for key in ("inverter", "data"):
+        if key not in chosen:
+            raise InputError(f"`analyze {name}` needs --{key}; see --help.")
+    _study(STUDIES[name], name, chosen, output)
+
+
+def _read_settings(chosen: dict[str, Any]) -> EncoderSettings:
+    from featinv_diffusion.analysis.encoders_settings import EncoderSettings
+    from featinv_diffusion.config import load_config
+
+    if "inverter" in chosen:
+        chosen["inverters"] = _split(chosen.pop("inverter"))
+    if "scorers" in chosen:
+        chosen["scorers"] = _split(chosen["scorers"])
+    settings = load_config(EncoderSettings, chosen.pop("config", None))
+    return replace(settings, **chosen)
+
+
+def _compare(settings: EncoderSettings, output: Path) -> None:
+    from featinv_diffusion.analysis.encoders_study import run_comparison
+    from featinv_diffusion.cli.run import progress_bar
+
+    metrics = run_comparison(settings, output, progress_bar, _command())
+    for metric, labels in metrics["ranking"].items():
+        print(f"{metric}: {' > '.join(labels)}")
+    print(f"Wrote {output / 'metrics.md'}, metrics.json, per_image.parquet and figures.")
+
+
+def _study(study: Any, name: str, chosen: dict[str, Any], output: Path) -> None:
+    import json
+
+    from featinv_diffusion.analysis.picture_set import PictureChoice, load_pictures
+    from featinv_diffusion.errors import InputError
     from featinv_diffusion.files import write_text
     from featinv_diffusion.inverters.modular import load_modular
 
-    quiet_libraries()
-    if name not in STUDIES:
-        raise InputError(f"No analysis is named {name!r}; {choices_hint(name, list(STUDIES))}")
-    names = [part.strip() for part in inverter.split(",") if part.strip()]
+    names = _split(chosen.pop("inverter"))
     if not names:
         raise InputError("--inverter must name an inverter, or several as A,B.")
-    choice = PictureChoice(data, split, n_images, classes, held_back_per_class)
+    choice = PictureChoice(**chosen)
     pictures = load_pictures(choice, load_modular(names[0]).path.input_size)
     output.mkdir(parents=True, exist_ok=True)
-    metrics = STUDIES[name](names, pictures, output)
-    command = shlex.join(["featinv", *sys.argv[1:]])
-    content = {"analysis": name, "command": command, "n_images": len(pictures), **metrics}
+    metrics = study(names, pictures, output)
+    content = {"analysis": name, "command": _command(), "n_images": len(pictures), **metrics}
     write_text(output / "metrics.json", json.dumps(content, indent=2) + "\n")
     print(f"Wrote {output / 'metrics.json'} and figures.")
+
+
+def _split(names: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in names.split(",") if part.strip())
+
+
+def _command() -> str:
+    import shlex
+    import sys
+
+    return shlex.join(["featinv", *sys.argv[1:]])

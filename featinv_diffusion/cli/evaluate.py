@@ -33,8 +33,8 @@ def evaluate(
     inverter: Annotated[
         str | None,
         typer.Option(
-            metavar="diffusion|detr|vit|FOLDER",
-            help="What turns features into images.",
+            metavar="diffusion|detr|rae|siglip|siglip2|vit|FOLDER",
+            help="What turns features into images; all but diffusion imply their backbone.",
             show_default="diffusion",
         ),
     ] = None,

@@ -28,7 +28,7 @@ Pipeline = Annotated[
     str | None,
     typer.Option(
         metavar="FOLDER_OR_REPO",
-        help="Pipeline folder, Hub repo or bundled name.",
+        help="Pipeline folder, Hub repo or bundled name; of rae, its autoencoder.",
         show_default="tiny/BACKBONE",
     ),
 ]
@@ -66,8 +66,8 @@ Dtype = Annotated[
 Inverter = Annotated[
     str,
     typer.Option(
-        metavar="diffusion|detr|vit|FOLDER",
-        help="What turns features into images; detr and vit imply their backbone.",
+        metavar="diffusion|detr|rae|siglip|siglip2|vit|FOLDER",
+        help="What turns features into images; all but diffusion imply their backbone.",
     ),
 ]
 Stage = Annotated[

@@ -68,7 +68,8 @@ def report(manifest: Manifest, output: Path) -> None:
         f"(cells shuffled: {manifest.mean('cosine_shuffled'):.2f}){matched}."
     )
     p_values = [p for entry in manifest.images if (p := entry.get("scope_p_value")) is not None]
-    print(scope_line(p_values or None, manifest.scope_basis))
+    is_deterministic = manifest.settings.inverter != DIFFUSION
+    print(scope_line(p_values or None, manifest.scope_basis, deterministic=is_deterministic))
     print(f"Wrote {output / GRID} and {output / MANIFEST}.")
 
 
@@ -101,7 +102,8 @@ def draw_grid(rows: Sequence[GridRow], manifest: Manifest) -> Image:
 
 def _setting_parts(s: SampleSettings) -> list[str]:
     if s.inverter != DIFFUSION:
-        return [f"modular inverter {_short(s.inverter)}", f"stage {s.stage}"]
+        weights = [_short(s.pipeline)] if s.pipeline else []
+        return [f"inverter {_short(s.inverter)}", *weights, f"stage {s.stage}"]
     return [
         _short(s.pipeline or ""),
         f"layer {s.layer}",

@@ -26,17 +26,17 @@ def sample(
 
     Writes the samples as PNGs, grid.png (original | samples, with the cosine between their
     features under each) and manifest.json (settings, seeds, metrics).
-    """
-    from dataclasses import replace
 
+    The inverter rae is an AutoencoderRAE of diffusers, named by --pipeline: a folder, or
+    nyu-visionx/RAE-dinov2-wReg-base-ViTXL-n08, RAE-siglip2-base-p16-i256-ViTXL-n08 or
+    RAE-mae-base-p16-ViTXL-n08 there.
+    """
     from featinv_diffusion.cli.run import report, run_jobs
     from featinv_diffusion.images import builtin_photo
     from featinv_diffusion.reconstruction import find_images, make_jobs
-    from featinv_diffusion.sampling import DIFFUSION, pipeline_name
+    from featinv_diffusion.sampling import DIFFUSION, choose_inverter, pipeline_name
 
-    if inverter != DIFFUSION:  # which is deterministic, so that all samples would be one
-        settings = replace(settings, n_samples=1)
-    settings = replace(settings, inverter=inverter, stage=stage)
+    settings = choose_inverter(settings, inverter, stage)
     found = find_images(images or [builtin_photo()], exclude=output)
     is_named = settings.pipeline is not None or inverter != DIFFUSION
     _say_defaults(None if is_named else pipeline_name(settings), photo=not images)

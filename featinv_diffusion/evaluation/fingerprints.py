@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from featinv_diffusion.backbones import Backbone
-from featinv_diffusion.inverters import DiffusionInverter, Inverter, MapChain
+from featinv_diffusion.inverters import DiffusionInverter, Inverter
+from featinv_diffusion.inverters.registry import DeterministicInverter
 
 
 def weights_sha256(modules: Mapping[str, nn.Module]) -> str:
@@ -30,9 +31,8 @@ def weights_sha256(modules: Mapping[str, nn.Module]) -> str:
 
 def describe_inverter(inverter: Inverter, own: Backbone) -> dict[str, Any]:
     """Returns what decides samples beside the settings: weights as loaded, prompt and schedule."""
-    if isinstance(inverter, MapChain):
-        modules: dict[str, nn.Module] = {m.reads.layer: m for m in inverter.chain.modules}
-        return {"modules_sha256": weights_sha256({**modules, "backbone": own.model})}
+    if isinstance(inverter, DeterministicInverter):
+        return {"modules_sha256": weights_sha256({**inverter.networks, "backbone": own.model})}
     if not isinstance(inverter, DiffusionInverter):
         raise TypeError(f"No fingerprint is known of a {type(inverter).__name__}.")
     pipeline = inverter.pipeline

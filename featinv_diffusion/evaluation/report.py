@@ -64,7 +64,10 @@ def to_markdown(metrics: Figure) -> str:
 
 def _subject(settings: Figure) -> str:
     inverter = settings.get("inverter", DIFFUSION)
-    return settings["pipeline"] if inverter == DIFFUSION else f"the modular inverter {inverter}"
+    if inverter == DIFFUSION:
+        return settings["pipeline"]
+    pipeline = settings.get("pipeline")
+    return f"the inverter {inverter}" + (f" of {pipeline}" if pipeline else "")
 
 
 def _sampling_words(settings: Figure) -> str:

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.inverters.base import Generators
@@ -89,6 +89,11 @@ class MapChain:
             raise InputError("A chain must know its forward path to read images, but has none.")
         self.chain, self.backbone, self.on_progress = chain, chain.backbone, on_progress
         self.spec = self.backbone.spec
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """The modules of the chain by the stage that each reads."""
+        return {module.reads.layer: module for module in self.chain.modules}
 
     def invert(self, features: Float[Tensor, "b c h w"], *, generator: Generators = None) -> Images:
         """Returns one image in [0, 1] per map; see `Chain.invert`."""

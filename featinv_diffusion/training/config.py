@@ -15,7 +15,9 @@ class OptimConfig:
             (Jordan et al. 2024) and gives all else to AdamW at a tenth of `lr`; small networks
             learn several times faster with it, at rates about 0.02.
         epochs: passes over the data; `max_steps` optimizer steps end the run earlier.
-        schedule: after `warmup_steps` of linear warm-up, to zero by a cosine, a line, or constant.
+        schedule: after `warmup_steps` of linear warm-up, to zero by a cosine, a line, or constant;
+            or `one_cycle`: from lr / 25 in a line to lr over the first 5 % of the steps, then by a
+            cosine to lr / 250,000.
         ema_decay: keep an exponential moving average of the weights, and save that.
     """
 
@@ -29,7 +31,7 @@ class OptimConfig:
     epochs: int = 3
     max_steps: int | None = None
     warmup_steps: int = 0
-    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    schedule: Literal["constant", "cosine", "linear", "one_cycle"] = "constant"
     ema_decay: float | None = None
 
 

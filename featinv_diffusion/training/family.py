@@ -31,7 +31,11 @@ from featinv_diffusion.evaluation.dataset import open_images
 from featinv_diffusion.inverters import DiffusionInverter
 from featinv_diffusion.training.controlnet import ControlNetConfig
 from featinv_diffusion.training.entry import load_component
-from featinv_diffusion.training.pack_inverters import pack_inverters
+from featinv_diffusion.training.pack_inverters import (
+    RECONSTRUCTORS,
+    pack_inverters,
+    pack_reconstructors,
+)
 
 CONFIGS = Path("configs/tiny")
 MEMBERS = {
@@ -52,6 +56,8 @@ STAGES = (
     ("detector", "detr.yaml"),
     ("inverter", "inverter-detr.yaml"),
     ("inverter", "inverter-vit.yaml"),
+    *(("contrastive", f"{name}.yaml") for name in RECONSTRUCTORS),
+    *(("inverter", f"reconstructor-{name}.yaml") for name in RECONSTRUCTORS),
     ("autoencoder", "autoencoder.yaml"),
     ("text_to_image", TEXT_TO_IMAGE),
     *(("controlnet", name) for name in MEMBERS.values()),
@@ -103,9 +109,10 @@ def pack_family(family: Path) -> Iterator[Path]:
         if name not in packed and _final(CONFIGS / config).exists():
             packed.add(name)
             yield pack_classifier(CONFIGS / config, family, name)
-    for folder in pack_inverters(family, CONFIGS):
-        packed.add(folder.name)
-        yield folder
+    for pack in (pack_inverters, pack_reconstructors):
+        for folder in pack(family, CONFIGS):
+            packed.add(folder.name)
+            yield folder
     for folder in family.iterdir():
         if folder.is_dir() and folder.name not in packed:
             shutil.rmtree(folder)

@@ -26,16 +26,17 @@ from featinv_diffusion.data import (
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.inverters.modular import InverseSet
 from featinv_diffusion.inverters.path import IMAGE, ForwardPath
-from featinv_diffusion.inverters.vit_path import VitPath
 from featinv_diffusion.metrics.pixels import psnr
 from featinv_diffusion.seeds import derive_seed
 from featinv_diffusion.training.config import OptimConfig, RunConfig
 from featinv_diffusion.training.entry import stack_images
 from featinv_diffusion.training.inverter_modules import (
     InverterModelConfig,
+    counted,
     load_training_path,
     make_inverses,
     measure_statistics,
+    resize,
     set_statistics,
 )
 from featinv_diffusion.training.loop import fit, make_accelerator
@@ -153,29 +154,17 @@ class InverterTask:
 
 
 def squared_error(path: ForwardPath, stage: str, written: Tensor, target: Tensor) -> Tensor:
-    """Returns the element-wise error that counts: in pixels normalised, of tokens the patches.
-
-    The prefix tokens that enter a ViT's first block are the same for all images.
-    """
+    """Returns the element-wise error that counts: in pixels normalised, without constant tokens."""
     error = written.float() - target.float()
     if stage == IMAGE:
         error = error / error.new_tensor(path.preprocessing.std)[:, None, None]
-    if stage == "patches" and isinstance(path, VitPath):
-        error = error[:, path.n_prefix :]
-    return error.square()
+    return counted(path, stage, error).square()
 
 
 def draw_rows(images: Tensor) -> Image.Image:
     """Draws `[n, k, 3, h, w]` as two blocks of rows of k pictures, one row an image."""
     k = images.shape[1]
     return to_pil_image(make_grid(images.flatten(0, 1), nrow=2 * k, padding=1))
-
-
-def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Squashes images to (h, w)."""
-    if tuple(images.shape[-2:]) == size:
-        return images
-    return nn.functional.interpolate(images, size, mode="bilinear", antialias=True)
 
 
 def held_back_config(config: DataConfig) -> DataConfig:
@@ -185,7 +174,7 @@ def held_back_config(config: DataConfig) -> DataConfig:
 
 
 def first_images(train: CropDataset, n: int) -> Tensor:
-    """Returns n training images, spread evenly over the data."""
+    """Returns n images, spread evenly over the data."""
     return stack_images(train, n)[0]
 
 
@@ -199,7 +188,7 @@ def train_inverter(config: InverterConfig) -> Path:
     torch.manual_seed(derive_seed(config.seed, "initial weights"))
     path = load_training_path(config.model).to(accelerator.device)
     inverses = make_inverses(config.model, path)
-    records = _load_images(config.data)
+    records = load_images(config.data)
     kept, held = split_held_back(records.labels, config.data.held_back_per_class)
     if not held:
         raise InputError("Validation images are needed: set data.held_back_per_class to 1 or more.")
@@ -214,7 +203,7 @@ def train_inverter(config: InverterConfig) -> Path:
     return fit(task, train, accelerator, config.optim, config.run, to_yaml(config))
 
 
-def _load_images(config: DataConfig) -> Records:
+def load_images(config: DataConfig) -> Records:
     """Opens any images; COCO's have no folders of classes."""
     root = Path(config.root or "").expanduser()
     is_coco = bool(config.root) and coco_annotations(root, config.split).is_file()

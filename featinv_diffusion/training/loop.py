@@ -40,6 +40,9 @@ from featinv_diffusion.training.config import OptimConfig, RunConfig
 from featinv_diffusion.training.group_norm import speed_up_group_norms
 from featinv_diffusion.training.progress import TrainingBar
 
+ONE_CYCLE_RISE, ONE_CYCLE_START, ONE_CYCLE_END = 0.05, 1 / 25, 1 / 250_000
+"""Share of the steps in which the learning rate rises, and its two ends as shares of the peak."""
+
 
 @runtime_checkable
 class Task(Protocol):
@@ -88,6 +91,11 @@ def _check_settings(optim: OptimConfig, run: RunConfig) -> None:
     for name, value in values.items():
         if value < 1:
             raise InputError(f"{name} must be at least 1, but {value} came.")
+    if optim.schedule == "one_cycle" and optim.warmup_steps:
+        raise InputError(
+            "optim.schedule=one_cycle has its own warm-up, but optim.warmup_steps is "
+            f"{optim.warmup_steps}. Leave that at 0."
+        )
     if run.tracker == "wandb" and not is_wandb_available():
         raise InputError("run.tracker=wandb needs its package: pip install wandb.")
 
@@ -111,12 +119,23 @@ def fit(
 
 def learning_rate(config: OptimConfig, step: int, n_steps: int) -> float:
     """The learning rate of optimizer step `step` (counted from 0) of `n_steps`."""
+    if config.schedule == "one_cycle":
+        return config.lr * _one_cycle(step + 1, n_steps)
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     share = (step - config.warmup_steps) / max(1, n_steps - config.warmup_steps)
     if config.schedule == "cosine":
         return config.lr * 0.5 * (1 + math.cos(math.pi * share))
     return config.lr * (1 - share) if config.schedule == "linear" else config.lr
+
+
+def _one_cycle(done: int, n_steps: int) -> float:
+    """The share of the peak after `done` of `n_steps`; the end is reached at the last step."""
+    n_rising = int(ONE_CYCLE_RISE * n_steps)
+    if done <= n_rising:
+        return ONE_CYCLE_START + (1 - ONE_CYCLE_START) * done / n_rising
+    falling = (1 + math.cos(math.pi * (done - n_rising) / (n_steps - n_rising))) / 2
+    return ONE_CYCLE_END + (1 - ONE_CYCLE_END) * falling
 
 
 class _Run:

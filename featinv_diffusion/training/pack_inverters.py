@@ -1,22 +1,28 @@
-"""Packs trained detectors and modular inverters into the family that ships in the package."""
+"""Packs trained detectors, modular inverters and reconstructors into the family that ships."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from transformers import PreTrainedModel, SiglipVisionModel
 
+from featinv_diffusion.backbones.load_transformers import PROCESSOR_FILE, load_transformers
 from featinv_diffusion.diffusion.bundled import MAX_FILE_MB, to_half
 from featinv_diffusion.diffusion.quiet import without_progress_bars
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.files import new_folder, write_text
 from featinv_diffusion.inverters.detr_model import DETECTOR, load_detr
 from featinv_diffusion.inverters.modular import FOLDER, InverseSet
+from featinv_diffusion.inverters.reconstructor import BACKBONE, Reconstructor
+from featinv_diffusion.inverters.reconstructor import FOLDER as RECONSTRUCTOR
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,8 @@ class Recipe:
 
 RECIPES = {"detr": Recipe("inverter-detr.yaml", "detr.yaml"), "vit": Recipe("inverter-vit.yaml")}
 """By the name of the member."""
+RECONSTRUCTORS = ("siglip", "siglip2")
+"""Members that are an encoder with its reconstructor, trained by `reconstructor-NAME.yaml`."""
 
 CARD = """\
 Inverse modules of `{family}/{name}`, which `featinv sample --inverter {name}` uses: small
@@ -49,6 +57,31 @@ the image from each stage in dB. A module whose figure is near 1 tells little ab
 {rows}
 
 Made by `python train/inverter.py --config configs/tiny/{config}`.
+"""
+
+RECONSTRUCTOR_CARD = """\
+# {family}/{name}
+
+A small SigLIP encoder that `load_backbone('{family}/{name}')` gives, and its reconstructor, which
+`featinv sample --inverter {name}` uses: a deterministic network trained with a mean-square error,
+so that detail which the features do not determine is blurred.
+
+A demonstration at 64 pixels, without the pooling head of the encoder, which the features do not
+pass. The figures are those of held-back training images.
+
+| encoder | at the end of training |
+|---|---|
+{encoder}
+
+| reconstructor | at the end of training |
+|---|---|
+{reconstructor}
+
+The mean-square error is that of pixels normalised to [-1, 1], the PSNR is in dB. The data are those
+of the other members: ImageNet's terms hold, non-commercial research.
+
+Made by `python train/contrastive.py --config configs/tiny/{name}.yaml` and
+`python train/inverter.py --config configs/tiny/reconstructor-{name}.yaml`.
 """
 
 
@@ -73,6 +106,43 @@ def pack_inverters(family: Path, configs: Path) -> Iterator[Path]:
         yield family / name
 
 
+def pack_reconstructors(family: Path, configs: Path) -> Iterator[Path]:
+    """Packs every encoder whose reconstructor is trained, with that, and yields its folder.
+
+    Raises:
+        InputError: as `pack_inverters`.
+    """
+    for name in RECONSTRUCTORS:
+        config = configs / f"reconstructor-{name}.yaml"
+        if not config.is_file() or not _final(config).is_dir():
+            continue
+        weights = Path(OmegaConf.load(config).model.weights)
+        encoder, _ = load_transformers(str(weights), pretrained=True)
+        _write(family / name / BACKBONE, to_half(without_head(encoder)))
+        shutil.copyfile(weights / PROCESSOR_FILE, family / name / BACKBONE / PROCESSOR_FILE)
+        folder = _final(config) / RECONSTRUCTOR
+        reconstructor = Reconstructor.from_pretrained(folder, use_safetensors=True)
+        _write(family / name / RECONSTRUCTOR, to_half(reconstructor))
+        card = RECONSTRUCTOR_CARD.format(
+            family=family.name,
+            name=name,
+            encoder=_figures(weights.parents[1]),
+            reconstructor=_figures(_final(config).parent),
+        )
+        write_text(family / name / "README.md", card)
+        yield family / name
+
+
+def without_head(encoder: PreTrainedModel) -> SiglipVisionModel:
+    """Returns the encoder without the head that pools its map: features are read before it."""
+    config: Any = deepcopy(encoder.config)
+    config.vision_use_head = False
+    bare = SiglipVisionModel(config)
+    weights = {k: v for k, v in encoder.state_dict().items() if k in bare.state_dict()}
+    bare.load_state_dict(weights)
+    return bare.eval()
+
+
 def _write(target: Path, model: torch.nn.Module) -> None:
     fresh = target.with_name(f"{target.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
@@ -93,9 +163,13 @@ def _write(target: Path, model: torch.nn.Module) -> None:
 
 
 def _card(family: str, name: str, recipe: Recipe, output: Path) -> str:
+    return CARD.format(family=family, name=name, rows=_figures(output), config=recipe.inverter)
+
+
+def _figures(output: Path) -> str:
+    """The last validation record of a run, as rows of a table."""
     record = json.loads((output / "validation.jsonl").read_text().splitlines()[-1])
-    rows = "\n".join(f"| {key} | {value:.3f} |" for key, value in record.items())
-    return CARD.format(family=family, name=name, rows=rows, config=recipe.inverter)
+    return "\n".join(f"| {key} | {value:.3f} |" for key, value in record.items())
 
 
 def _final(config: Path) -> Path:

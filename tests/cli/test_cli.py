@@ -31,11 +31,11 @@ def test_help_lists_every_command(featinv: Featinv):
     samples = ("sample", "interpolate", "compose", "variability", "concepts", "viz", "replay")
     others = ("evaluate", "classemb", "analyze", "layers", "scope", "export", "push", "convert")
     assert (*samples, *others) == cli.COMMANDS
-    for name in cli.COMMANDS:
+    for name in (*cli.COMMANDS, *cli.GROUPS):
         assert f" {name} " in done.out
 
 
-@pytest.mark.parametrize("command", cli.COMMANDS)
+@pytest.mark.parametrize("command", [*cli.COMMANDS, *cli.GROUPS])
 def test_every_command_has_help(featinv: Featinv, command):
     done = featinv(command, "--help")
     assert done.code == 0

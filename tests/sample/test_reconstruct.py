@@ -148,6 +148,16 @@ def wait_for(condition, process: subprocess.Popen) -> None:
         time.sleep(0.002)
 
 
+def test_a_deterministic_inverter_gives_one_picture_each(monkeypatch, photos, tmp_path: Path):
+    output = tmp_path / "vit"
+    arguments = [str(photos), "--inverter", "vit", "--stage", "blocks.2", "--n-samples", "3"]
+    assert run_here(monkeypatch, arguments, output) == 0
+    manifest = load(output)
+    assert [len(entry["outputs"]) for entry in manifest["images"]] == [1] * N_IMAGES
+    assert manifest["backbone"] == "tiny/vit"
+    assert manifest["layer"] == "blocks.2"
+
+
 def test_a_finished_run_is_not_sampled_again(monkeypatch, capsys, arguments, whole: Path):
     before = {p: p.stat().st_mtime_ns for p in whole.rglob("*_*.png")}
     monkeypatch.chdir(whole)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from featinv_diffusion.config import load_config
 from featinv_diffusion.data import DataConfig
@@ -193,6 +194,67 @@ def test_statistics_are_those_of_channels_over_images_and_cells() -> None:
     assert torch.allclose(found["encoder"][0], maps.mean(dim=(0, 2, 3)), atol=1e-5)
     assert torch.allclose(found["encoder"][1], maps.std((0, 2, 3), correction=0), atol=1e-4)
     assert torch.allclose(found["decoder"][0], queries.mean(dim=(0, 1)), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("path", "modules"),
+    [
+        (small.make_detr_path, MODULES),
+        (
+            small.make_vit_path,
+            {
+                "patches": replace(CONV, channels=(8,)),
+                "encoder": ModuleConfig(kind="blocks", writes="patches", depth=1, n_heads=3),
+                "last": ModuleConfig(kind="blocks", writes="blocks.1", depth=1, n_heads=3),
+            },
+        ),
+    ],
+)
+def test_the_mean_embedding_scores_exactly_1(path, modules) -> None:
+    """Also where the images have another size than the model and prefix tokens do not count."""
+    path = path()
+    inverses = make_inverses(InverterModelConfig(model=path.name, modules=modules), path)
+    images = nn.functional.interpolate(make_images(6), (80, 72), mode="bilinear")
+    stages = {*inverses.stages, *(inverses[s].writes.layer for s in inverses.stages)}
+    statistics = measure_statistics(path, sorted(stages), images, batch_size=4)
+    task = InverterTask(inverses, path, images, statistics)
+    embeddings = task._embed(images)
+    means = {
+        stage: statistics[target][0].view(-1, 1, 1) if embeddings[target].ndim == 4
+        else statistics[target][0]
+        for stage, target in task.targets.items()
+    }  # fmt: skip
+    constant = {s: mean.expand_as(embeddings[task.targets[s]]) for s, mean in means.items()}
+    for stage, loss in task._relative_losses(constant, embeddings).items():
+        assert float(loss) == pytest.approx(1, rel=1e-5), stage
+
+
+def test_statistics_of_patches_leave_out_the_prefix() -> None:
+    path = small.make_vit_path()
+    nn.init.constant_(path.model.cls_token, 100)
+    images = make_images(3)
+    mean, std = measure_statistics(path, ["patches"], images)["patches"]
+    with torch.no_grad():
+        patches = path.embeddings(images, ["patches"])["patches"][:, 1:]
+    assert torch.allclose(mean, patches.mean(dim=(0, 1)), atol=1e-5)
+    assert torch.allclose(std, patches.std(dim=(0, 1), correction=0), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("stage", "module"),
+    [
+        ("encoder", ModuleConfig(kind="decoder", writes="backbone", **SHAPE)),
+        ("decoder", ModuleConfig(kind="encoder", writes="encoder", **SHAPE)),
+        ("decoder", CONV),
+        ("prediction", ModuleConfig(kind="head", writes="encoder", hidden=(8, 8))),
+        ("encoder", ModuleConfig(kind="encoder", writes="image", **SHAPE)),
+    ],
+)
+def test_a_module_of_the_wrong_kind_is_an_error_at_wiring_time(stage, module) -> None:
+    path = small.make_detr_path()
+    config = InverterModelConfig(model=path.name, modules={stage: module})
+    with pytest.raises(InputError, match=r"A stage that \w+Inverse can (read|write) must be of"):
+        make_inverses(config, path)
 
 
 def test_prefix_tokens_that_never_change_do_not_count() -> None:

@@ -1,4 +1,4 @@
-"""Detectors and inverters are packed as members of a family."""
+"""Detectors, inverters and encoders with reconstructors are packed as members of a family."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from featinv_diffusion.backbones import load_backbone
 from featinv_diffusion.inverters.detr_model import load_detr
 from featinv_diffusion.inverters.modular import InverseSet
-from featinv_diffusion.training.pack_inverters import pack_inverters
-from tests.inverters import small
+from featinv_diffusion.inverters.reconstructor import load_reconstructor
+from featinv_diffusion.training.pack_inverters import pack_inverters, pack_reconstructors
+from tests.inverters import encoders, small
 
 
 @pytest.fixture
@@ -51,3 +54,42 @@ def test_packing_again_replaces_the_member(configs: Path) -> None:
     list(pack_inverters(family, configs))
     assert not (family / "detr/inverter/stray").exists()
     assert sorted(p.name for p in (family / "detr").iterdir()) == ["detector", "inverter"]
+
+
+@pytest.fixture
+def encoders_configs(tmp_path: Path) -> Path:
+    """Recipes of a trained encoder with its reconstructor, and of one without."""
+    encoder = encoders.save_encoder(tmp_path / "siglip/final/backbone")
+    encoders.make_reconstructor().save_pretrained(tmp_path / "recon/final/reconstructor")
+    for name, output, weights in (
+        ("siglip", tmp_path / "recon", encoder),
+        ("siglip2", tmp_path / "absent", tmp_path / "none"),
+    ):
+        text = f"model: {{weights: {weights}}}\nrun: {{output: {output}}}\n"
+        (tmp_path / f"reconstructor-{name}.yaml").write_text(text)
+    (tmp_path / "siglip/validation.jsonl").write_text(json.dumps({"step": 9, "top1": 0.5}))
+    (tmp_path / "recon/validation.jsonl").write_text(json.dumps({"step": 4, "psnr": 18.25}))
+    return tmp_path
+
+
+def test_encoders_are_packed_with_their_reconstructor(encoders_configs: Path) -> None:
+    family = encoders_configs / "tiny"
+    assert list(pack_reconstructors(family, encoders_configs)) == [family / "siglip"]
+    inverter = load_reconstructor(str(family / "siglip"))
+    wanted = encoders.make_reconstructor().half().float().state_dict()
+    found = inverter.reconstructor.state_dict()
+    assert all(torch.equal(found[key], wanted[key].to(found[key].dtype)) for key in wanted)
+    assert inverter.backbone.preprocessing.std == encoders.STD
+    stored = load_file(family / "siglip/backbone/model.safetensors")
+    assert {value.dtype for value in stored.values()} == {torch.float16}
+    assert not any("head" in key for key in stored)
+    images = torch.rand(2, 3, *inverter.backbone.input_size, generator=torch.manual_seed(0))
+    whole = load_backbone(f"hf/{encoders_configs}/siglip/final/backbone")
+    torch.testing.assert_close(
+        inverter.backbone.features(images), whole.features(images), rtol=0, atol=2e-2
+    )
+    card = (family / "siglip/README.md").read_text()
+    assert "| top1 | 0.500 |" in card
+    assert "| psnr | 18.250 |" in card
+    files = [path for path in (family / "siglip").rglob("*") if path.suffix in {".json", ".md"}]
+    assert not any(str(encoders_configs) in path.read_text() for path in files)

@@ -1,0 +1,205 @@
+"""What an operator does to images that it was not fitted on, in features and as inverted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from featinv_diffusion.analysis.operator_fit import Advance, Drawn
+from featinv_diffusion.backbones.base import Backbone
+from featinv_diffusion.errors import InputError
+from featinv_diffusion.features.operators import Operator
+from featinv_diffusion.images import center_square, to_tensor
+from featinv_diffusion.inverters.base import Inverter
+from featinv_diffusion.metrics import feature_cosine
+from featinv_diffusion.metrics.colour import delta_e_2000
+from featinv_diffusion.metrics.statistics import (
+    Interval,
+    bootstrap_difference,
+    bootstrap_mean,
+    bootstrap_statistic,
+)
+from featinv_diffusion.pixel_operations import PixelOperation
+from featinv_diffusion.reconstruction import batched
+from featinv_diffusion.seeds import derive_seed
+from featinv_diffusion.types import Features, Images
+
+OPERATOR, FLOOR, CEILING = "operator", "floor", "ceiling"
+ROLES = (FLOOR, OPERATOR, CEILING)
+"""R(true features), R(f Qⁿ) and R(f), each against the transformed image."""
+
+PIXEL_METRICS: dict[str, Callable[[Images, Images], Tensor]] = {
+    "delta_e": delta_e_2000,
+    "mse": lambda images, others: (images - others).square().mean(dim=(1, 2, 3)),
+}
+
+Columns = dict[str, list[float]]
+
+
+@dataclass(frozen=True, eq=False)
+class Pictures:
+    """The first images of a measurement, for figures.
+
+    Args:
+        given: the source image of the operation.
+        reconstructed: R(f).
+        wanted: the transformed image, by power.
+        edited: R(f Qⁿ), by power.
+        true: R(features of the transformed image), by power.
+    """
+
+    given: list[Tensor] = field(default_factory=list)
+    reconstructed: list[Tensor] = field(default_factory=list)
+    wanted: dict[int, list[Tensor]] = field(default_factory=dict)
+    edited: dict[int, list[Tensor]] = field(default_factory=dict)
+    true: dict[int, list[Tensor]] = field(default_factory=dict)
+
+    def take(self, held: list[Tensor], images: Images, n: int) -> None:
+        """Adds images until there are n."""
+        held += images[: max(0, n - len(held))].cpu().unbind()
+
+
+@dataclass(frozen=True, eq=False)
+class HeldOut:
+    """One value per image of each figure, by power.
+
+    Args:
+        columns: `cosine` of f Qⁿ to the features of the image after n operations, `cosine_nothing`
+            of f to the same; with an inverter `delta_e_ROLE` and `mse_ROLE` of `ROLES`.
+        pictures: none without an inverter.
+    """
+
+    ids: list[str]
+    columns: dict[int, Columns]
+    pictures: Pictures
+
+    @property
+    def is_inverted(self) -> bool:
+        """Whether an inverter was there."""
+        return bool(self.pictures.given)
+
+
+@torch.no_grad()
+def measure_held_out(
+    operator: Operator,
+    operation: PixelOperation,
+    backbone: Backbone,
+    drawn: Iterable[Drawn],
+    *,
+    inverter: Inverter | None = None,
+    powers: Sequence[int] = (1,),
+    batch_size: int = 8,
+    seed: int = 0,
+    n_pictures: int = 8,
+    advance: Advance = lambda n: None,
+) -> HeldOut:
+    """Measures an operator on images.
+
+    Args:
+        drawn: images that the operator was not fitted on, see `draw_images`.
+        inverter: of the same features; None measures features alone. Every inversion of an image
+            has the same noise.
+        powers: how often the operation is done to pixels and the operator to features.
+
+    Raises:
+        InputError: bad powers, or features that are of another spec or not finite.
+    """
+    if not powers or min(powers) < 1 or len(set(powers)) < len(powers):
+        raise InputError(f"Powers must be distinct whole numbers from 1, but {[*powers]} came.")
+    found = HeldOut([], {power: {} for power in powers}, Pictures())
+    for batch in batched(drawn, batch_size):
+        pixels = to_tensor([image.square for image in batch]).to(backbone.device)
+        features = backbone.features(operation.source(pixels))
+        true = {n: backbone.features(operation.repeated(pixels, n)) for n in powers}
+        edited = {n: operator.edit(n, spec=backbone.spec)(features) for n in powers}
+        for n in powers:
+            _add(found.columns[n], "cosine", feature_cosine(true[n], edited[n]))
+            _add(found.columns[n], "cosine_nothing", feature_cosine(true[n], features))
+        if inverter is not None:
+            view = _Inversions(inverter, [derive_seed(seed, image.id, 0) for image in batch])
+            _compare(found, view, operation, batch, features, true, edited, n_pictures)
+        found.ids.extend(image.id for image in batch)
+        advance(len(batch))
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class _Inversions:
+    inverter: Inverter
+    seeds: list[int]
+
+    def __call__(self, features: Features) -> Images:
+        generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
+        images = self.inverter.invert(features, generator=generators).float()
+        if not bool(images.isfinite().all()):
+            raise InputError("The inverter's images hold NaN or infinite values; use float32.")
+        return images.clamp(0, 1)
+
+
+def _compare(
+    found: HeldOut,
+    invert: _Inversions,
+    operation: PixelOperation,
+    batch: Sequence[Drawn],
+    features: Features,
+    true: dict[int, Features],
+    edited: dict[int, Features],
+    n_pictures: int,
+) -> None:
+    """Adds what is seen in the inversions of a batch."""
+    reconstructed = invert(features)
+    originals = _fit([image.picture for image in batch], reconstructed)
+    pictures = found.pictures
+    pictures.take(pictures.given, operation.source(originals), n_pictures)
+    pictures.take(pictures.reconstructed, reconstructed, n_pictures)
+    for n in true:
+        wanted = operation.repeated(originals, n)
+        seen = {FLOOR: invert(true[n]), OPERATOR: invert(edited[n]), CEILING: reconstructed}
+        for metric, distance in PIXEL_METRICS.items():
+            for role, images in seen.items():
+                _add(found.columns[n], f"{metric}_{role}", distance(images, wanted))
+        pictures.take(pictures.wanted.setdefault(n, []), wanted, n_pictures)
+        pictures.take(pictures.edited.setdefault(n, []), seen[OPERATOR], n_pictures)
+        pictures.take(pictures.true.setdefault(n, []), seen[FLOOR], n_pictures)
+
+
+def _fit(pictures: Sequence[Image.Image], images: Images) -> Images:
+    """Returns the centre squares at the size of the images."""
+    height, width = images.shape[-2:]
+    squares = [center_square(picture, max(height, width)) for picture in pictures]
+    return to_tensor([square.resize((width, height)) for square in squares]).to(images.device)
+
+
+def _add(columns: Columns, name: str, values: Float[Tensor, " b"]) -> None:
+    columns.setdefault(name, []).extend(values.double().cpu().tolist())
+
+
+def summarise_power(columns: Columns) -> dict[str, Interval | None]:
+    """Returns the mean of each column with its interval, and what follows from several.
+
+    `cosine_gain` is paired. Of each pixel metric, `position` is (operator − floor) / (ceiling −
+    floor): 0 is as good as the inverter can show, 1 is doing nothing. It is None where ceiling and
+    floor do not differ, in that the interval of their paired difference holds 0: then the inverter
+    does not show the operation.
+    """
+    summary: dict[str, Interval | None] = {n: bootstrap_mean(v) for n, v in columns.items()}
+    summary["cosine_gain"] = bootstrap_difference(columns["cosine"], columns["cosine_nothing"])
+    for metric in PIXEL_METRICS:
+        if f"{metric}_{FLOOR}" in columns:
+            roles = {role: columns[f"{metric}_{role}"] for role in ROLES}
+            summary[f"{metric}_position"] = _position(roles)
+    return summary
+
+
+def _position(roles: Columns) -> Interval | None:
+    room = bootstrap_difference(roles[CEILING], roles[FLOOR])
+    if room.low <= 0 <= room.high:
+        return None
+    return bootstrap_statistic(
+        roles, lambda means: (means[OPERATOR] - means[FLOOR]) / (means[CEILING] - means[FLOOR])
+    )

@@ -1,0 +1,176 @@
+"""diffusers' representation autoencoders (RAE) as an inverter: a ViT decoder of a frozen encoder.
+
+Source: "Diffusion Transformers with Representation Autoencoders" (Zheng et al. 2025). Checkpoints
+that diffusers documents: `nyu-visionx/RAE-dinov2-wReg-base-ViTXL-n08` (also `small`, `large`, and
+`base` at 512 px with `-i512`), `nyu-visionx/RAE-siglip2-base-p16-i256-ViTXL-n08` and
+`nyu-visionx/RAE-mae-base-p16-ViTXL-n08`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from diffusers import AutoencoderRAE
+from jaxtyping import Float
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import SiglipVisionModel
+
+from featinv_diffusion.backbones.base import LAST, Backbone
+from featinv_diffusion.backbones.preprocessing import Preprocessing
+from featinv_diffusion.errors import InputError
+from featinv_diffusion.inverters.base import Generators
+from featinv_diffusion.types import Features, FeatureSpec, Images
+
+NAME = "rae"
+EXAMPLE = "nyu-visionx/RAE-dinov2-wReg-base-ViTXL-n08"
+
+
+class RaeBackbone(Backbone):
+    """The encoder of a representation autoencoder.
+
+    Its features are the latents that the decoder reads: the patch tokens as a map, normalised by
+    the statistics that come with the checkpoint where it has any.
+    """
+
+    def __init__(self, autoencoder: AutoencoderRAE, *, name: str):
+        config: Any = autoencoder.config
+        size = (autoencoder.encoder_input_size, autoencoder.encoder_input_size)
+        mean, std = (
+            tuple(values.flatten().tolist())
+            for values in (autoencoder.encoder_mean, autoencoder.encoder_std)
+        )
+        preprocessing = Preprocessing(size, mean, std, "bicubic")
+        super().__init__(autoencoder.requires_grad_(False), name=name, preprocessing=preprocessing)
+        side = size[0] // config.encoder_patch_size
+        self.spec = FeatureSpec(name, LAST, config.encoder_hidden_size, (side, side))
+
+    @property
+    def has_head(self) -> bool:
+        """None classifies."""
+        return False
+
+    def features(self, images: Images) -> Features:
+        """Returns the latents of images, which are resized with antialiasing."""
+        return self._run(self.preprocess(images))
+
+    def features_and_logits(self, images: Images) -> tuple[Features, Float[Tensor, "b k"] | None]:
+        """Returns the latents, and None."""
+        return self.features(images), None
+
+    def layers(self) -> list[FeatureSpec]:
+        """Returns the one layer that the decoder reads."""
+        return [self.spec]
+
+    def _run(self, pixels: Tensor) -> Any:
+        autoencoder: Any = self.model
+        # The class normalises by itself, with the same statistics.
+        images = pixels * autoencoder.encoder_std + autoencoder.encoder_mean
+        latents = autoencoder.encode(images.to(self.dtype)).latent
+        return latents if latents.ndim == 4 else _to_map(latents, self.spec.grid)
+
+    def _class_names(self) -> tuple[str, ...] | None:
+        return None
+
+
+class RaeInverter:
+    """A representation autoencoder as an `Inverter` of its encoder's features, without noise.
+
+    Args:
+        name: what specs and messages call it.
+        on_progress: called after each batch with its number of images.
+    """
+
+    def __init__(
+        self,
+        autoencoder: AutoencoderRAE,
+        *,
+        name: str = NAME,
+        on_progress: Callable[[float], None] | None = None,
+    ):
+        self.autoencoder: Any = autoencoder.eval()
+        self.backbone = RaeBackbone(autoencoder, name=name)
+        self.on_progress = on_progress
+
+    @property
+    def spec(self) -> FeatureSpec:
+        """The latents that it reads."""
+        return self.backbone.spec
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """The weights that decide its pictures; the encoder is among the backbone's."""
+        return {"decoder": self.autoencoder.decoder}
+
+    @torch.no_grad()
+    def invert(self, features: Features, *, generator: Generators = None) -> Images:
+        """Returns one image in [0, 1] per map, of the decoder's size; generators are ignored.
+
+        Raises:
+            InputError: features of another shape, or not finite.
+        """
+        self.spec.check_features(features)
+        latents = features.to(self.backbone.dtype)
+        if not self.autoencoder.reshape_to_2d:
+            latents = latents.flatten(2).transpose(1, 2)
+        images = self.autoencoder.decode(latents).sample.float().clamp(0, 1)
+        if self.on_progress is not None:
+            self.on_progress(len(images))
+        return images
+
+
+def load_rae(name_or_path: str, on_progress: Callable[[float], None] | None = None) -> RaeInverter:
+    """Loads a representation autoencoder from a folder or Hub repository, in float32.
+
+    Raises:
+        InputError: none there, or it cannot be downloaded or read.
+    """
+    try:
+        with _nested_siglip():
+            autoencoder = _Autoencoder.from_pretrained(name_or_path, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise InputError(
+            f"{name_or_path!r} must be a folder or Hub repository of an AutoencoderRAE of "
+            f"diffusers, such as {EXAMPLE}, but loading it failed: "
+            f"{str(error).strip().splitlines()[0]}"
+        ) from error
+    folder = Path(name_or_path)
+    name = folder.resolve().name if folder.is_dir() else name_or_path
+    return RaeInverter(autoencoder.float(), name=f"{NAME}/{name}", on_progress=on_progress)
+
+
+class _Autoencoder(AutoencoderRAE):
+    """Also reads the weights of SigLIP encoders that were saved before transformers 5."""
+
+    def _fix_state_dict_keys_on_load(self, state_dict: Any) -> None:
+        super()._fix_state_dict_keys_on_load(state_dict)
+        nested, flat = "encoder.vision_model.", "encoder."
+        own = self.state_dict().keys()
+        for key in [key for key in state_dict if key.startswith(nested) and key not in own]:
+            state_dict[flat + key.removeprefix(nested)] = state_dict.pop(key)
+
+
+@contextmanager
+def _nested_siglip() -> Iterator[None]:
+    """Lets diffusers build a SigLIP encoder with transformers 5.
+
+    It reaches for the tower at a level, `vision_model`, that transformers 5 no longer has.
+    """
+    tower_class: Any = SiglipVisionModel
+    if int(transformers.__version__.partition(".")[0]) < 5:
+        yield
+        return
+    tower_class.vision_model = property(lambda tower: tower)
+    try:
+        yield
+    finally:
+        del tower_class.vision_model
+
+
+def _to_map(tokens: Float[Tensor, "b n c"], grid: tuple[int, int]) -> Float[Tensor, "b c h w"]:
+    return tokens.transpose(1, 2).unflatten(2, grid)

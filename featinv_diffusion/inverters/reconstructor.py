@@ -1,0 +1,268 @@
+"""`Reconstructor`: a feed-forward network from the map of a vision encoder to its image.
+
+Source: "Image Reconstruction as a Tool for Feature Analysis", section 3; its sizes are defaults.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from jaxtyping import Float
+from timm.layers.activations import QuickGELU
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from featinv_diffusion.backbones import Backbone, load_backbone, wrap_model
+from featinv_diffusion.errors import InputError, choices_hint
+from featinv_diffusion.inverters.base import Generators
+from featinv_diffusion.inverters.blocks import spec_of
+from featinv_diffusion.inverters.reconstructor_decoder import (
+    ResidualDecoder,
+    count_doublings,
+    default_channels,
+)
+from featinv_diffusion.types import Features, FeatureSpec, Images
+
+ASSETS = Path(__file__).parents[1] / "assets"
+FAMILY, FOLDER, BACKBONE = "tiny", "reconstructor", "backbone"
+"""Bundled are `assets/tiny/NAME/reconstructor`, each beside its `backbone`."""
+CONFIG = "config.json"
+HEAD_CHANNELS = 64
+EPS = 1e-6
+"""Of the layer norms, as SigLIP has it, and of the norm that locations are divided by."""
+
+
+class Reconstructor(ModelMixin, ConfigMixin):
+    """Transformer blocks over the unit-norm vectors of a map, and a decoder to pixels.
+
+    A learned token is put before the locations and dropped after the blocks; there is no position
+    embedding. Batch norms use the statistics of their training in evaluation.
+
+    Args:
+        spec: `FeatureSpec` of the features as a dict.
+        image_size: (h, w) of the encoder's input.
+        mean, std: of the encoder's preprocessing, in whose pixels the network writes.
+        depth: blocks.
+        n_heads: None is one for each 64 channels.
+        feedforward: None is 4 × the channels.
+        channels: of the decoder's stages, see `ResidualDecoder`; None halves with each. Their
+            number is `count_doublings` then, and may be any other.
+        n_residual: residual blocks at full size.
+
+    Raises:
+        InputError: features that are no map, or heads that do not divide the channels.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        spec: dict[str, Any],
+        image_size: Sequence[int],
+        mean: Sequence[float] = (0.5, 0.5, 0.5),
+        std: Sequence[float] = (0.5, 0.5, 0.5),
+        depth: int = 4,
+        n_heads: int | None = None,
+        feedforward: int | None = None,
+        channels: Sequence[int] | None = None,
+        n_residual: int = 2,
+    ):
+        super().__init__()
+        reads, size = spec_of(spec), (image_size[0], image_size[1])
+        _check_reads(reads)
+        width = reads.channels
+        self.token = nn.Parameter(torch.randn(width))
+        self.norm = nn.LayerNorm(width, eps=EPS)
+        blocks = (_make_block(width, n_heads, feedforward) for _ in range(depth))
+        self.blocks = nn.Sequential(*blocks)
+        if channels is None:
+            channels = default_channels(width, count_doublings(reads.grid, size))
+        self.decoder = ResidualDecoder(width, channels, n_residual, size)
+        for name, values in (("mean", mean), ("std", std)):
+            self.register_buffer(f"pixel_{name}", torch.tensor(values)[:, None, None], False)
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    @property
+    def spec(self) -> FeatureSpec:
+        """The features that it reads."""
+        return spec_of(self.config["spec"])
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(h, w) in pixels of what it writes."""
+        height, width = self.config["image_size"]
+        return height, width
+
+    def forward(self, features: Features) -> Images:
+        """Returns images about in [0, 1]: nothing bounds what the network writes."""
+        return self.reconstruct(features) * self.pixel_std + self.pixel_mean
+
+    def reconstruct(self, features: Features) -> Float[Tensor, "b 3 height width"]:
+        """Returns pixels as the encoder's preprocessing normalises them; raw features come in."""
+        features = F.normalize(features.to(self.dtype), dim=1, eps=EPS)
+        tokens = features.flatten(2).transpose(1, 2)
+        token = self.token.expand(len(tokens), 1, -1)
+        tokens = self.blocks(self.norm(torch.cat([token, tokens], dim=1)))[:, 1:]
+        return self.decoder(tokens.transpose(1, 2).unflatten(2, features.shape[2:]))
+
+
+class ReconstructorInverter:
+    """A reconstructor with the encoder whose features it reads; an `Inverter` without noise.
+
+    Args:
+        on_progress: called after each batch with its number of images.
+
+    Raises:
+        InputError: an encoder with other features or another input size.
+    """
+
+    def __init__(
+        self,
+        reconstructor: Reconstructor,
+        backbone: Backbone,
+        on_progress: Callable[[float], None] | None = None,
+    ):
+        reconstructor.spec.check_matches(backbone.spec)
+        if reconstructor.image_size != backbone.input_size:
+            raise InputError(
+                f"The reconstructor writes {_times(reconstructor.image_size)} pixels, but "
+                f"{backbone.name!r} reads {_times(backbone.input_size)}. Load it at that size."
+            )
+        self.reconstructor = reconstructor.eval()
+        self.backbone, self.on_progress = backbone, on_progress
+
+    @property
+    def spec(self) -> FeatureSpec:
+        """The features that it reads."""
+        return self.reconstructor.spec
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """The weights that decide its pictures, beside the encoder's."""
+        return {FOLDER: self.reconstructor}
+
+    @torch.no_grad()
+    def invert(self, features: Features, *, generator: Generators = None) -> Images:
+        """Returns one image in [0, 1] per map; generators are ignored.
+
+        Raises:
+            InputError: features of another shape, or not finite.
+        """
+        self.spec.check_features(features)
+        images = self.reconstructor(features).float().clamp(0, 1)
+        if self.on_progress is not None:
+            self.on_progress(len(images))
+        return images
+
+
+def list_reconstructors() -> list[str]:
+    """Returns the names of the bundled reconstructors, such as `siglip`."""
+    return sorted(path.parents[1].name for path in ASSETS.glob(f"{FAMILY}/*/{FOLDER}/{CONFIG}"))
+
+
+def find_reconstructor(name: str) -> Path | None:
+    """Returns the folder that a name, or a folder with or without `reconstructor`, means."""
+    if name in list_reconstructors():
+        return ASSETS / FAMILY / name / FOLDER
+    folder = Path(name).expanduser()
+    for candidate in (folder, folder / FOLDER):
+        if _class_name(candidate / CONFIG) == Reconstructor.__name__:
+            return candidate
+    return None
+
+
+def load_reconstructor(
+    name: str, on_progress: Callable[[float], None] | None = None
+) -> ReconstructorInverter:
+    """Loads a bundled reconstructor by its name, or one from a folder, with its encoder.
+
+    The encoder is the one beside it, in a folder `backbone`, or what its name leads to.
+
+    Raises:
+        InputError: no such reconstructor, or its encoder cannot be loaded.
+    """
+    folder = find_reconstructor(name)
+    if folder is None:
+        hint = choices_hint(name, list_reconstructors())
+        raise InputError(
+            f"A reconstructor must be a bundled name or a folder, but {name!r} is none; {hint}"
+        )
+    try:
+        reconstructor = Reconstructor.from_pretrained(folder, use_safetensors=True).float()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"{folder} must hold a reconstructor, but it could not be read: "
+            f"{str(error).strip().splitlines()[0]}"
+        ) from error
+    spec, size = reconstructor.spec, reconstructor.image_size
+    beside = folder.parent / BACKBONE
+    weights = beside if beside.is_dir() else None
+    backbone = load_encoder(spec.backbone, spec.layer, weights=weights, input_size=size)
+    return ReconstructorInverter(reconstructor, backbone, on_progress)
+
+
+def load_encoder(
+    name: str,
+    layer: str,
+    *,
+    weights: str | Path | None = None,
+    input_size: tuple[int, int] | None = None,
+) -> Backbone:
+    """As `load_backbone`, from a folder under that name where the name does not lead to it.
+
+    Raises:
+        InputError: as `load_backbone`.
+    """
+    if weights is None:
+        return load_backbone(name, layer, input_size=input_size)
+    from featinv_diffusion.backbones.load_transformers import load_transformers
+
+    if not Path(weights).is_dir():
+        raise InputError(f"The weights of {name!r} must be in a folder, but {weights} is none.")
+    model, processor = load_transformers(str(weights), pretrained=True)
+    return wrap_model(model, name=name, layer=layer, input_size=input_size, processor=processor)
+
+
+def _make_block(width: int, n_heads: int | None, feedforward: int | None) -> nn.Module:
+    n_heads = n_heads or max(1, width // HEAD_CHANNELS)
+    if width % n_heads:
+        raise InputError(
+            f"The heads must divide the {width} channels of the features, but {n_heads} do not."
+        )
+    make: Any = Block
+    return make(
+        width,
+        n_heads,
+        mlp_ratio=((feedforward or 4 * width) + 0.5) / width,  # which timm rounds down
+        qkv_bias=True,
+        norm_layer=partial(nn.LayerNorm, eps=EPS),
+        act_layer=QuickGELU,
+    )
+
+
+def _check_reads(spec: FeatureSpec) -> None:
+    if spec.kind != "map":
+        raise InputError(f"A reconstructor must read a map, but its features are {spec}.")
+
+
+def _class_name(config: Path) -> str | None:
+    if not config.is_file():
+        return None
+    try:
+        content: Mapping[str, Any] = json.loads(config.read_text())
+    except ValueError as error:
+        raise InputError(f"{config} must be JSON, but cannot be read: {error}") from error
+    return content.get("_class_name")
+
+
+def _times(size: tuple[int, int]) -> str:
+    return "×".join(map(str, size))

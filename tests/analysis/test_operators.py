@@ -1,0 +1,319 @@
+"""Operators on a backbone that shows patches of pixels, where swapping channels is a rotation."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+
+from featinv_diffusion.analysis.operator_fit import (
+    Drawn,
+    draw_images,
+    fit_operator,
+    measure_moments,
+)
+from featinv_diffusion.analysis.operator_measures import measure_held_out, summarise_power
+from featinv_diffusion.analysis.operator_spectrum import measure_spectrum
+from featinv_diffusion.analysis.operator_study import (
+    default_powers,
+    operation_of,
+    study_operator,
+    to_lines,
+)
+from featinv_diffusion.backbones.base import Backbone
+from featinv_diffusion.backbones.preprocessing import Preprocessing
+from featinv_diffusion.errors import InputError
+from featinv_diffusion.evaluation.dataset import ImageSet
+from featinv_diffusion.features.operator_methods import METHODS, solve
+from featinv_diffusion.features.operators import Operator
+from featinv_diffusion.images import to_pil
+from featinv_diffusion.pixel_operations import PixelOperation, make_operation
+from featinv_diffusion.types import FeatureSpec
+
+SIDE, PATCH = 8, 2
+C = 3 * PATCH**2
+
+
+class PatchBackbone(Backbone):
+    """A location holds the pixels of a patch: those of R, then of G, then of B."""
+
+    def __init__(self):
+        preprocessing = Preprocessing((SIDE, SIDE), (0.0,) * 3, (1.0,) * 3)
+        weights = nn.Linear(1, 1, bias=False)
+        nn.init.ones_(weights.weight)
+        super().__init__(weights, name="patches", preprocessing=preprocessing)
+        self.spec = FeatureSpec("patches", "last", C, (SIDE // PATCH, SIDE // PATCH))
+
+    @property
+    def has_head(self) -> bool:
+        return False
+
+    def features(self, images):
+        return F.pixel_unshuffle(images, PATCH)
+
+    def features_and_logits(self, images):
+        return self.features(images), None
+
+    def layers(self):
+        return [self.spec]
+
+    def _run(self, pixels):
+        return pixels
+
+    def _class_names(self):
+        return None
+
+
+class PatchInverter:
+    """Undoes `PatchBackbone`, with an error that is the same for all features."""
+
+    def __init__(self, error: float = 0.0):
+        self.backbone = PatchBackbone()
+        self.spec, self.error, self.n_calls = self.backbone.spec, error, 0
+
+    def invert(self, features, *, generator=None):
+        self.n_calls += 1
+        return (F.pixel_shuffle(features, PATCH) + self.error).clamp(0, 1)
+
+
+def make_image_set(n: int, first: int = 0) -> ImageSet:
+    images = torch.stack(
+        [
+            torch.rand(3, SIDE, SIDE, generator=torch.Generator().manual_seed(first + i))
+            for i in range(n)
+        ]
+    )
+    pictures = to_pil(0.1 + 0.8 * images)
+    ids = [f"{first + i}.png" for i in range(n)]
+    return ImageSet(ids, None, None, pictures.__getitem__)
+
+
+def draw(n: int = 8, first: int = 0, **options) -> list[Drawn]:
+    return list(draw_images(make_image_set(n, first), n, 0, SIDE, **options))
+
+
+def fitted(name: str, method: str = "orthogonal", **parameters) -> Operator:
+    return fit_operator(PatchBackbone(), draw(20), make_operation(name, **parameters), method)
+
+
+def permutation() -> torch.Tensor:
+    """What a swap of R and B does to patches."""
+    order = torch.arange(C).reshape(3, -1).flip(0).flatten()
+    return torch.eye(C, dtype=torch.float64)[order]
+
+
+# ---- which images ------------------------------------------------------------------------------
+
+
+def test_images_of_the_fit_are_left_out_whatever_they_are_called():
+    operator = fitted("swap")
+    assert len(operator.record.image_digests) == 20
+    both = make_image_set(25)
+    renamed = replace(both, ids=[f"other/{i}" for i in range(25)])
+    drawn = list(draw_images(renamed, 5, 3, SIDE, operator.record.image_digests))
+    assert sorted(image.id for image in drawn) == [f"other/{i}" for i in range(20, 25)]
+    with pytest.raises(InputError, match="6 images that the operator was not fitted on"):
+        list(draw_images(renamed, 6, 3, SIDE, operator.record.image_digests))
+
+
+def test_the_draw_is_that_of_the_seed():
+    images = make_image_set(30)
+    drawn = {seed: [d.id for d in draw_images(images, 10, seed, SIDE)] for seed in (0, 1)}
+    assert drawn[0] == [d.id for d in draw_images(images, 10, 0, SIDE)]
+    assert drawn[0] != drawn[1]
+    assert drawn[0] != images.ids[:10]
+    assert len(set(drawn[0])) == 10
+
+
+@pytest.mark.parametrize(("n", "words"), [(0, "At least one"), (4, "there are 3 among 3")])
+def test_what_cannot_be_drawn(n, words):
+    with pytest.raises(InputError, match=words):
+        list(draw_images(make_image_set(3), n, 0, SIDE))
+
+
+# ---- fits --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_swap_of_pixels_is_a_permutation_of_features(method):
+    operator = fitted("swap", method)
+    torch.testing.assert_close(operator.matrix, permutation(), atol=1e-5, rtol=0)
+    assert operator.record.residual < 1e-9
+    assert operator.record.residual_of_identity > 0.05
+
+
+def test_suppression_is_linear_and_no_rotation():
+    operator = fitted("suppress", "linear", alpha=0.5)
+    rotation = fitted("suppress", alpha=0.5)
+    assert operator.record.residual < 0.3 * rotation.record.residual
+    assert rotation.record.residual < rotation.record.residual_of_identity
+
+
+def test_batches_do_not_matter():
+    images, operation = draw(7), make_operation("grey")
+    whole, digests = measure_moments(PatchBackbone(), images, operation, batch_size=100)
+    parts, same = measure_moments(PatchBackbone(), images, operation, batch_size=3)
+    torch.testing.assert_close(whole.xy, parts.xy)
+    assert digests == same == tuple(image.digest for image in images)
+
+
+def test_any_function_can_be_fitted_and_is_named_in_the_record():
+    rotate = PixelOperation("roll channels", lambda images: images.roll(1, 1))
+    operator = fit_operator(PatchBackbone(), draw(20), rotate)
+    expected = torch.eye(C, dtype=torch.float64).roll(PATCH**2, 1)
+    torch.testing.assert_close(operator.matrix, expected, atol=1e-5, rtol=0)
+    with pytest.raises(InputError, match="No pixel operation is named 'roll channels'"):
+        operation_of(operator)
+
+
+# ---- spectrum ----------------------------------------------------------------------------------
+
+
+def test_the_eigenvalues_of_a_swap_are_one_and_minus_one():
+    figures = measure_spectrum(fitted("swap")).figures()
+    assert figures["n_near_minus_one"] == figures["n_negative_real"] == PATCH**2
+    assert figures["n_near_plus_one"] == C - PATCH**2
+    assert figures["twice_from_identity"] == pytest.approx(0, abs=1e-4)
+    # PATCH² of C eigenvalues moved by 2: the root mean square is 2 √(1/3)
+    assert figures["from_identity"] == pytest.approx(2 / 3**0.5, rel=1e-4)
+    assert figures["from_symmetric"] == pytest.approx(0, abs=1e-4)
+    assert figures["modulus"]["min"] == pytest.approx(1, abs=1e-5)
+    assert figures["absolute_angle_degrees"]["max"] == pytest.approx(180, abs=1)
+
+
+def test_moduli_of_powers_are_powers():
+    matrix = torch.diag(torch.linspace(0.5, 1.05, C, dtype=torch.float64))
+    operator = replace(fitted("swap"), matrix=matrix)
+    for n in (1, 4, 12):
+        modulus = measure_spectrum(operator, n).figures()["modulus"]
+        assert modulus["min"] == pytest.approx(0.5**n)
+        assert modulus["max"] == pytest.approx(1.05**n)
+    assert measure_spectrum(operator).figures()["n_modulus_above_one"] == 1
+    assert measure_spectrum(operator).figures()["from_orthogonal"] == pytest.approx(
+        ((matrix.diag() ** 2 - 1) ** 2).mean().sqrt().item()
+    )
+
+
+# ---- held out ----------------------------------------------------------------------------------
+
+
+def test_a_perfect_operator_is_at_the_floor():
+    operator, inverter = fitted("swap"), PatchInverter(error=0.05)
+    operation = operation_of(operator)
+    held = measure_held_out(
+        operator,
+        operation,
+        inverter.backbone,
+        draw(6, first=100),
+        inverter=inverter,
+        powers=(1, 2),
+        batch_size=4,
+        n_pictures=5,
+    )
+    assert held.ids[0].startswith("10")
+    once, twice = summarise_power(held.columns[1]), summarise_power(held.columns[2])
+    assert once["cosine"].value == pytest.approx(1, abs=1e-6)
+    assert once["cosine_nothing"].value < 0.95
+    assert once["cosine_gain"].value == pytest.approx(1 - once["cosine_nothing"].value, abs=1e-6)
+    assert once["mse_floor"].value == pytest.approx(0.05**2, rel=1e-3)
+    for metric in ("delta_e", "mse"):
+        assert once[f"{metric}_ceiling"].value > 3 * once[f"{metric}_floor"].value
+        assert once[f"{metric}_position"].value == pytest.approx(0, abs=1e-4)
+        assert twice[f"{metric}_position"] is None  # twice is nothing: floor and ceiling agree
+    assert twice["cosine_nothing"].value == pytest.approx(1)
+    assert inverter.n_calls == 2 * (1 + 2 * 2)
+    pictures = held.pictures
+    assert len(pictures.given) == len(pictures.wanted[2]) == 5
+    torch.testing.assert_close(pictures.edited[1][3], pictures.true[1][3], atol=1e-4, rtol=0)
+    assert pictures.wanted[1][0].equal(pictures.given[0].flip(0))
+
+
+def test_doing_nothing_is_at_the_ceiling():
+    operator, inverter = fitted("swap"), PatchInverter()
+    nothing = replace(operator, matrix=torch.eye(C))
+    held = measure_held_out(
+        nothing, operation_of(operator), inverter.backbone, draw(6, first=100), inverter=inverter
+    )
+    summary = summarise_power(held.columns[1])
+    assert summary["delta_e_position"].value == pytest.approx(1, abs=1e-3)
+    assert summary["cosine_gain"].value == pytest.approx(0, abs=1e-6)
+
+
+def test_colourise_is_given_grey_and_measured_against_colour():
+    operator, inverter = fitted("colourise", "linear"), PatchInverter()
+    drawn = draw(6, first=100)
+    held = measure_held_out(
+        operator, operation_of(operator), inverter.backbone, drawn, inverter=inverter
+    )
+    given, wanted = held.pictures.given[0], held.pictures.wanted[1][0]
+    assert given[0].equal(given[2])
+    assert not wanted[0].equal(wanted[2])
+    floor = summarise_power(held.columns[1])["mse_floor"]
+    assert floor.value == pytest.approx(0, abs=1e-6)
+
+
+def test_features_alone_need_no_inverter():
+    operator = fitted("swap")
+    held = measure_held_out(operator, operation_of(operator), PatchBackbone(), draw(3, first=50))
+    assert not held.is_inverted
+    assert set(held.columns[1]) == {"cosine", "cosine_nothing"}
+
+
+@pytest.mark.parametrize("powers", [(), (0, 1), (2, 2)])
+def test_powers_that_cannot_be_measured(powers):
+    operator = fitted("swap")
+    with pytest.raises(InputError, match="distinct whole numbers from 1"):
+        measure_held_out(operator, operation_of(operator), PatchBackbone(), draw(2), powers=powers)
+
+
+# ---- the study ---------------------------------------------------------------------------------
+
+
+def test_the_study_writes_figures_and_numbers(tmp_path: Path):
+    operator, inverter = fitted("suppress", "linear", alpha=0.8), PatchInverter(0.02)
+    operation = operation_of(operator)
+    assert default_powers(operation) == (1, 4, 8, 12)
+    metrics = study_operator(
+        operator,
+        operation,
+        inverter.backbone,
+        draw(4, first=60),
+        tmp_path,
+        inverter=inverter,
+        powers=(1, 4),
+    )
+    names = {"eigenvalues.png", "measures.png", "pictures.png", "powers.png"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    for name in names:
+        assert Image.open(tmp_path / name).width > 300
+    json.dumps(metrics, allow_nan=False)
+    assert metrics["n_images"] == 4
+    assert metrics["operator"]["n_images"] == 20
+    assert metrics["operator"]["parameters"] == {"alpha": 0.8, "channel": "blue"}
+    assert [s["power"] for s in metrics["spectrum"]] == [1, 4]
+    assert set(metrics["held_out"]) == {"1", "4"}
+    lines = to_lines(metrics)
+    assert len(lines) == 5
+    assert "Eigenvalues are of Q alone" in lines[-1]
+
+
+def test_an_operator_of_other_features_or_weights_is_refused(tmp_path: Path):
+    operator = fitted("swap")
+    other = replace(operator, spec=replace(operator.spec, layer="blocks.1"))
+    changed = replace(operator, record=replace(operator.record, backbone_sha256="00"))
+    for wrong, words in ((other, "acts on a map"), (changed, "other weights of patches")):
+        with pytest.raises(InputError, match=words):
+            study_operator(wrong, operation_of(operator), PatchBackbone(), draw(2), tmp_path)
+
+
+def test_moments_serve_several_methods():
+    moments, _ = measure_moments(PatchBackbone(), draw(20), make_operation("swap"))
+    for method in METHODS:
+        found = solve(moments, PatchBackbone().spec, "swap", method)
+        torch.testing.assert_close(found.matrix, permutation(), atol=1e-5, rtol=0)

@@ -1,0 +1,260 @@
+"""The reconstructor: its published form, sizes and files, and the encoder that it goes with."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from featinv_diffusion.errors import InputError
+from featinv_diffusion.inverters import Inverter
+from featinv_diffusion.inverters.reconstructor import (
+    Reconstructor,
+    ReconstructorInverter,
+    find_reconstructor,
+    load_encoder,
+    load_reconstructor,
+)
+from featinv_diffusion.inverters.reconstructor_decoder import count_doublings
+from featinv_diffusion.inverters.reconstructor_original import from_original
+from featinv_diffusion.types import FeatureSpec
+from tests.inverters import encoders
+from tests.tiny import make_images
+
+
+@pytest.fixture(scope="module")
+def member(tmp_path_factory) -> Path:
+    return encoders.save_member(tmp_path_factory.mktemp("assets") / "siglip")
+
+
+def test_published_sizes_are_the_defaults() -> None:
+    spec = FeatureSpec("siglip", "last", 768, (14, 14))
+    with torch.device("meta"):
+        model = Reconstructor(asdict(spec), (224, 224))
+    # 38,237,187 parameters of the original without the norm whose output it does not use
+    assert sum(p.numel() for p in model.parameters()) == 38_237_187 - 2 * 768
+    widths = [m.out_channels for m in model.modules() if isinstance(m, nn.ConvTranspose2d)]
+    assert widths == [384, 192, 96, 48]
+    assert len(model.blocks) == 4
+    assert model.blocks[0].attn.num_heads == 12
+
+
+def quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    return x / (1 + torch.exp(-1.702 * x))
+
+
+def attend(block, x: torch.Tensor) -> torch.Tensor:
+    """Attention of two heads, written out."""
+    q, k, v = F.linear(x, block.qkv.weight, block.qkv.bias).chunk(3, dim=-1)
+    heads = []
+    for part in zip(*(t.chunk(2, dim=-1) for t in (q, k, v)), strict=True):
+        scores = part[0] @ part[1].transpose(1, 2) / part[0].shape[-1] ** 0.5
+        heads.append(scores.softmax(-1) @ part[2])
+    return F.linear(torch.cat(heads, -1), block.proj.weight, block.proj.bias)
+
+
+def norm(layer: nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt() * layer.weight
+
+
+def test_the_network_is_the_published_one_written_out() -> None:
+    model = encoders.make_reconstructor(n_residual=1)
+    weights = model.state_dict()
+    features = encoders.make_features(2)
+    unit = features / features.square().sum(1, keepdim=True).sqrt()
+    tokens = unit.permute(0, 2, 3, 1).reshape(2, 64, encoders.WIDTH)
+    tokens = norm(model.norm, torch.cat([weights["token"].expand(2, 1, -1), tokens], 1))
+    for block in model.blocks:
+        tokens = tokens + attend(block.attn, norm(block.norm1, tokens))
+        hidden = quick_gelu(F.linear(norm(block.norm2, tokens), *block.mlp.fc1.parameters()))
+        tokens = tokens + F.linear(hidden, *block.mlp.fc2.parameters())
+    x = tokens[:, 1:].reshape(2, 8, 8, encoders.WIDTH).permute(0, 3, 1, 2)
+
+    def convolve(x: torch.Tensor, path: str) -> torch.Tensor:
+        return F.conv2d(x, weights[f"{path}.weight"], weights[f"{path}.bias"], padding=1)
+
+    def batch_norm(x: torch.Tensor, path: str) -> torch.Tensor:
+        mean, variance = weights[f"{path}.running_mean"], weights[f"{path}.running_var"]
+        return (x - mean[:, None, None]) / (variance + 1e-5).sqrt()[:, None, None]
+
+    def residual(x: torch.Tensor, path: str) -> torch.Tensor:
+        inner = quick_gelu(batch_norm(convolve(x, f"{path}.conv1"), f"{path}.bn1"))
+        return quick_gelu(batch_norm(convolve(inner, f"{path}.conv2"), f"{path}.bn2") + x)
+
+    for i in range(3):
+        path = f"decoder.layers.{2 * i}"
+        kernel, bias = weights[f"{path}.weight"], weights[f"{path}.bias"]
+        x = F.conv_transpose2d(x, kernel, bias, stride=2, padding=1)
+        x = residual(x, f"decoder.layers.{2 * i + 1}")
+    x = convolve(residual(x, "decoder.layers.6"), "decoder.layers.7")
+    torch.testing.assert_close(model.reconstruct(features), x, rtol=1e-4, atol=1e-5)
+    mean, std = (torch.tensor(v)[:, None, None] for v in (encoders.MEAN, encoders.STD))
+    torch.testing.assert_close(model(features), x * std + mean, rtol=1e-4, atol=1e-5)
+
+
+def test_only_the_direction_of_each_location_counts() -> None:
+    model, features = encoders.make_reconstructor(), encoders.make_features(2)
+    scale = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(1)) + 0.5
+    before = features.clone()
+    torch.testing.assert_close(model(features * scale), model(features), rtol=1e-4, atol=1e-5)
+    assert torch.equal(features, before)
+    assert model(torch.zeros_like(features)).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("grid", "size", "n"),
+    [((14, 14), 224, 4), ((8, 8), 64, 3), ((7, 7), 224, 5), ((16, 16), 224, 4), ((37, 37), 518, 4)],
+)
+def test_stages_double_where_the_patch_is_a_power_of_two(grid, size: int, n: int) -> None:
+    assert count_doublings(grid, (size, size)) == n
+
+
+@pytest.mark.parametrize(
+    ("grid", "size"), [((4, 4), (56, 56)), ((2, 3), (32, 48)), ((3, 2), (30, 40)), ((6, 6), (6, 6))]
+)
+def test_the_output_has_the_size_of_the_image(grid, size) -> None:
+    spec = replace(encoders.SPEC, grid=grid)
+    model = encoders.make_reconstructor(spec, image_size=size)
+    assert model(encoders.make_features(1, spec)).shape == (1, 3, *size)
+
+
+def test_other_channels_and_a_feedforward_that_is_no_multiple() -> None:
+    model = encoders.make_reconstructor(channels=[8, 4], feedforward=50, n_residual=0)
+    assert model.blocks[0].mlp.fc1.out_features == 50
+    assert model(encoders.make_features(1)).shape == (1, 3, 64, 64)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"n_heads": 3}, "3 do not"),
+        ({"spec": replace(encoders.SPEC, kind="tokens", grid=(64, 1))}, "must read a map"),
+    ],
+)
+def test_what_cannot_be_built_is_refused(settings, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        encoders.make_reconstructor(**settings)
+
+
+def test_files_give_the_same_network_with_its_statistics(tmp_path) -> None:
+    model, features = encoders.make_reconstructor(), encoders.make_features(1)
+    model.save_pretrained(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+    ]
+    again = Reconstructor.from_pretrained(tmp_path).eval()
+    assert torch.equal(again(features), model(features))
+    assert again.spec == encoders.SPEC
+
+
+def test_it_is_an_inverter_with_its_encoder(member: Path) -> None:
+    counts: list[float] = []
+    inverter = load_reconstructor(str(member), counts.append)
+    assert isinstance(inverter, Inverter)
+    assert inverter.spec == encoders.SPEC
+    assert inverter.backbone.spec == inverter.spec
+    assert inverter.backbone.preprocessing.mean == encoders.MEAN
+    features = inverter.backbone.features(make_images(3))
+    images = inverter.invert(features)
+    assert images.shape == (3, 3, 64, 64)
+    assert 0 <= float(images.min()) < float(images.max()) <= 1
+    alone = torch.cat([inverter.invert(f[None]) for f in features])
+    torch.testing.assert_close(images, alone, rtol=1e-4, atol=1e-5)
+    assert counts == [3, 1, 1, 1]
+
+
+def test_alone_in_a_folder_it_finds_its_encoder_by_name(tmp_path: Path) -> None:
+    spec = FeatureSpec("tiny/vit", "blocks.3", 192, (8, 8))
+    encoders.make_reconstructor(spec, n_heads=3).save_pretrained(tmp_path)
+    inverter = load_reconstructor(str(tmp_path))
+    assert inverter.backbone.spec == spec
+    assert inverter.invert(inverter.backbone.features(make_images(1))).shape == (1, 3, 64, 64)
+
+
+def test_features_of_another_shape_are_refused(member: Path) -> None:
+    inverter = load_reconstructor(str(member / "reconstructor"))
+    with pytest.raises(InputError, match="must have shape"):
+        inverter.invert(torch.zeros(1, encoders.WIDTH, 4, 4))
+    with pytest.raises(InputError, match="must be finite"):
+        inverter.invert(torch.full((1, encoders.WIDTH, 8, 8), torch.nan))
+
+
+def test_an_encoder_of_another_size_is_refused(member: Path) -> None:
+    backbone = load_encoder(encoders.NAME, "last", weights=member / "backbone")
+    with pytest.raises(InputError, match=r"writes 32×32 pixels, but 'small/siglip' reads 64×64"):
+        ReconstructorInverter(encoders.make_reconstructor(image_size=(32, 32)), backbone)
+    other = encoders.make_reconstructor(replace(encoders.SPEC, layer="encoder.layers.0"))
+    with pytest.raises(InputError, match=r"encoder\.layers\.0"):
+        ReconstructorInverter(other, backbone)
+
+
+def test_folders_without_a_reconstructor(member: Path, tmp_path: Path) -> None:
+    assert find_reconstructor(str(member / "backbone")) is None
+    with pytest.raises(InputError, match="must be a bundled name or a folder"):
+        load_reconstructor(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "Reconstructor"}))
+    with pytest.raises(InputError, match="could not be read"):
+        load_reconstructor(str(tmp_path))
+
+
+def original_weights(width: int) -> dict[str, torch.Tensor]:
+    """Names and shapes as the original's state dict has them, counted through as values."""
+    shapes: dict[str, tuple[int, ...]] = {"transformer.embeddings.class_embedding": (width,)}
+    for name in ("pre_layrnorm", "post_layernorm"):
+        shapes |= {f"transformer.{name}.{kind}": (width,) for kind in ("weight", "bias")}
+    for i in range(2):
+        layer = f"transformer.encoder.layers.{i}"
+        for part in ("k_proj", "v_proj", "q_proj", "out_proj"):
+            shapes[f"{layer}.self_attn.{part}.weight"] = (width, width)
+            shapes[f"{layer}.self_attn.{part}.bias"] = (width,)
+        for part in ("layer_norm1", "layer_norm2"):
+            shapes |= {f"{layer}.{part}.{kind}": (width,) for kind in ("weight", "bias")}
+        shapes[f"{layer}.mlp.fc1.weight"] = (4 * width, width)
+        shapes[f"{layer}.mlp.fc1.bias"] = (4 * width,)
+        shapes[f"{layer}.mlp.fc2.weight"] = (width, 4 * width)
+        shapes[f"{layer}.mlp.fc2.bias"] = (width,)
+    for n in range(1, 5):
+        shapes[f"decoder.upconv{n}.weight"] = (width // 2 ** (n - 1), width // 2**n, 4, 4)
+        shapes[f"decoder.upconv{n}.bias"] = (width // 2**n,)
+    for n in range(1, 7):
+        size = width // 2 ** min(n, 4)
+        for part in (1, 2):
+            shapes[f"decoder.resblock{n}.conv{part}.weight"] = (size, size, 3, 3)
+            shapes[f"decoder.resblock{n}.conv{part}.bias"] = (size,)
+            for kind in ("weight", "bias", "running_mean", "running_var"):
+                shapes[f"decoder.resblock{n}.bn{part}.{kind}"] = (size,)
+            shapes[f"decoder.resblock{n}.bn{part}.num_batches_tracked"] = ()
+    shapes |= {"decoder.final_conv.weight": (3, width // 16, 3, 3), "decoder.final_conv.bias": (3,)}
+    return {key: torch.full(shape, i + 1.0) for i, (key, shape) in enumerate(shapes.items())}
+
+
+def test_published_weights_are_read_by_name() -> None:
+    weights = original_weights(32)
+    model = encoders.make_reconstructor(replace(encoders.SPEC, grid=(4, 4)))
+    model.load_state_dict(from_original(weights))
+    found = model.state_dict()
+    assert torch.equal(found["blocks.1.attn.qkv.bias"].chunk(3)[1],
+                       weights["transformer.encoder.layers.1.self_attn.k_proj.bias"])  # fmt: skip
+    pairs = {
+        "token": "transformer.embeddings.class_embedding",
+        "blocks.0.attn.proj.weight": "transformer.encoder.layers.0.self_attn.out_proj.weight",
+        "decoder.layers.6.weight": "decoder.upconv4.weight",
+        "decoder.layers.7.conv2.weight": "decoder.resblock4.conv2.weight",
+        "decoder.layers.9.bn1.running_var": "decoder.resblock6.bn1.running_var",
+        "decoder.layers.10.bias": "decoder.final_conv.bias",
+    }
+    assert all(torch.equal(found[ours], weights[theirs]) for ours, theirs in pairs.items())
+
+
+def test_weights_of_another_network_are_refused() -> None:
+    with pytest.raises(InputError, match="class_embedding"):
+        from_original({"vqvae.weight": torch.zeros(1)})
+    with pytest.raises(InputError, match="upsample"):
+        from_original({**original_weights(32), "decoder.upsample.weight": torch.zeros(1)})

@@ -1,0 +1,62 @@
+"""One table of deterministic inverters: by name, by folder, and what they refuse."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from featinv_diffusion.errors import InputError
+from featinv_diffusion.inverters import modular, reconstructor
+from featinv_diffusion.inverters.chain import MapChain
+from featinv_diffusion.inverters.reconstructor import ReconstructorInverter
+from featinv_diffusion.inverters.registry import (
+    DeterministicInverter,
+    Source,
+    list_inverters,
+    open_deterministic,
+)
+from tests.inverters import encoders, small
+
+
+@pytest.fixture
+def folders(tmp_path: Path, monkeypatch) -> Path:
+    """Assets with a reconstructor `siglip`, and beside them a modular inverter."""
+    encoders.save_member(tmp_path / "tiny/siglip")
+    monkeypatch.setattr(reconstructor, "ASSETS", tmp_path)
+    monkeypatch.setattr(modular, "load_path", lambda _info: small.make_vit_path())
+    small.make_vit_inverses(small.make_vit_path()).save_pretrained(tmp_path / "vit")
+    return tmp_path
+
+
+def test_names_and_folders_lead_to_their_kind(folders: Path) -> None:
+    assert {"rae", "siglip"} <= set(list_inverters())
+    named = open_deterministic(Source("siglip"))
+    beside = open_deterministic(Source(str(folders / "tiny/siglip/reconstructor")))
+    chain = open_deterministic(Source(str(folders / "vit"), stage="blocks.1"))
+    assert isinstance(named, ReconstructorInverter)
+    assert isinstance(beside, ReconstructorInverter)
+    assert isinstance(chain, MapChain)
+    assert chain.spec.layer == "blocks.1"
+    for inverter in (named, beside, chain):
+        assert isinstance(inverter, DeterministicInverter)
+    assert list(named.networks) == ["reconstructor"]
+    assert list(chain.networks) == ["blocks.1", "patches"]
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        (Source("siglop"), "did you mean 'siglip'"),
+        (Source("siglip", stage="encoder"), "reads the layer 'last' and no other"),
+        (Source("siglip", pipeline="tiny/vit"), "takes no pipeline"),
+        (Source("rae"), "give --pipeline"),
+    ],
+)
+def test_what_does_not_fit_is_refused(folders: Path, source: Source, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        open_deterministic(source)
+
+
+def test_its_own_layer_is_a_stage(folders: Path) -> None:
+    assert open_deterministic(Source("siglip", stage="last")).spec == encoders.SPEC
