@@ -76,12 +76,17 @@ def plan(data: str, boxes: str, tuned: Sequence[str], n_images: int) -> Iterator
 
 
 def run(name: str, arguments: Sequence[str]) -> None:
+    """Runs a command that is not done; the folder of another command must be removed first."""
     output = ROOT / name
-    if (output / "metrics.json").exists():
+    record, command = output / "command.txt", shlex.join(["featinv", *arguments])
+    if record.exists():
+        if record.read_text() != command:
+            sys.exit(f"Error: {output} was made by another command. Remove it and start again.")
         return
-    command = [*arguments, "--output", str(output)]
-    print("+ featinv", shlex.join(command), file=sys.stderr)
-    subprocess.run([sys.executable, "-m", "featinv_diffusion", *command], check=True)
+    print("+", command, file=sys.stderr)
+    whole = [sys.executable, "-m", "featinv_diffusion", *arguments, "--output", str(output)]
+    subprocess.run(whole, check=True)
+    record.write_text(command)
 
 
 def read(name: str) -> dict[str, Any]:

@@ -42,9 +42,8 @@ def plan(data: str, fit: str, n_images: int) -> Iterator[Run]:
     for name in ENCODERS:
         nulls = ["--n-null-images", "300", "--evaluated-by", "tiny/convnext,tiny/resnet"]
         yield ROOT / name / "metrics.json", ["evaluate", "--inverter", name, *unseen, *nulls]
-    compared = ",".join([*ENCODERS, "vit", "diffusion:tiny/vit"])
     scorers = ["--scorers", "tiny/convnext,tiny/swin", "--grey"]
-    command = ["analyze", "encoders", "--inverter", compared, *unseen, *scorers]
+    command = ["analyze", "encoders", "--inverter", ",".join(ENCODERS), *unseen, *scorers]
     yield ROOT / "encoders" / "metrics.json", command
     for encoder in ENCODERS:
         for key, (operation, methods) in OPERATIONS.items():
@@ -70,12 +69,18 @@ def _photos(stem: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def run(done: Path, arguments: Sequence[str]) -> None:
+    """Runs a command whose `done` is not there; one of another command must be removed first."""
+    record = done.with_suffix(".command")
+    command = shlex.join(["featinv", *arguments])
     if done.exists():
+        if record.read_text() != command:
+            sys.exit(f"Error: {done} was made by another command. Remove it and start again.")
         return
     output = done.parent if done.name == "metrics.json" else done
-    command = [*arguments, "--output", str(output)]
-    print("+ featinv", shlex.join(command), file=sys.stderr)
-    subprocess.run([sys.executable, "-m", "featinv_diffusion", *command], check=True)
+    print("+", command, file=sys.stderr)
+    whole = [sys.executable, "-m", "featinv_diffusion", *arguments, "--output", str(output)]
+    subprocess.run(whole, check=True)
+    record.write_text(command)
 
 
 def read(name: str) -> dict[str, Any]:

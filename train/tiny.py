@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.training.family import CONFIGS, STAGES, fit_scopes, pack_family
+from featinv_diffusion.training.pack_operators import fit_operators
 
 
 def main() -> None:
@@ -37,8 +38,9 @@ def main() -> None:
         for member in pack_family(Path(arguments.output)):
             print(member)
         if not arguments.pack_only:
-            for path in fit_scopes(Path(arguments.output), arguments.data):
-                print(path)
+            for fit in (fit_scopes, fit_operators):
+                for path in fit(Path(arguments.output), arguments.data):
+                    print(path)
     except InputError as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(2)
