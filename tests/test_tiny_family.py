@@ -12,9 +12,13 @@ from safetensors import safe_open
 from featinv_diffusion import load_backbone
 from featinv_diffusion.diffusion.bundled import ASSETS, list_bundled
 from featinv_diffusion.diffusion.pipeline_folder import SCOPE_FILE
+from featinv_diffusion.evaluation.fingerprints import weights_sha256
+from featinv_diffusion.features.operator_files import open_operator
 from featinv_diffusion.images import builtin_photo, center_square, read_image, to_tensor
 from featinv_diffusion.metrics.features import feature_cosine, shuffled_cosine
-from featinv_diffusion.sampling import SampleSettings, open_inverter
+from featinv_diffusion.metrics.pixels import psnr
+from featinv_diffusion.pixel_operations import make_operation
+from featinv_diffusion.sampling import SampleSettings, open_chosen, open_inverter
 from featinv_diffusion.seeds import make_generator
 
 TINY = ASSETS / "tiny"
@@ -29,6 +33,11 @@ MEMBERS = {
     "swin": (128, (8, 8)),
     "vit": (192, (8, 8)),
 }
+
+
+def load_photos() -> torch.Tensor:
+    paths = [builtin_photo().with_name(name) for name in PHOTOS]
+    return to_tensor([center_square(read_image(path), 64) for path in paths])
 
 
 def test_the_members_ship_and_are_listed() -> None:
@@ -77,8 +86,7 @@ def test_reconstructions_beat_the_shuffled_null(name: str) -> None:
     backbone = inverter.backbone
     assert backbone is not None
     assert (backbone.spec.channels, backbone.spec.grid) == MEMBERS[name]
-    photos = [center_square(read_image(builtin_photo().with_name(n)), 64) for n in PHOTOS]
-    features = backbone.features(to_tensor(photos))
+    features = backbone.features(load_photos())
     again = backbone.features(
         inverter.invert(features, generator=[make_generator(photo, 0) for photo in PHOTOS])
     )
@@ -87,6 +95,37 @@ def test_reconstructions_beat_the_shuffled_null(name: str) -> None:
     swapped = feature_cosine(features, again.flip(0)).mean()
     assert float(found - swapped) > 0.05
     assert float(found - null) > (0.0 if name.endswith("pooled") else 0.1)
+
+
+DETERMINISTIC = {"detr": 9.0, "vit": 17.0, "siglip": 17.0, "siglip2": 18.0}
+"""Least PSNR in dB of the photos from the default stage."""
+
+
+@pytest.mark.parametrize("name", DETERMINISTIC)
+def test_deterministic_inverters_bring_the_photos_back(name: str) -> None:
+    inverter, _ = open_chosen(SampleSettings(inverter=name))
+    assert inverter.backbone is not None
+    photos = to_tensor(
+        [center_square(read_image(builtin_photo().with_name(n)), 64) for n in PHOTOS]
+    )
+    found = inverter.invert(inverter.backbone.features(photos))
+    assert float(psnr(found, photos).min()) > DETERMINISTIC[name]
+    assert float(psnr(found, photos.flip(0)).max()) < DETERMINISTIC[name]
+
+
+@pytest.mark.parametrize("name", ["swap", "suppress", "colourise"])
+def test_operators_do_to_features_what_is_done_to_pixels(name: str) -> None:
+    operator = open_operator(f"tiny/siglip2/{name}")
+    operation = make_operation(operator.record.operation, **operator.record.parameters)
+    backbone = load_backbone("tiny/siglip2")
+    operator.check(backbone.spec, weights_sha256({"": backbone.model}))
+    photos = to_tensor(
+        [center_square(read_image(builtin_photo().with_name(n)), 64) for n in PHOTOS]
+    )
+    before = backbone.features(operation.source(photos))
+    after = backbone.features(operation.target(photos))
+    edited = feature_cosine(operator.edit()(before), after).mean()
+    assert float(edited) > float(feature_cosine(before, after).mean())
 
 
 def test_settings_of_the_pipeline_are_written_down() -> None:
