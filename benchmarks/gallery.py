@@ -94,6 +94,22 @@ def entries() -> Iterator[Entry]:
         ["classemb", "crops/flower-02.png", "--output", "classemb"],
         "classemb/00-flower-02.png",
     )
+    yield Entry(
+        "Deterministic inversion",
+        "The reconstructor of a small SigLIP 2: one picture for a map, without noise.",
+        ["sample", "photos", "crops/flower-02.png", "--inverter", "siglip2", "--output", "siglip2"],
+        "siglip2/grid.png",
+    )
+    yield Entry(
+        "Operators in feature space",
+        "A rotation of the feature vectors, the same for all cells, that swaps red and blue; "
+        "applied twice it nearly brings them back.",
+        [
+            *["operator", "apply", "photos", "crops/flower-02.png", "--power", "0,1,2"],
+            *["--operator", "tiny/siglip2/swap", "--inverter", "siglip2", "--output", "swap"],
+        ],
+        "swap/grid.png",
+    )
 
 
 def write_photos() -> None:
@@ -120,7 +136,7 @@ def run(entry: Entry) -> str:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"featinv {shlex.join(entry.command)} failed:\n{done.stderr}")
-    name = f"gallery-{entry.command[0]}.png"
+    name = f"gallery-{Path(entry.figure).parent.name}.png"
     with Image.open(ROOT / entry.figure) as figure:
         figure.thumbnail((WIDTH, 4 * WIDTH))
         write_png(figure.convert("RGB"), FIGURES / name)

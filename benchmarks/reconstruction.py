@@ -167,13 +167,11 @@ def write_photos(folder: Path) -> None:
 def copy_figures() -> None:
     """Those of the page, which show the package's photos or no picture."""
     encoder = ENCODERS[-1]
-    for name in ("swap-orthogonal", "suppress-linear", "colourise-linear"):
-        pictures = ROOT / f"{encoder}-{name}-photos"
-        key = name.partition("-")[0]
-        shutil.copy(pictures / "pictures.png", FIGURES / f"operator-{key}.png")
-        shutil.copy(
-            ROOT / f"{encoder}-{name}" / "eigenvalues.png", FIGURES / f"operator-{key}-spectrum.png"
-        )
+    for key, method in (("swap", "orthogonal"), ("suppress", "linear"), ("colourise", "linear")):
+        run_of = ROOT / f"{encoder}-{key}-{method}"
+        shutil.copy(f"{run_of}-photos/pictures.png", FIGURES / f"operator-{key}.png")
+        if key != "colourise":
+            shutil.copy(run_of / "eigenvalues.png", FIGURES / f"operator-{key}-spectrum.png")
 
 
 def main() -> None:

@@ -37,13 +37,16 @@ def read_setting(key: str, path: str | Path | None = None, overrides: Sequence[s
     """Returns one value of what `load_config` reads, before any class checks it; None without it.
 
     Raises:
-        InputError: unreadable file or override.
+        InputError: unreadable file, override or value.
     """
     config = OmegaConf.create() if path is None else _read_yaml(Path(path))
     for override in overrides:
         if "=" in override:  # `load_config` refuses what has none
             config = _merge(config, _read_override(override), f"override {override!r}")
-    return OmegaConf.select(config, key)
+    try:
+        return OmegaConf.select(config, key)
+    except OmegaConfBaseException as error:
+        raise InputError(f"The setting {key} cannot be read: {_first_line(error)}") from error
 
 
 def to_yaml(config: Any) -> str:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import nn
@@ -19,6 +18,7 @@ from featinv_diffusion.diffusion.schedulers import SCHEDULERS, make_scheduler, s
 from featinv_diffusion.errors import InputError, choices_hint
 from featinv_diffusion.inverters.base import Inverter
 from featinv_diffusion.inverters.diffusion import DiffusionInverter, declared_spec
+from featinv_diffusion.inverters.folders import expand_path
 from featinv_diffusion.inverters.registry import (
     DIFFUSION,
     Source,
@@ -36,6 +36,16 @@ CHOICES: dict[str, Collection[str]] = {
     "attention": ("native", "xformers"),
     "dtype": DTYPES,
 }
+OF_DIFFUSION = (
+    "steps",
+    "scheduler",
+    "guidance_scale",
+    "guidance",
+    "strength",
+    "attention",
+    "dtype",
+)
+"""Settings that only the diffusion inverter has."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +99,8 @@ class SampleSettings:
             if value is not None and value not in choices:
                 hint = choices_hint(value, list(choices))
                 raise InputError(f"No {name} is named {value!r}; {hint}")
+        for path in (self.inverter, self.pipeline or ""):
+            expand_path(path)  # refuses the home folder of nobody
         if self.inverter == DIFFUSION and self.stage is not None:
             raise InputError("--stage is of a modular inverter; name one with --inverter.")
         if self.inverter != DIFFUSION:
@@ -109,7 +121,8 @@ def open_chosen(
     In the resolved settings of a deterministic inverter backbone, layer and stage are its own.
 
     Raises:
-        InputError: as `open_inverter` and `open_deterministic`.
+        InputError: as `open_inverter` and `open_deterministic`, or settings with the backbone and
+            layer of another inverter.
     """
     if settings.inverter == DIFFUSION:
         return open_inverter(settings, on_progress)
@@ -118,6 +131,7 @@ def open_chosen(
     with without_progress_bars():
         inverter = open_deterministic(source)
     assert inverter.backbone is not None
+    _check_own(inverter.spec, settings)
     for module in (*inverter.networks.values(), inverter.backbone):
         module.to(device)
     pipeline = settings.pipeline
@@ -266,25 +280,36 @@ def _lasting_name(name: str) -> str:
 
 
 def _lasting_folder(name: str, bundled: Collection[str]) -> str:
-    folder = Path(name).expanduser()
+    folder = expand_path(name)
     return str(folder.absolute()) if name not in bundled and folder.is_dir() else name
 
 
 def _check_deterministic(settings: SampleSettings) -> None:
-    """A deterministic inverter implies its backbone, and draws no noise.
+    """A deterministic inverter implies its backbone, draws no noise and computes in float32.
 
     Resolved settings, in which the backbone and the layer are the inverter's own, pass too.
     """
-    names = ("steps", "scheduler", "guidance_scale", "guidance")
-    given = [name for name in names if getattr(settings, name) is not None]
-    given += [name for name in ("backbone", "layer") if getattr(settings, name) is not None]
+    default = {field.name: field.default for field in fields(settings)}
+    names = (*OF_DIFFUSION, "backbone", "layer")
+    given = [name for name in names if getattr(settings, name) != default[name]]
     is_resolved = settings.stage is not None and settings.layer == settings.stage
     if given and not (is_resolved and given == ["backbone", "layer"]):
         options = ", ".join("--" + name.replace("_", "-") for name in given)
         raise InputError(
-            f"The inverter {settings.inverter!r} has its own backbone and draws no noise, but "
-            f"{options} came. Leave that out, or use --inverter diffusion."
+            f"The inverter {settings.inverter!r} has its own backbone, draws no noise and computes "
+            f"in float32, but {options} came. Leave that out, or use --inverter diffusion."
         )
+
+
+def _check_own(spec: FeatureSpec, settings: SampleSettings) -> None:
+    """Of a deterministic inverter that is open: what was given must be its own."""
+    for name, own in (("backbone", spec.backbone), ("layer", spec.layer)):
+        asked = getattr(settings, name)
+        if asked not in (None, own):
+            raise InputError(
+                f"The inverter {settings.inverter!r} reads the {name} {own!r}, but the {name} "
+                f"{asked!r} was asked for. Leave that out."
+            )
 
 
 def _set_attention(pipeline: FeatInvPipeline, attention: str, device: torch.device) -> None:

@@ -4,7 +4,7 @@ from typing import Literal
 
 import pytest
 
-from featinv_diffusion.config import load_config, to_yaml
+from featinv_diffusion.config import load_config, read_setting, to_yaml
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.training.controlnet import ControlNetConfig
 
@@ -46,6 +46,12 @@ def test_bad_override_is_one_sentence_that_names_it(override: str, said: str) ->
         load_config(Outer, None, [override])
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_one_setting_that_cannot_be_read() -> None:
+    with pytest.raises(InputError, match=r"inner\.kind cannot be read: .*nope"):
+        read_setting("inner.kind", None, ["inner.kind=${nope}"])
+    assert read_setting("inner.kind", None, ["inner=3"]) is None  # which `load_config` refuses
 
 
 def test_missing_and_broken_files_are_refused(tmp_path: Path) -> None:

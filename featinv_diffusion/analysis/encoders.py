@@ -1,11 +1,11 @@
 """Encoders compared by how well their features are turned back into images.
 
 Source: "Image Reconstruction as a Tool for Feature Analysis", section 4. What differs from its
-code: images are squares from the centre, which encoders and scorers squash alike, where it trains
-on squashed images and evaluates on DINOv2's crops; similarity is measured in colour, and in grey
-only on request, where it always turns grey without saying so; its scorers are CLIP ViT-L/14 and
-SigLIP2-L, of which the latter is of the family of what it ranks. Here pixels and colours are
-measured too, and each figure has its interval.
+code: images are central squares, as in configs/inverters/siglip.yaml and siglip2.yaml, where it
+trains on whole images squashed to squares and evaluates on DINOv2's central crops; similarity is
+measured in colour, and in grey only on request, where it always turns grey without saying so; its
+scorers are CLIP ViT-L/14 and SigLIP2-L, of which the latter is of the family of what it ranks.
+Here pixels and colours are measured too, and each figure has its interval.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from featinv_diffusion.analysis.encoders_scoring import Scorer, resize
 from featinv_diffusion.analysis.encoders_settings import Encoder
 from featinv_diffusion.evaluation.dataset import ImageSet
+from featinv_diffusion.evaluation.evaluator import find_partners
 from featinv_diffusion.evaluation.selection import Item
 from featinv_diffusion.images import center_square, to_tensor
 from featinv_diffusion.metrics.colour import delta_e_2000
@@ -31,7 +32,7 @@ from featinv_diffusion.types import Images
 
 N_EXAMPLES = 8
 NULL = "null_"
-"""Before a similarity: that of the reconstruction of another image, half of the set away."""
+"""Before a similarity: that of the reconstruction of another image, of another class if it can."""
 
 PIXEL_METRICS = {"psnr": psnr, "ssim": ssim, "delta_e_2000": delta_e_2000}
 
@@ -95,9 +96,10 @@ def compare_encoders(
             kept = [*result.original, *originals.cpu()][:N_EXAMPLES]
             result.original = torch.stack(kept)
     embeddings = {name: torch.cat(vectors) for name, vectors in seen.items()}
+    partners = find_partners([item.label for item in items])
     for label, measured in parts.items():
         joined = {name: torch.cat([part[name] for part in measured]) for name in measured[0]}
-        result.columns[label] = _compare_embeddings(joined, embeddings)
+        result.columns[label] = _compare_embeddings(joined, embeddings, partners)
     return result
 
 
@@ -113,14 +115,19 @@ def _measure(
 
 
 def _compare_embeddings(
-    measured: dict[str, Tensor], embeddings: dict[str, Tensor]
+    measured: dict[str, Tensor], embeddings: dict[str, Tensor], partners: Sequence[int]
 ) -> dict[str, Tensor]:
-    """Replaces embeddings by their cosine with the original's, and adds that of another image."""
+    """Replaces embeddings by their cosine with the original's, and adds that of the partner.
+
+    Args:
+        partners: another image of each; none leaves that out.
+    """
     cosine = partial(F.cosine_similarity, dim=1)
     columns = {name: values for name, values in measured.items() if name not in embeddings}
     for name, originals in embeddings.items():
         columns[name] = cosine(originals, measured[name])
-        columns[NULL + name] = cosine(originals, measured[name].roll(len(originals) // 2, dims=0))
+        if partners:
+            columns[NULL + name] = cosine(originals, measured[name][list(partners)])
     return columns
 
 

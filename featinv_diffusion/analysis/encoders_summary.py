@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Any
 
 from featinv_diffusion.analysis.encoders import NULL, Comparison
@@ -13,13 +13,17 @@ from featinv_diffusion.metrics.paired import bootstrap_p_value, holm, wilcoxon_s
 from featinv_diffusion.metrics.statistics import bootstrap_difference, bootstrap_mean
 
 LOWER_IS_BETTER = ("delta_e_2000",)
+SIGNIFICANCE = 0.05
 TITLES = {"psnr": "PSNR, dB", "ssim": "SSIM", "delta_e_2000": "ΔE2000, lower is better"}
 NOTE = """\
 95 % bootstrap intervals over images. Similarity: cosine of the pooled embeddings of original and
 reconstruction; in brackets that of the original and the reconstruction of another image.
 Pairs: mean difference, Wilcoxon's signed-rank test (rank-biserial effect) and paired bootstrap,
 two-sided{correction}.
-They say nothing of what another training of an encoder or of its inverter would give."""
+Order: best first, of two neighbours; ≈ where either p is not below {level}. Bold: the best, and
+those that are ≈ to it.
+Where the inverters of a pair are of different kinds, it compares encoder and inverter together.
+Tests say nothing of what another training of an encoder or of its inverter would give."""
 CORRECTION = ", each p adjusted by Holm for the pairs of its metric"
 
 
@@ -50,6 +54,26 @@ def rank(encoders: Sequence[Mapping[str, Any]], metric: str) -> list[str]:
     return [encoder["label"] for encoder in ordered]
 
 
+def is_told_apart(pairs: Sequence[Mapping[str, Any]], first: str, second: str) -> bool:
+    """Whether both adjusted tests of these two encoders are significant.
+
+    Args:
+        pairs: of one metric, as of `summarise`.
+    """
+    (pair,) = [pair for pair in pairs if {pair["a"], pair["b"]} == {first, second}]
+    return all(pair[test]["p_holm"] < SIGNIFICANCE for test in ("wilcoxon", "bootstrap"))
+
+
+def order_line(metrics: Mapping[str, Any], metric: str) -> str:
+    """Returns the order, best first: > (or < where lower is better) only for who is told apart."""
+    labels, pairs = metrics["ranking"][metric], metrics["pairs"][metric]
+    sign = "<" if metric in LOWER_IS_BETTER else ">"
+    text = labels[0]
+    for better, worse in pairwise(labels):
+        text += f" {sign if is_told_apart(pairs, better, worse) else '≈'} {worse}"
+    return f"{title_of(metric)}: {text}"
+
+
 def title_of(metric: str) -> str:
     """Returns a metric's name for people."""
     if metric in TITLES:
@@ -61,7 +85,7 @@ def title_of(metric: str) -> str:
 def to_markdown(metrics: Mapping[str, Any]) -> str:
     """Returns a page: a table of the encoders, one of the pairs, and what was run."""
     corrected = len(metrics["encoders"]) > 2
-    note = NOTE.format(correction=CORRECTION if corrected else "")
+    note = NOTE.format(correction=CORRECTION if corrected else "", level=SIGNIFICANCE)
     lines = [
         "# Comparison of encoders by reconstruction",
         "",
@@ -69,6 +93,8 @@ def to_markdown(metrics: Mapping[str, Any]) -> str:
         f"{metrics['compared_at']}×{metrics['compared_at']}.",
         "",
         *_encoder_table(metrics),
+        "",
+        *(f"- {order_line(metrics, metric)}" for metric in metrics["ranking"]),
         "",
         *_pair_table(metrics),
     ]
@@ -97,17 +123,24 @@ def _test_pairs(comparison: Comparison, metric: str, seed: int) -> list[dict[str
 
 def _encoder_table(metrics: Mapping[str, Any]) -> list[str]:
     names = list(metrics["ranking"])
-    best = {name: labels[0] for name, labels in metrics["ranking"].items()}
+    best = {name: _find_best(metrics, name) for name in names}
     rows = []
     for encoder in metrics["encoders"]:
         cells = [_figure_cell(encoder["figures"], name) for name in names]
         marked = [
-            f"**{cell}**" if best[name] == encoder["label"] else cell
+            f"**{cell}**" if encoder["label"] in best[name] else cell
             for name, cell in zip(names, cells, strict=True)
         ]
         size = "×".join(map(str, encoder["input_size"]))
         rows.append([encoder["label"], size, *marked])
     return _table(["encoder", "pixels", *map(title_of, names)], rows)
+
+
+def _find_best(metrics: Mapping[str, Any], metric: str) -> list[str]:
+    """The first in rank, and those that are not told apart from it."""
+    first, *others = metrics["ranking"][metric]
+    pairs = metrics["pairs"][metric]
+    return [first, *(label for label in others if not is_told_apart(pairs, first, label))]
 
 
 def _figure_cell(figures: Mapping[str, Any], name: str) -> str:

@@ -19,7 +19,20 @@ from featinv_diffusion.metrics.statistics import Interval
 from featinv_diffusion.types import Images
 
 PIXEL_LABELS = {"delta_e": "ΔE2000", "mse": "MSE of pixels"}
-BARS = {FLOOR: "R(true f)\nfloor", OPERATOR: "R(f Q)\n", CEILING: "R(f)\ndo nothing"}
+SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def to_symbol(power: int) -> str:
+    """Returns `Q` for 1, `Q¹²` for 12."""
+    return "Q" if power == 1 else f"Q{str(power).translate(SUPERSCRIPTS)}"
+
+
+def _to_title(title: str, power: int) -> str:
+    return title if power == 1 else f"{title}, {to_symbol(power)}"
+
+
+def _transformed(power: int) -> str:
+    return "transformed" if power == 1 else f"{power}× transformed"
 
 
 def write_spectra(spectra: Sequence[Spectrum], title: str, path: Path) -> None:
@@ -44,9 +57,9 @@ def _draw_spectrum(axes: Axes, spectrum: Spectrum) -> None:
     reach = max(1.15, 1.08 * values.abs().max().item())
     axes.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
     moduli = values.abs()
-    name = "Q" if spectrum.power == 1 else f"Q to the {spectrum.power}"
+    counts = f"{spectrum.count_near(1)} near +1, {spectrum.count_near(-1)} near −1"
     axes.set_title(
-        f"{name}: {spectrum.count_near(1)} near +1, {spectrum.count_near(-1)} near −1\n"
+        f"{to_symbol(spectrum.power)}: {counts}\n"
         f"(within {TOLERANCE:g}) of {len(values)}; moduli {moduli.min():.2f} … {moduli.max():.2f}",
         fontsize=figures.TEXT,
     )
@@ -55,18 +68,24 @@ def _draw_spectrum(axes: Axes, spectrum: Spectrum) -> None:
     axes.tick_params(labelsize=figures.TEXT)
 
 
-def write_measures(summary: Mapping[str, Interval | None], title: str, path: Path) -> None:
-    """Draws the distance to the true features, and pixel errors between floor and ceiling."""
+def write_measures(
+    summary: Mapping[str, Interval | None], power: int, title: str, path: Path
+) -> None:
+    """Draws a power's distance to the true features, and its pixel errors by floor and ceiling."""
+    symbol = to_symbol(power)
+    names = {FLOOR: "R(true f)\nfloor", OPERATOR: f"R(f {symbol})\n", CEILING: "R(f)\ndo nothing"}
     drawn = [metric for metric in PIXEL_LABELS if f"{metric}_{FLOOR}" in summary]
     figure = Figure(figsize=(2.3 * (1 + len(drawn)) + 0.6, 3.0), layout="constrained")
-    figure.suptitle(f"{title}, held out", fontsize=figures.TITLE, fontweight="bold")
+    figure.suptitle(
+        f"{_to_title(title, power)}, held out", fontsize=figures.TITLE, fontweight="bold"
+    )
     panels = figure.subplots(1, 1 + len(drawn), squeeze=False)[0]
-    cosines = {"f Q\n": summary["cosine"], "f\ndo nothing": summary["cosine_nothing"]}
+    cosines = {f"f {symbol}\n": summary["cosine"], "f\ndo nothing": summary["cosine_nothing"]}
     distances = {name: _from_one(value) for name, value in cosines.items()}
     _draw_bars(panels[0], distances, "1 − cosine to the true features")
     for axes, metric in zip(panels[1:], drawn, strict=True):
-        bars = {words: summary[f"{metric}_{role}"] for role, words in BARS.items()}
-        _draw_bars(axes, bars, f"{PIXEL_LABELS[metric]} to the transformed")
+        bars = {words: summary[f"{metric}_{role}"] for role, words in names.items()}
+        _draw_bars(axes, bars, f"{PIXEL_LABELS[metric]} to the {_transformed(power)}")
     figures.write_figure(figure, path)
 
 
@@ -90,24 +109,28 @@ def _draw_bars(axes: Axes, bars: Mapping[str, Interval | None], ylabel: str) -> 
     axes.tick_params(labelsize=figures.TEXT)
 
 
-def write_pictures(pictures: Pictures, title: str, notes: Sequence[str], path: Path) -> None:
-    """Draws given, transformed, R(f), R(f Q) and R(true features), an image a row."""
-    power = min(pictures.wanted)
+def write_pictures(
+    pictures: Pictures, power: int, title: str, notes: Sequence[str], path: Path
+) -> None:
+    """Draws given, transformed, R(f), R(f Qⁿ) and R(true features), an image a row."""
     columns = {
         "given": pictures.given,
-        "transformed": pictures.wanted[power],
+        _transformed(power): pictures.wanted[power],
         "R(f)": pictures.reconstructed,
-        "R(f Q)": pictures.edited[power],
+        f"R(f {to_symbol(power)})": pictures.edited[power],
         "R(true f)": pictures.true[power],
     }
-    write_grid(_stacked(columns), path, title, notes)
+    write_grid(_stacked(columns), path, _to_title(title, power), notes)
 
 
 def write_powers(pictures: Pictures, title: str, notes: Sequence[str], path: Path) -> None:
     """Draws, for each power, the transformed image beside R(f Qⁿ)."""
     columns = {"given": pictures.given, "R(f)": pictures.reconstructed}
     for n in pictures.wanted:
-        columns |= {f"{n}× transformed": pictures.wanted[n], f"R(f Q), {n}×": pictures.edited[n]}
+        columns |= {
+            _transformed(n): pictures.wanted[n],
+            f"R(f {to_symbol(n)})": pictures.edited[n],
+        }
     write_grid(_stacked(columns), path, title, notes)
 
 

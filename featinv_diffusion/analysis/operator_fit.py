@@ -75,6 +75,12 @@ def draw_images(
         )
 
 
+def check_batch_size(batch_size: int) -> None:
+    """Raises `InputError` unless a batch holds an image."""
+    if batch_size < 1:
+        raise InputError(f"A batch must hold at least one image, but a size of {batch_size} came.")
+
+
 @torch.no_grad()
 def measure_moments(
     backbone: Backbone,
@@ -88,8 +94,9 @@ def measure_moments(
     Images are encoded both times; no inverter is involved.
 
     Raises:
-        InputError: features that are not finite.
+        InputError: batches of no image, or features that are not finite.
     """
+    check_batch_size(batch_size)
     moments, digests = PairMoments(backbone.spec.channels), []
     for batch in batched(drawn, batch_size):
         pixels = to_tensor([image.square for image in batch]).to(backbone.device)

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from featinv_diffusion.analysis.operator_fit import Advance, Drawn
+from featinv_diffusion.analysis.operator_fit import Advance, Drawn, check_batch_size
 from featinv_diffusion.backbones.base import Backbone
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.features.operators import Operator
@@ -107,16 +107,18 @@ def measure_held_out(
         powers: how often the operation is done to pixels and the operator to features.
 
     Raises:
-        InputError: bad powers, or features that are of another spec or not finite.
+        InputError: bad powers, batches of no image, or features that are of another spec or not
+            finite.
     """
-    if not powers or min(powers) < 1 or len(set(powers)) < len(powers):
-        raise InputError(f"Powers must be distinct whole numbers from 1, but {[*powers]} came.")
+    check_powers(powers)
+    check_batch_size(batch_size)
+    edits = {n: operator.edit(n, spec=backbone.spec) for n in powers}
     found = HeldOut([], {power: {} for power in powers}, Pictures())
     for batch in batched(drawn, batch_size):
         pixels = to_tensor([image.square for image in batch]).to(backbone.device)
         features = backbone.features(operation.source(pixels))
         true = {n: backbone.features(operation.repeated(pixels, n)) for n in powers}
-        edited = {n: operator.edit(n, spec=backbone.spec)(features) for n in powers}
+        edited = {n: edit(features) for n, edit in edits.items()}
         for n in powers:
             _add(found.columns[n], "cosine", feature_cosine(true[n], edited[n]))
             _add(found.columns[n], "cosine_nothing", feature_cosine(true[n], features))
@@ -126,6 +128,12 @@ def measure_held_out(
         found.ids.extend(image.id for image in batch)
         advance(len(batch))
     return found
+
+
+def check_powers(powers: Sequence[int]) -> None:
+    """Raises `InputError` unless there are powers, all different and from 1."""
+    if not powers or min(powers) < 1 or len(set(powers)) < len(powers):
+        raise InputError(f"Powers must be distinct whole numbers from 1, but {[*powers]} came.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,24 +190,24 @@ def _add(columns: Columns, name: str, values: Float[Tensor, " b"]) -> None:
 def summarise_power(columns: Columns) -> dict[str, Interval | None]:
     """Returns the mean of each column with its interval, and what follows from several.
 
-    `cosine_gain` is paired. Of each pixel metric, `position` is (operator − floor) / (ceiling −
-    floor): 0 is as good as the inverter can show, 1 is doing nothing. It is None where ceiling and
-    floor do not differ, in that the interval of their paired difference holds 0: then the inverter
-    does not show the operation.
+    `cosine_gain` is paired. Of each pixel metric, `room` is ceiling − floor, paired, and `position`
+    is (operator − floor) / (ceiling − floor): 0 is as good as the inverter can show, 1 is doing
+    nothing. It is None unless the whole interval of the room lies above 0: where it holds 0, the
+    inverter does not show the operation, and where it lies below, pictures of the true features are
+    further from the transformed image than doing nothing.
     """
     summary: dict[str, Interval | None] = {n: bootstrap_mean(v) for n, v in columns.items()}
     summary["cosine_gain"] = bootstrap_difference(columns["cosine"], columns["cosine_nothing"])
     for metric in PIXEL_METRICS:
         if f"{metric}_{FLOOR}" in columns:
             roles = {role: columns[f"{metric}_{role}"] for role in ROLES}
-            summary[f"{metric}_position"] = _position(roles)
+            room = bootstrap_difference(roles[CEILING], roles[FLOOR])
+            summary[f"{metric}_room"] = room
+            summary[f"{metric}_position"] = _position(roles) if room.low > 0 else None
     return summary
 
 
-def _position(roles: Columns) -> Interval | None:
-    room = bootstrap_difference(roles[CEILING], roles[FLOOR])
-    if room.low <= 0 <= room.high:
-        return None
+def _position(roles: Columns) -> Interval:
     return bootstrap_statistic(
         roles, lambda means: (means[OPERATOR] - means[FLOOR]) / (means[CEILING] - means[FLOOR])
     )

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Complex, Float
 from torch import Tensor
 
-from featinv_diffusion.features.operators import Operator
+from featinv_diffusion.features.operators import Operator, check_finite
 
 TOLERANCE = 0.1
 """How far from +1 or −1 an eigenvalue may lie, in the complex plane, to count as near it."""
@@ -66,14 +66,18 @@ def measure_spectrum(operator: Operator, power: int = 1) -> Spectrum:
     """Returns the spectrum of Qⁿ, in float64 and without the scaling to unit norm.
 
     Raises:
-        InputError: a power that is no whole number from 0.
+        InputError: a power that is no whole number in 0 … `MAX_POWER`, or one where Qⁿ or Q²ⁿ
+            overflows.
     """
     matrix = operator.power(power)
+    twice = matrix @ matrix
+    for product in (twice, matrix @ matrix.T):
+        check_finite(product, 2 * power)
     return Spectrum(
         power=power,
         eigenvalues=torch.linalg.eigvals(matrix),
         from_identity=_from_identity(matrix),
-        twice_from_identity=_from_identity(operator.power(2 * power)),
+        twice_from_identity=_from_identity(twice),
         from_orthogonal=_from_identity(matrix @ matrix.T),
         from_symmetric=_size(matrix - matrix.T),
     )

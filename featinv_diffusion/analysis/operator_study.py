@@ -15,13 +15,18 @@ from featinv_diffusion.analysis.operator_figures import (
 )
 from featinv_diffusion.analysis.operator_fit import Advance, Drawn
 from featinv_diffusion.analysis.operator_measures import (
+    CEILING,
+    FLOOR,
+    OPERATOR,
     HeldOut,
+    check_powers,
     measure_held_out,
     summarise_power,
 )
 from featinv_diffusion.analysis.operator_spectrum import measure_spectrum
 from featinv_diffusion.backbones.base import Backbone
 from featinv_diffusion.evaluation.fingerprints import weights_sha256
+from featinv_diffusion.evaluation.selection import digest
 from featinv_diffusion.features.operator_methods import LINEAR
 from featinv_diffusion.features.operators import Operator
 from featinv_diffusion.inverters.base import Inverter
@@ -64,13 +69,15 @@ def study_operator(
     Args:
         drawn: images that the operator was not fitted on.
         inverter: of the backbone's features; it was never used in the fit. None leaves pixels out.
-        powers: default by operation, see `POWERS`.
+        powers: default by operation, see `POWERS`; of the first, pictures and measures are drawn.
 
     Raises:
         InputError: an operator of other features or weights, and as `measure_held_out`.
     """
     operator.check(backbone.spec, weights_sha256({"": backbone.model}))
     powers = default_powers(operation) if powers is None else powers
+    check_powers(powers)
+    spectra = [measure_spectrum(operator, n) for n in powers]  # refuses powers before the work
     found = measure_held_out(
         operator,
         operation,
@@ -82,11 +89,10 @@ def study_operator(
         seed=seed,
         advance=advance,
     )
-    spectra = [measure_spectrum(operator, n) for n in powers]
     summaries = {n: summarise_power(found.columns[n]) for n in powers}
     title = f"{operation} on {operator.spec.backbone}, {operator.record.method} operator"
     write_spectra(spectra, title, folder / "eigenvalues.png")
-    write_measures(summaries[powers[0]], title, folder / "measures.png")
+    write_measures(summaries[powers[0]], powers[0], title, folder / "measures.png")
     _write_pictures(found, title, folder)
     record = asdict(operator.record)
     record["n_images"] = len(record.pop("image_digests"))
@@ -94,6 +100,8 @@ def study_operator(
         "operator": {**record, "spec": asdict(operator.spec)},
         "spectrum": [spectrum.figures() for spectrum in spectra],
         "n_images": len(found.ids),
+        "ids_sha256": digest(found.ids),
+        "seed": seed,
         "held_out": {str(n): _to_dicts(summaries[n]) for n in powers},
     }
 
@@ -102,7 +110,8 @@ def _write_pictures(found: HeldOut, title: str, folder: Path) -> None:
     if not found.is_inverted:
         return
     note = f"Of {len(found.ids)} images that the operator was not fitted on; R is the inverter."
-    write_pictures(found.pictures, title, [note], folder / "pictures.png")
+    first = next(iter(found.columns))
+    write_pictures(found.pictures, first, title, [note], folder / "pictures.png")
     if len(found.columns) > 1:
         write_powers(found.pictures, title, [note], folder / "powers.png")
 
@@ -135,12 +144,18 @@ def to_lines(metrics: Mapping[str, Any]) -> list[str]:
 
 
 def _between(held: Mapping[str, Any], metric: str, name: str) -> str:
-    floor, found, ceiling = (
-        f"{held[f'{metric}_{role}']['value']:.4g}" for role in ("floor", "operator", "ceiling")
-    )
+    values = [held[f"{metric}_{role}"]["value"] for role in (FLOOR, OPERATOR, CEILING)]
+    floor, found, ceiling = (f"{value:.4g}" for value in values)
+    stands = f"{found} between" if values == sorted(values) else f"{found}, beside"
     position = held[f"{metric}_position"]
-    where = "which do not differ" if position is None else f"position {_cell(position)}"
-    return f"{name} {found} between {floor} (floor) and {ceiling} (doing nothing), {where}"
+    where = _why_none(held[f"{metric}_room"]) if position is None else f"position {_cell(position)}"
+    return f"{name} {stands} {floor} (floor) and {ceiling} (doing nothing), {where}"
+
+
+def _why_none(room: Mapping[str, float]) -> str:
+    if room["high"] < 0:
+        return "no position: the floor is above doing nothing"
+    return "no position: floor and doing nothing do not differ"
 
 
 def _cell(interval: Mapping[str, float]) -> str:

@@ -13,8 +13,10 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from transformers import PretrainedConfig, PreTrainedModel
 
+from featinv_diffusion.backbones.transformers import find_tower
 from featinv_diffusion.errors import InputError
 
+CONFIG_FILE = "config.json"
 PROCESSOR_FILE = "preprocessor_config.json"
 WHOLE_PROCESSOR_FILE = "processor_config.json"
 """Where transformers 5 keeps the image processor of a model of image and text, nested."""
@@ -26,6 +28,9 @@ VISION_TOWERS = {
     "siglip": "SiglipVisionModel",
 }
 """Larger models, by `config.model_type`, of which only the vision tower is loaded."""
+
+UNREAD = ("pooler.", "head.", "embeddings.mask_token")
+"""What a tower's last hidden state does not depend on, and checkpoints may therefore lack."""
 
 KEY_MAPPINGS = {"internvl": {r"^(model\.)?vision_tower\.": ""}}
 """From the names of weights in a larger model to those in its tower, unless transformers knows."""
@@ -63,15 +68,17 @@ def load_transformers(
         return model, {} if config.model_type == "timm_wrapper" else _read_processor(source)
     except InputError:
         raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, LookupError, RuntimeError, SafetensorError) as error:
         raise InputError(
             f"{source!r} must be a folder or Hub repository of a vision model of transformers, "
-            f"but loading it failed: {str(error).strip().splitlines()[0]}"
+            f"but loading it failed: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
         ) from error
 
 
 def _check_type(source: str) -> None:
     """Raises `InputError` for a type of `ELSEWHERE`, before any code is asked for."""
+    if Path(source).is_dir():
+        _read_json(source, CONFIG_FILE)
     raw, _ = PretrainedConfig.get_config_dict(source)
     model_type = raw.get("model_type", "")
     if model_type in ELSEWHERE:
@@ -82,20 +89,29 @@ def _check_type(source: str) -> None:
 
 
 def _load(factory: Any, source: str, model_type: str, **model_kwargs: Any) -> PreTrainedModel:
-    """Loads weights; those of a tower must all be there, for transformers leaves gaps random."""
-    if model_type not in VISION_TOWERS:
-        return factory.from_pretrained(source, **model_kwargs)
-    mapping = KEY_MAPPINGS.get(model_type)
-    model, found = factory.from_pretrained(
-        source, output_loading_info=True, key_mapping=mapping, **model_kwargs
-    )
-    missing = sorted(found["missing_keys"])
+    """Loads weights; those that are read must all be there, for transformers leaves gaps random."""
+    if model_type in KEY_MAPPINGS:
+        model_kwargs["key_mapping"] = KEY_MAPPINGS[model_type]
+    model, found = factory.from_pretrained(source, output_loading_info=True, **model_kwargs)
+    missing = [key for key in sorted(found["missing_keys"]) if _is_read(model, key, source)]
     if missing:
         raise InputError(
             f"{source!r} must hold all weights of a {type(model).__name__}, "
             f"but {len(missing)} are missing, {missing[0]} among them."
         )
     return model
+
+
+def _is_read(model: PreTrainedModel, key: str, source: str) -> bool:
+    """Whether features or class scores depend on a weight; a timm model is read as a whole."""
+    if hasattr(model, "timm_model"):
+        return True
+    tower = find_tower(model, source)
+    prefix = next(name for name, module in model.named_modules() if module is tower)
+    prefix += "." if prefix else ""
+    if not key.startswith(prefix):
+        return type(model).__name__.endswith("ForImageClassification")
+    return not key.removeprefix(prefix).startswith(UNREAD)
 
 
 def _model_class(config: PretrainedConfig) -> Any:
@@ -119,7 +135,10 @@ def _build(factory: Any, config: PretrainedConfig, **model_kwargs: Any) -> PreTr
 def _read_processor(source: str) -> dict[str, Any]:
     """Returns the settings of the image processor; empty where there is none."""
     settings = _read_json(source, PROCESSOR_FILE)
-    return settings or _read_json(source, WHOLE_PROCESSOR_FILE).get("image_processor", {})
+    if settings:
+        return settings
+    nested = _read_json(source, WHOLE_PROCESSOR_FILE).get("image_processor", {})
+    return _check_object(nested, f"image_processor in {WHOLE_PROCESSOR_FILE} of {source}")
 
 
 def _read_json(source: str, name: str) -> dict[str, Any]:
@@ -134,4 +153,11 @@ def _read_json(source: str, name: str) -> dict[str, Any]:
             return {}
         except EntryNotFoundError:
             return {}
-    return json.loads(path.read_text()) if path.is_file() else {}
+    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return _check_object(content, f"{name} of {source}")
+
+
+def _check_object(content: Any, what: str) -> dict[str, Any]:
+    if not isinstance(content, dict):
+        raise InputError(f"{what} must be a JSON object, but is a {type(content).__name__}.")
+    return content

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -221,6 +221,9 @@ def read_preprocessing(config: PretrainedConfig, processor: Mapping[str, Any]) -
     What it does not say comes from the model: `config.image_size`, and mean, std and interpolation
     of the model type in `TOWERS`. Crops become a squash to the crop's size, and so does SAM's way
     (longest edge resized, the rest padded with zeros): no cell of the map is of padding.
+
+    Raises:
+        InputError: values of another form.
     """
     tower = TOWERS[config.model_type]
     mean, std = tower.statistics
@@ -232,16 +235,31 @@ def read_preprocessing(config: PretrainedConfig, processor: Mapping[str, Any]) -
         mean, std = processor.get("image_mean") or mean, processor.get("image_std") or std
     return Preprocessing(
         _processor_size(size) or _image_size(config),
-        tuple(mean),
-        tuple(std),
-        tower.interpolation if resample is None else PILLOW_RESAMPLING.get(resample, str(resample)),
+        _read_statistics("image_mean", mean),
+        _read_statistics("image_std", std),
+        tower.interpolation if resample is None else _interpolation(resample),
     )
+
+
+def _interpolation(resample: Any) -> str:
+    is_number = isinstance(resample, int)
+    return PILLOW_RESAMPLING.get(resample, str(resample)) if is_number else str(resample)
+
+
+def _read_statistics(name: str, values: Any) -> tuple[float, ...]:
+    is_row = isinstance(values, Sequence) and len(values) == 3
+    if not is_row or not all(isinstance(value, int | float) for value in values):
+        raise InputError(
+            f"{name} of an image processor must be three numbers, but {values!r} came."
+        )
+    return tuple(values)
 
 
 def _processor_size(size: Any) -> tuple[int, int] | None:
     """Reads today's and yesterday's forms: {height, width}, {shortest_edge}, a number, a pair."""
     if isinstance(size, Mapping):
-        size = (size["height"], size["width"]) if "height" in size else size.get("shortest_edge")
+        is_pair = "height" in size
+        size = (size["height"], size.get("width")) if is_pair else size.get("shortest_edge")
     return None if size is None else _pair(size)
 
 
@@ -250,4 +268,11 @@ def _image_size(config: PretrainedConfig) -> tuple[int, int]:
 
 
 def _pair(value: Any) -> tuple[int, int]:
-    return (int(value), int(value)) if isinstance(value, int) else (int(value[0]), int(value[1]))
+    """Reads a side or (h, w) in pixels."""
+    pair = (value, value) if isinstance(value, int) else value
+    is_pair = isinstance(pair, Sequence) and len(pair) == 2
+    if not is_pair or not all(isinstance(side, int) and side > 0 for side in pair):
+        raise InputError(
+            f"A size in pixels must be a positive whole number or two of them, but {value!r} came."
+        )
+    return pair[0], pair[1]

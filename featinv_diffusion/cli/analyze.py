@@ -33,7 +33,8 @@ def analyze(
         typer.Option(
             metavar="NAME_OR_FOLDER",
             help="detr, vit, or the folder of a trained one; for tradeoff several as A,B. For "
-            "encoders several of any kind: siglip,siglip2,vit,diffusion:PIPELINE.",
+            "encoders several of any kind, each NAME, NAME@STAGE or NAME:PIPELINE: siglip,siglip2,"
+            "vit@blocks.2,rae:FOLDER,diffusion:tiny/swin.",
         ),
     ] = None,
     data: Annotated[
@@ -52,7 +53,7 @@ def analyze(
     n_images: Annotated[
         int | None,
         typer.Option(
-            help="Spread evenly over the data; for encoders, drawn as `evaluate` does.",
+            help="Spread evenly over the data; for encoders, as `evaluate` draws, 2 or more.",
             show_default="250",
         ),
     ] = None,
@@ -136,11 +137,13 @@ def _read_settings(chosen: dict[str, Any]) -> EncoderSettings:
 
 def _compare(settings: EncoderSettings, output: Path) -> None:
     from featinv_diffusion.analysis.encoders_study import run_comparison
+    from featinv_diffusion.analysis.encoders_summary import order_line
     from featinv_diffusion.cli.run import progress_bar
 
     metrics = run_comparison(settings, output, progress_bar, _command())
-    for metric, labels in metrics["ranking"].items():
-        print(f"{metric}: {' > '.join(labels)}")
+    for metric in metrics["ranking"]:
+        print(order_line(metrics, metric))
+    print("Best first; ≈: not told apart by both paired tests (corrected p < .05).")
     print(f"Wrote {output / 'metrics.md'}, metrics.json, per_image.parquet and figures.")
 
 

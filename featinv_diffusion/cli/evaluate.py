@@ -30,14 +30,7 @@ def evaluate(
     backbone: options.Backbone = None,
     pipeline: options.Pipeline = None,
     layer: options.Layer = None,
-    inverter: Annotated[
-        str | None,
-        typer.Option(
-            metavar="diffusion|detr|rae|siglip|siglip2|vit|FOLDER",
-            help="What turns features into images; all but diffusion imply their backbone.",
-            show_default="diffusion",
-        ),
-    ] = None,
+    inverter: options.InverterOrNone = None,
     stage: options.Stage = None,
     split: Annotated[
         str | None,

@@ -38,12 +38,14 @@ def analyze(
     steps: options.Steps = None,
     split: operator_options.Split = "validation",
     classes: operator_options.Classes = None,
-    n_images: Annotated[int, typer.Option(help="Drawn from those not in the fit.")] = 256,
+    n_images: Annotated[
+        int, typer.Option(help="Drawn from those not in the fit; at least 2.")
+    ] = 256,
     power: Annotated[
         str | None,
         typer.Option(
             metavar="N,N,…",
-            help="How often the operation and the operator are applied.",
+            help="How often the operation and the operator are applied; the first is drawn.",
             show_default="1,4,8,12 of suppress, 1,2 of swap, else 1",
         ),
     ] = None,
@@ -59,6 +61,8 @@ def analyze(
     pictures.png and powers.png. The floor is the inverter's picture of the true features, the
     ceiling that of the features as they were.
     """
+    from dataclasses import asdict
+
     from featinv_diffusion.analysis.operator_fit import draw_images
     from featinv_diffusion.analysis.operator_study import (
         default_powers,
@@ -71,6 +75,10 @@ def analyze(
     from featinv_diffusion.sampling import SampleSettings
 
     quiet_libraries()
+    _check_options(inverter, backbone, {"pipeline": pipeline, "stage": stage, "steps": steps})
+    if n_images < 2:
+        raise InputError(f"--n-images must be at least 2 for intervals, but {n_images} came.")
+    operator_options.check_folder(output)
     opened = open_operator(operator)
     pixels = operation_of(opened)
     powers = default_powers(pixels) if power is None else operator_options.to_powers(power)
@@ -103,7 +111,37 @@ def analyze(
             seed=seed,
             advance=advance,
         )
-    _report(metrics, resolved, output)
+    made_by = {
+        "operator": operator,
+        "backbone": model.spec.backbone,
+        "layer": model.spec.layer,
+        "device": str(model.device),
+        "inverter": None,
+        **({} if resolved is None else asdict(resolved)),
+        "data": data,
+        "split": split,
+        "classes": classes,
+        "n_images": n_images,
+        "powers": list(powers),
+        "seed": seed,
+        "batch_size": batch_size,
+    }
+    _report(metrics, made_by, output)
+
+
+def _check_options(
+    inverter: str | None, backbone: str | None, of_inverter: dict[str, str | int | None]
+) -> None:
+    """Raises `InputError` for options that would do nothing."""
+    if inverter is not None:
+        if backbone is not None:
+            raise InputError("--backbone is for features alone; with --inverter leave it out.")
+        return
+    if given := [f"--{name}" for name, value in of_inverter.items() if value is not None]:
+        raise InputError(
+            f"{' and '.join(given)} must come with --inverter, but none came; without one, "
+            "features alone are measured."
+        )
 
 
 def _open_features(
@@ -119,18 +157,15 @@ def _open_features(
         name = backbone or opened.spec.backbone
         with without_progress_bars():
             return None, load_backbone(name, opened.spec.layer).to(find_device(device)), None
-    if backbone is not None:
-        raise InputError("--backbone is for features alone; with --inverter leave it out.")
     inverter, resolved = open_chosen(settings)
     return inverter, backbone_of(inverter), resolved
 
 
-def _report(metrics: dict[str, Any], settings: SampleSettings | None, output: Path) -> None:
+def _report(metrics: dict[str, Any], settings: dict[str, Any], output: Path) -> None:
     """Writes the numbers with what made them, and prints the first ones."""
     import json
     import shlex
     import sys
-    from dataclasses import asdict
 
     from featinv_diffusion.analysis.operator_study import to_lines
     from featinv_diffusion.files import write_text
@@ -138,7 +173,7 @@ def _report(metrics: dict[str, Any], settings: SampleSettings | None, output: Pa
     content = {
         "analysis": "operator",
         "command": shlex.join(["featinv", *sys.argv[1:]]),
-        "settings": None if settings is None else asdict(settings),
+        "settings": settings,
         **metrics,
     }
     write_text(output / "metrics.json", json.dumps(content, indent=2, allow_nan=False) + "\n")

@@ -29,7 +29,9 @@ def apply(
     """Apply an operator to the features of pictures, and see them through an inverter.
 
     Writes a PNG per picture and power, grid.png (with the cosine of each picture's features to the
-    map it was made from) and manifest.json (settings, seeds, cosines; it has no replay).
+    map it was made from) and manifest.json (settings, seeds, cosines; it has no replay). Of an
+    operation that does not start from the picture itself, such as colourise, which starts from
+    grey, that is made of the picture first and shown as what was given.
     """
     import sys
 
@@ -45,9 +47,10 @@ def apply(
     from featinv_diffusion.images import builtin_photo
     from featinv_diffusion.manifest import MANIFEST
     from featinv_diffusion.reconstruction import Job, find_images, make_jobs
-    from featinv_diffusion.sampling import SampleSettings, open_chosen
+    from featinv_diffusion.sampling import DIFFUSION, SampleSettings, open_chosen
 
     quiet_libraries()
+    operator_options.check_folder(output)
     powers = operator_options.to_powers(power)
     opened = open_operator(operator)
     found = find_images(images or [builtin_photo()], exclude=output)
@@ -77,7 +80,8 @@ def apply(
     for failure in failures:
         print(f"Failed: {failure['error']}", file=sys.stderr)
     p_values = [p for done in applied for p in done.scope_p_value or []]
-    print(scope_line(p_values or None, scope.basis))
+    is_deterministic = resolved.inverter != DIFFUSION
+    print(scope_line(p_values or None, scope.basis, deterministic=is_deterministic))
     print(f"Wrote {output / GRID} and {output / MANIFEST}.")
     if failures:
         raise typer.Exit(1)

@@ -40,7 +40,10 @@ def fit(
         ),
     ] = "orthogonal",
     ridge: Annotated[
-        float, typer.Option(help="Of linear, as a share of the mean eigenvalue of XᵀX; 0 is none.")
+        float,
+        typer.Option(
+            help="Of linear: pull towards the identity, as a share of the mean eigenvalue of XᵀX."
+        ),
     ] = 1e-6,
     split: operator_options.Split = "train",
     classes: operator_options.Classes = None,
@@ -57,7 +60,7 @@ def fit(
     Encodes each image twice and streams; no inverter is involved. The file records which images it
     was fitted on, so that `analyze` measures on others.
     """
-    from featinv_diffusion.analysis.operator_fit import draw_images, fit_operator
+    from featinv_diffusion.analysis.operator_fit import check_batch_size, draw_images, fit_operator
     from featinv_diffusion.backbones import load_backbone
     from featinv_diffusion.cli.run import progress_bar, quiet_libraries
     from featinv_diffusion.diffusion.quiet import without_progress_bars
@@ -67,6 +70,8 @@ def fit(
 
     quiet_libraries()
     check_method(method, ridge)
+    check_batch_size(batch_size)
+    operator_options.check_file(output)
     pixels = _make_operation(operation, alpha, channel)
     images = open_images(data, split, classes)
     with without_progress_bars():

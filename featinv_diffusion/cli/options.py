@@ -63,12 +63,13 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps …")]
 Dtype = Annotated[
     str, typer.Option(help="float32, float16 or bfloat16; the backbone stays in float32.")
 ]
-Inverter = Annotated[
-    str,
-    typer.Option(
-        metavar="diffusion|detr|rae|siglip|siglip2|vit|FOLDER",
-        help="What turns features into images; all but diffusion imply their backbone.",
-    ),
+INVERTERS = "diffusion|detr|rae|siglip|siglip2|vit|FOLDER"
+"""What `--inverter` takes; written out, for listing them imports torch."""
+INVERTER_HELP = "What turns features into images; all but diffusion imply their backbone."
+Inverter = Annotated[str, typer.Option(metavar=INVERTERS, help=INVERTER_HELP)]
+InverterOrNone = Annotated[
+    str | None,
+    typer.Option(metavar=INVERTERS, help=INVERTER_HELP, show_default="diffusion"),
 ]
 Stage = Annotated[
     str | None,

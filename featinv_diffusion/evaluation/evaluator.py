@@ -254,13 +254,15 @@ def find_partners(labels: Sequence[int | None]) -> list[int]:
     Empty where there is one image alone.
     """
     n = len(labels)
-
-    def n_same(shift: int) -> int:
+    best: tuple[int, int] | None = None
+    for shift in range(1, n):
         pairs = ((labels[i], labels[(i + shift) % n]) for i in range(n))
-        return sum(a is not None and a == b for a, b in pairs)
-
-    shift = min(range(1, n), key=n_same, default=None)
-    return [] if shift is None else [(i + shift) % n for i in range(n)]
+        n_same = sum(a is not None and a == b for a, b in pairs)
+        if best is None or n_same < best[0]:
+            best = n_same, shift
+        if n_same == 0:
+            break
+    return [] if best is None else [(i + best[1]) % n for i in range(n)]
 
 
 def noise_of(items: Iterable[Item]) -> list[torch.Generator]:

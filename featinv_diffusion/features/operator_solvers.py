@@ -1,8 +1,9 @@
 """Matrices Q with X Q ≈ Y, from XᵀX and XᵀY alone, in float64.
 
 Rows of X and Y are locations, so that Q acts from the right. What the data do not determine is left
-as near to what it was as a rotation or reflection allows: directions that no feature has a part in
-are turned as little as can be, and an eigenvalue of zero counts as +1. A ridge sends them to zero.
+as near to what it was as the method allows: of rotations and reflections, directions that no
+feature has a part in are turned as little as can be, and an eigenvalue of zero counts as +1; of
+least squares, they are left as they are, and a ridge pulls towards that.
 """
 
 from __future__ import annotations
@@ -68,25 +69,25 @@ def self_adjoint_direct(xy: Square) -> Solution:
 
 
 def least_squares(xx: Square, xy: Square, ridge: float) -> Solution:
-    """(XᵀX + λ I)⁻¹ XᵀY by Cholesky, with λ = ridge · tr(XᵀX) / c.
+    """(XᵀX + λ I)⁻¹ (XᵀY + λ I), with λ = ridge · tr(XᵀX) / c: the ridge pulls Q towards I.
 
-    The condition number is that of XᵀX + λ I; with a ridge r it is below (c + r) / r.
+    Computed as I + W (Λ + λ)⁻¹ Wᵀ (XᵀY − XᵀX) over the eigenvectors W of XᵀX whose eigenvalues Λ
+    are not zero. Rank and condition number are those of XᵀX.
 
     Raises:
-        InputError: XᵀX without a ridge is singular.
+        InputError: XᵀX is singular and there is no ridge.
     """
-    weight = ridge * xx.trace() / len(xx)
-    loaded = xx + weight * torch.eye(len(xx), dtype=xx.dtype)
-    values = torch.linalg.eigvalsh(loaded).flip(0)
+    values, vectors = (part.flip(-1) for part in torch.linalg.eigh(xx))
     rank = _rank(values)
-    factor, failed = torch.linalg.cholesky_ex(loaded)
-    if rank < len(xx) or bool(failed):
+    if rank < len(xx) and ridge == 0:
         raise InputError(
             f"Features must span all {len(xx)} directions for a linear operator without a ridge, "
             f"but span {rank}. Set a ridge such as 1e-6, or fit on more images."
         )
-    matrix = torch.cholesky_solve(xy, factor)
-    return Solution(matrix, rank, _condition(values, rank))
+    weight = ridge * xx.trace() / len(xx)
+    kept = vectors[:, :rank]
+    change = (kept / (values[:rank] + weight)) @ (kept.T @ (xy - xx))
+    return Solution(torch.eye(len(xx), dtype=xx.dtype) + change, rank, _condition(values, rank))
 
 
 def _sign(matrix: Square) -> tuple[Square, Tensor]:

@@ -23,6 +23,8 @@ from featinv_diffusion.tensors import read_tensors, write_tensors
 from featinv_diffusion.types import Features, FeatureSpec
 
 FORMAT = "featinv-operator/1"
+MAX_POWER = 1000
+"""Of operators; an operation that is done to pixels as often takes as many passes over them."""
 _ADVICE = "Fit it again with featinv operator fit."
 
 
@@ -88,11 +90,13 @@ class Operator:
         """Returns Qⁿ in float64; the identity for 0.
 
         Raises:
-            InputError: n is no whole number from 0.
+            InputError: n is no whole number in 0 … `MAX_POWER`, or Qⁿ overflows.
         """
-        if isinstance(n, bool) or not isinstance(n, int) or n < 0:
-            raise InputError(f"A power must be a whole number from 0, but {n!r} came.")
-        return torch.linalg.matrix_power(self.matrix.double(), n)
+        if isinstance(n, bool) or not isinstance(n, int) or not 0 <= n <= MAX_POWER:
+            raise InputError(f"A power must be a whole number in 0 … {MAX_POWER}, but {n!r} came.")
+        raised = torch.linalg.matrix_power(self.matrix.double(), n)
+        check_finite(raised, n)
+        return raised
 
     def edit(self, power: int = 1, *, spec: FeatureSpec | None = None) -> FeatureEdit:
         """Returns the edit of maps by Qⁿ, which keeps the norm of each location.
@@ -108,7 +112,7 @@ class Operator:
         """
         if spec is not None:
             self.check(spec)
-        matrix = self.power(power)
+        matrix = _to_unit_scale(self.power(power))
 
         def apply(features: Features) -> Features:
             self.spec.check_features(features)
@@ -159,6 +163,24 @@ class Operator:
             raise InputError(
                 f"{path} must hold a whole operator, but lacks some of it ({error}). {_ADVICE}"
             ) from error
+
+
+def check_finite(matrix: Float[Tensor, "c c"], n: int) -> None:
+    """Raises `InputError` unless a power of an operator, and its norm, are finite."""
+    if not bool(matrix.norm().isfinite()):
+        raise InputError(
+            f"The operator to the power {n} must be finite, but overflows, for Q has eigenvalues "
+            "outside of the unit circle. Ask for smaller powers."
+        )
+
+
+def _to_unit_scale(matrix: Float[Tensor, "c c"]) -> Float[Tensor, "c c"]:
+    """Divides by a power of two, which loses nothing, so that powers do not leave float32.
+
+    What is applied is scaled to unit norm anyway.
+    """
+    exponent = torch.frexp(matrix.abs().max()).exponent
+    return torch.ldexp(matrix, -exponent)
 
 
 def apply_matrix(features: Features, matrix: Float[Tensor, "c c"]) -> Features:

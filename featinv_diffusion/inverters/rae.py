@@ -10,14 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from diffusers import AutoencoderRAE
 from jaxtyping import Float
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import SiglipVisionModel
 
@@ -25,9 +23,16 @@ from featinv_diffusion.backbones.base import LAST, Backbone
 from featinv_diffusion.backbones.preprocessing import Preprocessing
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.inverters.base import Generators
+from featinv_diffusion.inverters.folders import (
+    UNREADABLE,
+    class_name,
+    expand_path,
+    first_line,
+    load_network,
+)
 from featinv_diffusion.types import Features, FeatureSpec, Images
 
-NAME = "rae"
+NAME, CLASS = "rae", AutoencoderRAE.__name__
 EXAMPLE = "nyu-visionx/RAE-dinov2-wReg-base-ViTXL-n08"
 
 
@@ -130,18 +135,27 @@ def load_rae(name_or_path: str, on_progress: Callable[[float], None] | None = No
     Raises:
         InputError: none there, or it cannot be downloaded or read.
     """
+    folder = expand_path(name_or_path)
+    is_folder = bool(name_or_path) and folder.is_dir()
+    source = str(folder) if is_folder else name_or_path
+    wanted = f"a folder or Hub repository of an {CLASS} of diffusers, such as {EXAMPLE}"
+    found = class_name(folder) if is_folder else _class_on_hub(source, wanted)
+    if found != CLASS:
+        raise InputError(f"{source!r} must be {wanted}, but its config is of class {found}.")
+    with _nested_siglip():
+        autoencoder = load_network(_Autoencoder, source, wanted=wanted)
+    name = folder.resolve().name if is_folder else name_or_path
+    return RaeInverter(autoencoder, name=f"{NAME}/{name}", on_progress=on_progress)
+
+
+def _class_on_hub(name: str, wanted: str) -> Any:
     try:
-        with _nested_siglip():
-            autoencoder = _Autoencoder.from_pretrained(name_or_path, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        config: Any = AutoencoderRAE.load_config(name)
+    except UNREADABLE as error:
         raise InputError(
-            f"{name_or_path!r} must be a folder or Hub repository of an AutoencoderRAE of "
-            f"diffusers, such as {EXAMPLE}, but loading it failed: "
-            f"{str(error).strip().splitlines()[0]}"
+            f"{name!r} must be {wanted}, but it could not be read: {first_line(error)}"
         ) from error
-    folder = Path(name_or_path)
-    name = folder.resolve().name if folder.is_dir() else name_or_path
-    return RaeInverter(autoencoder.float(), name=f"{NAME}/{name}", on_progress=on_progress)
+    return config.get("_class_name")
 
 
 class _Autoencoder(AutoencoderRAE):

@@ -5,7 +5,6 @@ Source: "Image Reconstruction as a Tool for Feature Analysis", section 3; its si
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ from featinv_diffusion.backbones import Backbone, load_backbone, wrap_model
 from featinv_diffusion.errors import InputError, choices_hint
 from featinv_diffusion.inverters.base import Generators
 from featinv_diffusion.inverters.blocks import spec_of
+from featinv_diffusion.inverters.folders import CONFIG, class_name, expand_path, load_network
 from featinv_diffusion.inverters.reconstructor_decoder import (
     ResidualDecoder,
     count_doublings,
@@ -34,7 +34,6 @@ from featinv_diffusion.types import Features, FeatureSpec, Images
 ASSETS = Path(__file__).parents[1] / "assets"
 FAMILY, FOLDER, BACKBONE = "tiny", "reconstructor", "backbone"
 """Bundled are `assets/tiny/NAME/reconstructor`, each beside its `backbone`."""
-CONFIG = "config.json"
 HEAD_CHANNELS = 64
 EPS = 1e-6
 """Of the layer norms, as SigLIP has it, and of the norm that locations are divided by."""
@@ -58,7 +57,8 @@ class Reconstructor(ModelMixin, ConfigMixin):
         n_residual: residual blocks at full size.
 
     Raises:
-        InputError: features that are no map, or heads that do not divide the channels.
+        InputError: features that are no map, sizes that are not positive, or heads that do not
+            divide the channels.
     """
 
     @register_to_config
@@ -75,9 +75,14 @@ class Reconstructor(ModelMixin, ConfigMixin):
         n_residual: int = 2,
     ):
         super().__init__()
-        reads, size = spec_of(spec), (image_size[0], image_size[1])
-        _check_reads(reads)
-        width = reads.channels
+        reads = _read_spec(spec)
+        _check_sizes("image_size", image_size, n=2)
+        _check_sizes("depth", [depth], least=0)
+        _check_sizes("n_residual", [n_residual], least=0)
+        for name, value in (("n_heads", n_heads), ("feedforward", feedforward)):
+            _check_sizes(name, [] if value is None else [value])
+        _check_sizes("channels", [] if channels is None else channels)
+        size, width = (image_size[0], image_size[1]), reads.channels
         self.token = nn.Parameter(torch.randn(width))
         self.norm = nn.LayerNorm(width, eps=EPS)
         blocks = (_make_block(width, n_heads, feedforward) for _ in range(depth))
@@ -173,9 +178,9 @@ def find_reconstructor(name: str) -> Path | None:
     """Returns the folder that a name, or a folder with or without `reconstructor`, means."""
     if name in list_reconstructors():
         return ASSETS / FAMILY / name / FOLDER
-    folder = Path(name).expanduser()
+    folder = expand_path(name)
     for candidate in (folder, folder / FOLDER):
-        if _class_name(candidate / CONFIG) == Reconstructor.__name__:
+        if class_name(candidate) == Reconstructor.__name__:
             return candidate
     return None
 
@@ -196,13 +201,7 @@ def load_reconstructor(
         raise InputError(
             f"A reconstructor must be a bundled name or a folder, but {name!r} is none; {hint}"
         )
-    try:
-        reconstructor = Reconstructor.from_pretrained(folder, use_safetensors=True).float()
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(
-            f"{folder} must hold a reconstructor, but it could not be read: "
-            f"{str(error).strip().splitlines()[0]}"
-        ) from error
+    reconstructor = load_network(Reconstructor, folder, wanted="a folder of a reconstructor")
     spec, size = reconstructor.spec, reconstructor.image_size
     beside = folder.parent / BACKBONE
     weights = beside if beside.is_dir() else None
@@ -233,7 +232,7 @@ def load_encoder(
 
 
 def _make_block(width: int, n_heads: int | None, feedforward: int | None) -> nn.Module:
-    n_heads = n_heads or max(1, width // HEAD_CHANNELS)
+    n_heads = max(1, width // HEAD_CHANNELS) if n_heads is None else n_heads
     if width % n_heads:
         raise InputError(
             f"The heads must divide the {width} channels of the features, but {n_heads} do not."
@@ -249,19 +248,28 @@ def _make_block(width: int, n_heads: int | None, feedforward: int | None) -> nn.
     )
 
 
-def _check_reads(spec: FeatureSpec) -> None:
-    if spec.kind != "map":
-        raise InputError(f"A reconstructor must read a map, but its features are {spec}.")
-
-
-def _class_name(config: Path) -> str | None:
-    if not config.is_file():
-        return None
+def _read_spec(spec: Mapping[str, Any]) -> FeatureSpec:
     try:
-        content: Mapping[str, Any] = json.loads(config.read_text())
-    except ValueError as error:
-        raise InputError(f"{config} must be JSON, but cannot be read: {error}") from error
-    return content.get("_class_name")
+        reads = spec_of(spec)
+    except (TypeError, KeyError) as error:
+        raise InputError(
+            f"spec must hold the fields of a FeatureSpec, but {spec!r} came."
+        ) from error
+    if reads.kind != "map":
+        raise InputError(f"A reconstructor must read a map, but its features are {reads}.")
+    _check_sizes("spec.channels", [reads.channels])
+    _check_sizes("spec.grid", reads.grid, n=2)
+    return reads
+
+
+def _check_sizes(name: str, values: Any, *, least: int = 1, n: int | None = None) -> None:
+    """Raises `InputError` unless values are whole numbers of at least `least`, n of them."""
+    is_row = isinstance(values, Sequence) and not isinstance(values, str)
+    if not is_row or n not in (None, len(values)):
+        raise InputError(f"{name} must be {n or 'a row of'} whole numbers, but {values!r} came.")
+    for value in values:
+        if not isinstance(value, int) or value < least:
+            raise InputError(f"{name} needs whole numbers of at least {least}, but {value!r} came.")
 
 
 def _times(size: tuple[int, int]) -> str:

@@ -62,7 +62,9 @@ class ResidualDecoder(nn.Module):
         pixels = self.layers(x)
         if tuple(pixels.shape[-2:]) == self.image_size:
             return pixels
-        return F.interpolate(pixels, self.image_size, mode="bilinear", antialias=True)
+        # On the CPU antialiasing knows no half precision.
+        resized = F.interpolate(pixels.float(), self.image_size, mode="bilinear", antialias=True)
+        return resized.to(pixels.dtype)
 
 
 def count_doublings(grid: tuple[int, int], image_size: tuple[int, int]) -> int:

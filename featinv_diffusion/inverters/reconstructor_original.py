@@ -1,19 +1,29 @@
-"""The published checkpoints of reconstructors: their weights under the names that are used here.
+"""The published checkpoints of reconstructors, as inverters that can be loaded here.
 
-The repository FusionBrainLab/feature_analysis links to such files in its README, one per encoder.
+The repository FusionBrainLab/feature_analysis links to such files in its README, one per encoder:
+state dicts such as `models--google--siglip-base-patch16-512.pt`.
 """
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from featinv_diffusion.backbones.base import LAST
 from featinv_diffusion.errors import InputError
+from featinv_diffusion.files import new_folder
+from featinv_diffusion.inverters.folders import expand_path, first_line
+from featinv_diffusion.inverters.reconstructor import FOLDER, Reconstructor, load_encoder
+from featinv_diffusion.inverters.reconstructor_decoder import PUBLISHED_STAGES, default_channels
 
-_N_STAGES, _N_RESIDUAL = 4, 2
+_N_STAGES, _N_RESIDUAL = PUBLISHED_STAGES, 2
 _BLOCK = "transformer.encoder.layers."
 _PARTS = {
     "layer_norm1": "norm1",
@@ -22,6 +32,57 @@ _PARTS = {
     "mlp.fc1": "mlp.fc1",
     "mlp.fc2": "mlp.fc2",
 }
+
+
+def save_original(
+    path: str | Path,
+    backbone: str,
+    folder: str | Path,
+    *,
+    layer: str = LAST,
+    weights: str | Path | None = None,
+) -> Path:
+    """Writes the reconstructor of a published checkpoint file, and returns where it lies.
+
+    `--inverter FOLDER` and `load_reconstructor` then open it. For instance
+
+        save_original("models--google--siglip-base-patch16-512.pt",
+                      "hf/google/siglip-base-patch16-512", "siglip-512", layer="encoder.layers.10")
+
+    Args:
+        path: state dict that `torch.save` wrote.
+        backbone: name of the encoder for `load_backbone`, from which it is loaded again.
+        folder: gets `reconstructor/`, which must not exist yet.
+        layer: whose features it reads. The published code takes `hidden_states[-2]`, the output of
+            the second-last block: `encoder.layers.10` of a base model.
+        weights: folder of the encoder where its name does not lead to it.
+
+    Raises:
+        InputError: no such file or encoder, weights of another network or for another encoder.
+    """
+    found = from_original(_read_checkpoint(expand_path(path)))
+    encoder = load_encoder(backbone, layer, weights=weights)
+    spec, preprocessing = encoder.spec, encoder.preprocessing
+    reconstructor = Reconstructor(
+        asdict(spec),
+        encoder.input_size,
+        preprocessing.mean,
+        preprocessing.std,
+        depth=len({key.split(".")[1] for key in found if key.startswith("blocks.")}),
+        channels=default_channels(spec.channels, _N_STAGES),
+        n_residual=_N_RESIDUAL,
+    )
+    try:
+        reconstructor.load_state_dict(found)
+    except RuntimeError as error:
+        raise InputError(
+            f"{path} must hold the published reconstructor of {spec}, but its weights do not fit: "
+            f"{str(error).splitlines()[-1].strip()}"
+        ) from error
+    target = expand_path(folder) / FOLDER
+    with new_folder(target) as staging:
+        reconstructor.save_pretrained(staging)
+    return target
 
 
 def from_original(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -34,18 +95,37 @@ def from_original(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         InputError: weights of another network.
     """
     try:
-        return _rename(weights)
+        found = _rename(weights)
     except KeyError as error:
         raise InputError(
             f"The weights must be those of a published reconstructor, but {error} does not fit."
         ) from error
+    if not any(key.startswith("decoder.") for key in found):
+        raise InputError(
+            "The weights must be those of a published reconstructor, but have no decoder."
+        )
+    return found
+
+
+def _read_checkpoint(path: Path) -> Mapping[str, Tensor]:
+    try:
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise InputError(
+            f"{path} must be a state dict that torch.save wrote, but cannot be read: "
+            f"{first_line(error)}"
+        ) from error
+    is_state = isinstance(content, Mapping) and all(isinstance(v, Tensor) for v in content.values())
+    if not is_state:
+        raise InputError(f"{path} must hold a state dict, but a {type(content).__name__} came.")
+    return content
 
 
 def _rename(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found = {"token": weights["transformer.embeddings.class_embedding"]}
     for kind in ("weight", "bias"):
         found[f"norm.{kind}"] = weights[f"transformer.pre_layrnorm.{kind}"]
-    numbers = {int(key[len(_BLOCK) :].split(".")[0]) for key in weights if key.startswith(_BLOCK)}
+    numbers = {key[len(_BLOCK) :].split(".")[0] for key in weights if key.startswith(_BLOCK)}
     for i in sorted(numbers):
         for kind in ("weight", "bias"):
             parts = [weights[f"{_BLOCK}{i}.self_attn.{part}_proj.{kind}"] for part in "qkv"]

@@ -13,6 +13,7 @@ from featinv_diffusion.errors import InputError, choices_hint
 from featinv_diffusion.inverters import modular, rae, reconstructor
 from featinv_diffusion.inverters.base import Inverter
 from featinv_diffusion.inverters.chain import MapChain
+from featinv_diffusion.inverters.folders import class_name, expand_path
 
 DIFFUSION = "diffusion"
 """The one inverter that is not deterministic, and not opened here."""
@@ -110,15 +111,19 @@ def find_kind(name: str) -> Kind:
     """Returns the kind of a named inverter, or of the one in a folder.
 
     Raises:
-        InputError: neither.
+        InputError: neither; an autoencoder is told by `Source.pipeline`.
     """
     for kind in KINDS:
         if name in kind.names():
             return kind
-    folder = Path(name).expanduser()
+    folder = expand_path(name)
     for kind in KINDS:
         if kind.holds(folder):
             return kind
+    if class_name(folder) == rae.CLASS:
+        raise InputError(
+            f"An {rae.CLASS} is named by the pipeline: use --inverter {rae.NAME} --pipeline {name}."
+        )
     hint = choices_hint(name, [DIFFUSION, *list_inverters()])
     raise InputError(
         f"An inverter must be a name or a folder of trained modules, but {name!r} is none; {hint}"

@@ -6,7 +6,7 @@ data set, and each image has one match.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -140,8 +140,15 @@ class ContrastiveTask:
         networks: Any = module
         networks.siglip.load_state_dict(SiglipModel.from_pretrained(folder / "model").state_dict())
         advice = "Resume from another checkpoint."
-        rest, _ = read_tensors(folder / "training.safetensors", STATE_FORMAT, advice)
-        networks.load_state_dict(rest, strict=False)
+        path = folder / "training.safetensors"
+        rest, _ = read_tensors(path, STATE_FORMAT, advice)
+        wanted = {name for name in networks.state_dict() if not name.startswith("siglip.")}
+        if strange := sorted(wanted ^ rest.keys()):
+            raise InputError(
+                f"{path} must hold the training state of this recipe and no other, but differs in "
+                f"{len(strange)} tensors, e.g. {strange[0]!r}. {advice}"
+            )
+        networks.load_state_dict(rest, strict=False)  # the model's own were loaded above
 
 
 def normalise(images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
@@ -173,14 +180,30 @@ def _fits(crop_size: int, image_size: int, patch_size: int) -> bool:
     return crop_size % patch_size == 0 and 0 < crop_size < image_size
 
 
+def find_titles(class_names: Sequence[str], path: str | None) -> list[str]:
+    """Returns the title of each class from a file of titles; without one, the classes' names.
+
+    Raises:
+        InputError: classes without a title in the file.
+    """
+    if path is None:
+        return list(class_names)
+    titles = read_class_titles(path)
+    if untitled := [name for name in class_names if name not in titles]:
+        raise InputError(
+            f"{path} must give each class a title, which the encoder reads, but these have none: "
+            f"{', '.join(untitled)}. Write it behind the name."
+        )
+    return [titles[name] for name in class_names]
+
+
 def train_contrastive(config: ContrastiveConfig) -> Path:
     """Trains to the end and returns the folder that holds `backbone/` and `model/`."""
     accelerator = make_accelerator(config.optim, config.run, config.seed)
     torch.manual_seed(derive_seed(config.seed, "initial weights"))
     records = load_records(config.data)
     train, held = make_datasets(records, config.data, config.seed)
-    titles = read_class_titles(config.data.classes)
-    names = [titles.get(name, name) for name in records.class_names]
-    networks, tokenizer = make_networks(config.model, config.data.size, names)
+    titles = find_titles(records.class_names, config.data.classes)
+    networks, tokenizer = make_networks(config.model, config.data.size, titles)
     task = ContrastiveTask(networks, tokenizer, config.model, stack_images(held))
     return fit(task, train, accelerator, config.optim, config.run, to_yaml(config))

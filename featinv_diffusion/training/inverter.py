@@ -29,7 +29,6 @@ from featinv_diffusion.inverters.path import IMAGE, ForwardPath
 from featinv_diffusion.metrics.pixels import psnr
 from featinv_diffusion.seeds import derive_seed
 from featinv_diffusion.training.config import OptimConfig, RunConfig
-from featinv_diffusion.training.entry import stack_images
 from featinv_diffusion.training.inverter_modules import (
     InverterModelConfig,
     counted,
@@ -40,6 +39,9 @@ from featinv_diffusion.training.inverter_modules import (
     set_statistics,
 )
 from featinv_diffusion.training.loop import fit, make_accelerator
+
+N_VALIDATION = 250
+"""Images, or more pictures if those are asked for, that the figures of validation are of."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,10 @@ class InverterTask:
     normalised pixels.
 
     Args:
-        validation: images `[n, 3, h, w]` in [0, 1] that are reconstructed again and again.
+        validation: uint8 images `[n, 3, h, w]` that are reconstructed again and again.
         statistics: (mean, std) per channel of every stage that is read or written.
+        n_pictures: how many of them are drawn.
+        batch_size: of validation.
     """
 
     def __init__(
@@ -95,9 +99,11 @@ class InverterTask:
         validation: Tensor,
         statistics: Mapping[str, tuple[Tensor, Tensor]],
         n_pictures: int = 16,
+        batch_size: int = 64,
     ):
         self.module: nn.Module = inverses
-        self.path, self.validation, self.n_pictures = path, validation, n_pictures
+        self.path, self.batches = path, validation.split(batch_size)
+        self.n_validation, self.n_pictures = len(validation), n_pictures
         self.targets = {stage: inverses[stage].writes.layer for stage in inverses.stages}
         self.variance = {
             stage: _target_variance(path, target, statistics[target][1])
@@ -132,18 +138,18 @@ class InverterTask:
         stages = inverses.chainable()
         device = next(module.parameters()).device
         totals: dict[str, float] = {}
-        rows: list[Tensor] = []
-        for images in self.validation.split(64):
-            embeddings = self._embed(images.to(device))
+        rows = torch.empty(0)
+        for pixels in self.batches:
+            embeddings = self._embed(to_images(pixels.to(device)))
             scalars = self._relative_losses(module(embeddings), embeddings)
             chained = {s: inverses.chain(s).invert(embeddings[s]) for s in stages}
             truth = embeddings[IMAGE]
             scalars |= {f"psnr_{s}": psnr(x, truth).mean() for s, x in chained.items()}
             for name, value in scalars.items():
-                totals[name] = totals.get(name, 0.0) + float(value) * len(images)
-            rows.append(torch.stack([truth, *chained.values()], 1).cpu())
-        scalars = {name: value / len(self.validation) for name, value in totals.items()}
-        return scalars, {"reconstructions": draw_rows(torch.cat(rows)[: self.n_pictures])}
+                totals[name] = totals.get(name, 0.0) + float(value) * len(pixels)
+            rows = add_rows(rows, [truth, *chained.values()], self.n_pictures)
+        scalars = {name: value / self.n_validation for name, value in totals.items()}
+        return scalars, {"reconstructions": draw_rows(rows)}
 
     def save(self, module: nn.Module, folder: Path) -> None:
         inverses: Any = module
@@ -161,6 +167,18 @@ def squared_error(path: ForwardPath, stage: str, written: Tensor, target: Tensor
     return counted(path, stage, error).square()
 
 
+def add_rows(rows: Tensor, pictures: Sequence[Tensor], n: int) -> Tensor:
+    """Returns the first n rows of k pictures `[n, k, 3, h, w]`, of those there are and k batches.
+
+    `rows` is empty at first; once there are n, nothing is copied.
+    """
+    missing = n - len(rows)
+    if missing <= 0:
+        return rows
+    new = torch.stack([batch[:missing] for batch in pictures], 1).cpu()
+    return torch.cat([rows, new]) if len(rows) else new
+
+
 def draw_rows(images: Tensor) -> Image.Image:
     """Draws `[n, k, 3, h, w]` as two blocks of rows of k pictures, one row an image."""
     k = images.shape[1]
@@ -173,13 +191,16 @@ def held_back_config(config: DataConfig) -> DataConfig:
     return replace(config, crop=crop, hflip=False, vflip=False)
 
 
-def first_images(train: CropDataset, n: int) -> Tensor:
-    """Returns n images, spread evenly over the data."""
-    return stack_images(train, n)[0]
+def stack_pixels(dataset: CropDataset, n: int) -> Tensor:
+    """Returns n images, or all, spread evenly over the data: uint8 `[n, 3, s, s]`."""
+    n = min(n, len(dataset))
+    positions = torch.linspace(0, len(dataset) - 1, n).round().long().tolist()
+    return torch.stack([dataset[position]["pixels"] for position in positions])
 
 
 def train_inverter(config: InverterConfig) -> Path:
     """Trains to the end and returns the folder that holds `inverter/`."""
+    refuse_streaming(config.data)
     if config.tuning.inverter is not None:
         from featinv_diffusion.training.inverter_tuning import tune_inverter
 
@@ -189,18 +210,43 @@ def train_inverter(config: InverterConfig) -> Path:
     path = load_training_path(config.model).to(accelerator.device)
     inverses = make_inverses(config.model, path)
     records = load_images(config.data)
-    kept, held = split_held_back(records.labels, config.data.held_back_per_class)
-    if not held:
-        raise InputError("Validation images are needed: set data.held_back_per_class to 1 or more.")
+    kept, held = split_images(records, config.data)
     train = CropDataset(records, kept, config.data, config.seed)
     validation = CropDataset(records, held, held_back_config(config.data), config.seed)
     n = 1 if config.run.dry_run else config.model.statistics_images
-    statistics = measure_statistics(path, _stages_of(inverses), first_images(train, n))
+    statistics = measure_statistics(path, _stages_of(inverses), to_images(stack_pixels(train, n)))
     if config.model.standardise and not config.run.dry_run:
         set_statistics(inverses, statistics)
-    images = stack_images(validation, max(250, config.run.n_validation_images))[0]
-    task = InverterTask(inverses, path, images, statistics, config.run.n_validation_images)
+    n_pictures = config.run.n_validation_images
+    pixels = stack_pixels(validation, max(N_VALIDATION, n_pictures))
+    task = InverterTask(inverses, path, pixels, statistics, n_pictures, config.optim.batch_size)
     return fit(task, train, accelerator, config.optim, config.run, to_yaml(config))
+
+
+def refuse_streaming(config: DataConfig) -> None:
+    """Raises `InputError` for data that are only read in passing."""
+    if config.streaming:
+        raise InputError(
+            "Inverters are trained on images that can be read in any order, but data.streaming is "
+            "true. Name a folder or a table, and leave data.streaming out."
+        )
+
+
+def split_images(records: Records, config: DataConfig) -> tuple[list[int], list[int]]:
+    """Returns (training, held-back) indices.
+
+    Raises:
+        InputError: one side has none.
+    """
+    kept, held = split_held_back(records.labels, config.held_back_per_class)
+    if not held:
+        raise InputError("Validation images are needed: set data.held_back_per_class to 1 or more.")
+    if not kept:
+        raise InputError(
+            f"Images to train on are needed, but data.held_back_per_class="
+            f"{config.held_back_per_class} holds back all {len(held)}. Set it lower."
+        )
+    return kept, held
 
 
 def load_images(config: DataConfig) -> Records:

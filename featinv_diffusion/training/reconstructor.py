@@ -13,17 +13,21 @@ from torch import Tensor, nn
 
 from featinv_diffusion.backbones.base import LAST, Backbone
 from featinv_diffusion.config import to_yaml
-from featinv_diffusion.data import CropDataset, DataConfig, split_held_back, to_images
+from featinv_diffusion.data import CropDataset, DataConfig, to_images
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.inverters.reconstructor import FOLDER, Reconstructor, load_encoder
 from featinv_diffusion.metrics.pixels import psnr
 from featinv_diffusion.seeds import derive_seed
 from featinv_diffusion.training.config import OptimConfig, RunConfig
 from featinv_diffusion.training.inverter import (
+    N_VALIDATION,
+    add_rows,
     draw_rows,
-    first_images,
     held_back_config,
     load_images,
+    refuse_streaming,
+    split_images,
+    stack_pixels,
 )
 from featinv_diffusion.training.loop import fit, make_accelerator
 
@@ -64,7 +68,9 @@ class ReconstructorTask:
     """MSE between the written and the encoder's preprocessed image, in its normalised pixels.
 
     Args:
-        validation: images `[n, 3, h, w]` in [0, 1] that are reconstructed again and again.
+        validation: uint8 images `[n, 3, h, w]` that are reconstructed again and again.
+        n_pictures: how many of them are drawn.
+        batch_size: of validation.
     """
 
     def __init__(
@@ -73,9 +79,11 @@ class ReconstructorTask:
         backbone: Backbone,
         validation: Tensor,
         n_pictures: int = 16,
+        batch_size: int = 64,
     ):
         self.module: nn.Module = reconstructor
-        self.backbone, self.validation, self.n_pictures = backbone, validation, n_pictures
+        self.backbone, self.batches = backbone, validation.split(batch_size)
+        self.n_pictures = n_pictures
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
         self.backbone.to(device)
@@ -104,15 +112,15 @@ class ReconstructorTask:
         device = next(module.parameters()).device
         errors: list[Tensor] = []
         values: list[Tensor] = []
-        rows: list[Tensor] = []
-        for images in self.validation.split(64):
-            error, target, written = self._compare(module, images.to(device))
+        rows = torch.empty(0)
+        for pixels in self.batches:
+            error, target, written = self._compare(module, to_images(pixels.to(device)))
             written = written.clamp(0, 1)
             errors.append(error.mean(dim=(1, 2, 3)))
             values.append(psnr(written, target))
-            rows.append(torch.stack([target, written], 1).cpu())
+            rows = add_rows(rows, [target, written], self.n_pictures)
         scalars = {"mse": float(torch.cat(errors).mean()), "psnr": float(torch.cat(values).mean())}
-        return scalars, {"reconstructions": draw_rows(torch.cat(rows)[: self.n_pictures])}
+        return scalars, {"reconstructions": draw_rows(rows)}
 
     def save(self, module: nn.Module, folder: Path) -> None:
         reconstructor: Any = module
@@ -139,17 +147,27 @@ def make_reconstructor(config: ReconstructorModelConfig, backbone: Backbone) -> 
 
 def train_reconstructor(config: ReconstructorConfig) -> Path:
     """Trains to the end and returns the folder that holds `reconstructor/`."""
+    refuse_streaming(config.data)
     accelerator = make_accelerator(config.optim, config.run, config.seed)
     model = config.model
     backbone = load_encoder(model.backbone, model.layer, weights=model.weights)
+    _check_size(config.data, backbone)
     torch.manual_seed(derive_seed(config.seed, "initial weights"))
     reconstructor = make_reconstructor(model, backbone)
     records = load_images(config.data)
-    kept, held = split_held_back(records.labels, config.data.held_back_per_class)
-    if not held:
-        raise InputError("Validation images are needed: set data.held_back_per_class to 1 or more.")
+    kept, held = split_images(records, config.data)
     train = CropDataset(records, kept, config.data, config.seed)
     validation = CropDataset(records, held, held_back_config(config.data), config.seed)
-    images = first_images(validation, max(250, config.run.n_validation_images))
-    task = ReconstructorTask(reconstructor, backbone, images, config.run.n_validation_images)
+    n_pictures = config.run.n_validation_images
+    pixels = stack_pixels(validation, max(N_VALIDATION, n_pictures))
+    task = ReconstructorTask(reconstructor, backbone, pixels, n_pictures, config.optim.batch_size)
     return fit(task, train, accelerator, config.optim, config.run, to_yaml(config))
+
+
+def _check_size(data: DataConfig, backbone: Backbone) -> None:
+    height, width = backbone.input_size
+    if data.size < max(height, width):
+        raise InputError(
+            f"data.size must be at least the {height}×{width} pixels that {backbone.name!r} reads, "
+            f"but {data.size} came: enlarged pictures would be the targets."
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,9 @@ from featinv_diffusion.analysis.encoders_settings import (
     EncoderSettings,
     make_labels,
     open_encoders,
+    parse_inverter,
 )
-from featinv_diffusion.analysis.encoders_summary import summarise, to_markdown
+from featinv_diffusion.analysis.encoders_summary import order_line, summarise, to_markdown
 from featinv_diffusion.backbones import Backbone, load_backbone, wrap_model
 from featinv_diffusion.backbones.preprocessing import Preprocessing
 from featinv_diffusion.errors import InputError
@@ -39,6 +41,7 @@ from featinv_diffusion.metrics.paired import holm, wilcoxon_signed_rank
 from featinv_diffusion.metrics.pixels import MSE_FLOOR, psnr
 from featinv_diffusion.types import Features, FeatureSpec, Images
 from tests.inverters import small
+from tests.inverters.test_rae import make_rae
 from tests.tiny import make_images
 
 
@@ -129,12 +132,27 @@ def test_figures_of_known_inverters(pictures: Path) -> None:
     torch.testing.assert_close(coarse["psnr"], psnr(back, originals), rtol=1e-4, atol=1e-3)
 
     vectors = F.interpolate(originals, (8, 8), mode="bilinear", antialias=True).mean((2, 3))
-    partner = vectors[[(i - 2) % 5 for i in range(5)]]
+    partner = vectors[[1, 2, 3, 4, 0]]
     wanted = F.cosine_similarity(vectors, partner)
     torch.testing.assert_close(exact[NULL + "similarity_judge"], wanted)
     torch.testing.assert_close(result.original, originals)
     torch.testing.assert_close(result.examples["exact"], originals)
     assert result.examples["coarse"].shape == (5, 3, 16, 16)
+
+
+def test_the_null_is_an_image_of_another_class(pictures: Path) -> None:
+    images, items = chosen(pictures)
+    labelled = [replace(item, label=i % 2) for i, item in enumerate(items[:4])]
+    scorer = Scorer(PixelBackbone("judge", 8))
+
+    def compare(chosen_items: list[Item]) -> dict[str, Tensor]:
+        exact = encoder("exact", 32, 1.0)
+        return compare_encoders([exact], [scorer], images, chosen_items, 4).columns["exact"]
+
+    vectors = scorer.embed(originals_of(images, labelled))
+    wanted = F.cosine_similarity(vectors, vectors[[1, 2, 3, 0]])
+    torch.testing.assert_close(compare(labelled)[NULL + "similarity_judge"], wanted)
+    assert NULL + "similarity_judge" not in compare(labelled[:1])
 
 
 def test_samples_that_are_not_finite_are_refused(pictures: Path) -> None:
@@ -174,6 +192,9 @@ def test_three_are_ranked_and_their_pairs_corrected() -> None:
     assert figure["value"] == pytest.approx(float(given.columns["b"]["psnr"].double().mean()))
 
 
+ROWS = ("| a", "| b", "| c")
+
+
 def test_two_need_no_correction_and_the_page_says_which_is_best() -> None:
     found = summarise(comparison(a=1.0, b=1.2))
     row = found["pairs"]["psnr"][0]
@@ -185,6 +206,20 @@ def test_two_need_no_correction_and_the_page_says_which_is_best() -> None:
     assert line.count("**") == 4  # PSNR and similarity; ΔE is higher, and so worse
     three = summarise(comparison(a=1.0, b=1.2, c=0.9))
     assert "Holm" in to_markdown({**page, **three})
+
+
+def test_an_order_is_strict_only_where_both_tests_are() -> None:
+    found = summarise(comparison(a=1.0, b=1.2, c=1.2))
+    assert order_line(found, "psnr") == "PSNR, dB: b ≈ c > a"
+    assert order_line(found, "delta_e_2000") == "ΔE2000, lower is better: a < b ≈ c"
+    page = {"n_images": 40, "command": "featinv analyze", "settings": {"data": "x"}, **found}
+    text = to_markdown(page)
+    assert "- PSNR, dB: b ≈ c > a" in text
+    marked = {line[2]: line.count("**") for line in text.splitlines() if line[:3] in ROWS}
+    assert marked == {"a": 2, "b": 4, "c": 4}
+    found["pairs"]["psnr"][0]["bootstrap"]["p_holm"] = 0.05  # of a and b
+    found["pairs"]["psnr"][1]["bootstrap"]["p_holm"] = 0.05  # of a and c
+    assert order_line(found, "psnr") == "PSNR, dB: b ≈ c ≈ a"
 
 
 def test_timm_is_scored_by_what_its_head_reads() -> None:
@@ -252,10 +287,58 @@ def test_labels_tell_encoders_apart() -> None:
         "vit",
         "diffusion:tiny/vit",
     ]
+    named = [("tiny/vit", "x/y/z"), ("q", "p/tiny/vit"), ("q", "r/s")]
+    assert make_labels(named) == ["y/z", "p/tiny/vit", "r/s"]
+    named = [("a", "/f"), ("a", "/x/f"), ("a", "f")]
+    assert make_labels(named) == ["/f", "x/f", "f"]
+    with pytest.raises(InputError, match="'x/f' came twice"):
+        make_labels([("a", "x/f"), ("a", "x/f/")])
 
 
-def test_one_encoder_is_no_comparison() -> None:
-    for names in (("vit",), ("vit", "vit"), ()):
+def test_an_inverter_may_name_a_stage_and_a_pipeline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("a@b:c", "x"):
+        (tmp_path / folder).mkdir()
+    cases = {
+        "vit": ("vit", None, None),
+        "vit@blocks.3": ("vit", "blocks.3", None),
+        "rae:owner/name": ("rae", None, "owner/name"),
+        "rae@last:C:/x@y": ("rae", "last", "C:/x@y"),
+        "a@b:c": ("a@b:c", None, None),
+        "a@b:c@last": ("a@b:c", "last", None),
+        "x/": ("x/", None, None),
+    }
+    for text, wanted in cases.items():
+        found = parse_inverter(text)
+        assert (found.inverter, found.stage, found.pipeline) == wanted
+    for text in ("vit@", "rae:", "@last", ":p"):
+        with pytest.raises(InputError, match="NAME@STAGE or NAME:PIPELINE"):
+            parse_inverter(text)
+
+
+def test_stages_and_autoencoders_can_be_ranked(tmp_path: Path) -> None:
+    make_rae("mae").save_pretrained(tmp_path / "mae")
+    rae = f"rae:{tmp_path / 'mae'}"
+    names = ("vit", "vit@blocks.2", rae)
+    encoders = open_encoders(EncoderSettings(inverters=names, device="cpu"))
+    assert [e.label for e in encoders] == ["vit", "vit@blocks.2", "rae/mae"]
+    assert encoders[1].inverter.spec.layer == "blocks.2"
+    items = [Item(index=0, id="0", label=None, seed=0, has_null=False)]
+    assert encoders[2].reconstruct(make_images(1), items).shape == (1, 3, 64, 64)
+    with pytest.raises(InputError, match="takes no pipeline"):
+        open_encoders(EncoderSettings(inverters=("vit:p", "siglip"), device="cpu"))
+
+
+def test_one_encoder_is_no_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "f").mkdir()
+    (tmp_path / "link").symlink_to("f")
+    one_folder = [("f", other) for other in ("f/", "./f", "link", str(tmp_path / "f"))]
+    one_stage = [("f@x", "f/@x"), ("vit", "vit@encoder")]
+    same_name = [("vit", "vit"), ("vit", "siglip", "vit")]
+    for names in [(), ("vit",), *same_name, *one_folder, *one_stage]:
         with pytest.raises(InputError, match="at least two different inverters"):
             open_encoders(EncoderSettings(inverters=names))
 
@@ -305,6 +388,14 @@ def test_the_command_writes_tables_and_figures(
         values = table[f"{one['label']}/psnr"]
         assert one["figures"]["psnr"]["value"] == pytest.approx(sum(values) / 4)
     assert (output / "metrics.md").read_text().count("| PSNR, dB |") == 2
+    (order,) = [line for line in done.output.splitlines() if line.startswith("ΔE2000")]
+    figures = {e["label"]: e["figures"]["delta_e_2000"]["value"] for e in metrics["encoders"]}
+    best, worst = sorted(figures, key=lambda label: figures[label])
+    assert order.startswith(f"ΔE2000, lower is better: {best} ")
+    assert order.endswith(f" {worst}")
+    done = run("encoders", *arguments, "--n-images", 1, "--output", tmp_path / "none")
+    assert isinstance(done.exception, InputError)
+    assert "at least 2 images" in str(done.exception)
     for name in ("encoders.png", "reconstructions.png"):
         assert (output / name).stat().st_size > 1000
 
@@ -315,6 +406,15 @@ def test_the_published_protocol_is_read() -> None:
     path = Path(__file__).parents[2] / "configs/evaluation/siglip-coco.yaml"
     settings = load_config(EncoderSettings, path)
     assert (settings.n_images, settings.grey, len(settings.scorers)) == (4000, True, 2)
+
+
+def test_reconstructors_are_trained_on_the_squares_that_are_compared() -> None:
+    from featinv_diffusion.config import load_config
+    from featinv_diffusion.training.reconstructor import ReconstructorConfig
+
+    for name in ("siglip", "siglip2"):
+        path = Path(__file__).parents[2] / f"configs/inverters/{name}.yaml"
+        assert load_config(ReconstructorConfig, path).data.crop == "center"
 
 
 @pytest.mark.parametrize(

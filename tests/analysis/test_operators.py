@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
+from featinv_diffusion.analysis import operator_figures, operator_study
 from featinv_diffusion.analysis.operator_fit import (
     Drawn,
     draw_images,
@@ -163,6 +165,14 @@ def test_batches_do_not_matter():
     assert digests == same == tuple(image.digest for image in images)
 
 
+def test_batches_of_no_image_are_refused():
+    operator, operation = fitted("swap"), make_operation("swap")
+    with pytest.raises(InputError, match="at least one image, but a size of 0"):
+        measure_moments(PatchBackbone(), draw(3), operation, batch_size=0)
+    with pytest.raises(InputError, match="at least one image, but a size of -1"):
+        measure_held_out(operator, operation, PatchBackbone(), draw(3), batch_size=-1)
+
+
 def test_any_function_can_be_fitted_and_is_named_in_the_record():
     rotate = PixelOperation("roll channels", lambda images: images.roll(1, 1))
     operator = fit_operator(PatchBackbone(), draw(20), rotate)
@@ -198,6 +208,36 @@ def test_moduli_of_powers_are_powers():
     assert measure_spectrum(operator).figures()["from_orthogonal"] == pytest.approx(
         ((matrix.diag() ** 2 - 1) ** 2).mean().sqrt().item()
     )
+
+
+@pytest.mark.parametrize(("power", "overflows"), [(300, 600), (900, 900)])
+def test_powers_whose_square_overflows_are_refused(power, overflows):
+    operator = replace(fitted("swap"), matrix=2.5 * torch.eye(C, dtype=torch.float64))
+    with pytest.raises(InputError, match=f"to the power {overflows} must be finite"):
+        measure_spectrum(operator, power)
+
+
+def test_powers_are_checked_before_any_image_is_read(tmp_path: Path):
+    operator = replace(fitted("swap"), matrix=2.5 * torch.eye(C, dtype=torch.float64))
+
+    def no_images():
+        raise AssertionError("an image was read")
+        yield
+
+    for powers, words in (
+        ((1, 300), "must be finite"),
+        ((1, 10**20), "0 … 1000"),
+        ((0,), "from 1"),
+    ):
+        with pytest.raises(InputError, match=words):
+            study_operator(
+                operator,
+                operation_of(operator),
+                PatchBackbone(),
+                no_images(),
+                tmp_path,
+                powers=powers,
+            )
 
 
 # ---- held out ----------------------------------------------------------------------------------
@@ -243,6 +283,35 @@ def test_doing_nothing_is_at_the_ceiling():
     summary = summarise_power(held.columns[1])
     assert summary["delta_e_position"].value == pytest.approx(1, abs=1e-3)
     assert summary["cosine_gain"].value == pytest.approx(0, abs=1e-6)
+
+
+def columns_of(floor: list[float], operator: list[float], ceiling: list[float]) -> dict:
+    cosines = {"cosine": [0.9] * len(floor), "cosine_nothing": [0.8] * len(floor)}
+    roles = {"floor": floor, "operator": operator, "ceiling": ceiling}
+    return cosines | {f"{m}_{k}": v for m in ("delta_e", "mse") for k, v in roles.items()}
+
+
+@pytest.mark.parametrize(
+    ("floor", "found", "ceiling", "words"),
+    [
+        ([1.0, 2.0, 3.0], [2.0, 3.0, 4.0], [4.0, 4.5, 5.0], "3 between 2 (floor) and 4.5"),
+        ([1.0, 2.0, 3.0], [6.0, 6.0, 6.0], [4.0, 4.5, 5.0], "6, beside 2 (floor) and 4.5"),
+        ([4.0, 4.5, 5.0], [2.0, 3.0, 4.0], [1.0, 2.0, 3.0], "the floor is above doing nothing"),
+        ([1.0, 4.0, 1.0], [2.0, 2.0, 2.0], [2.0, 2.0, 2.0], "doing nothing do not differ"),
+        ([2.0, 2.0, 2.0], [2.0, 2.0, 2.0], [2.0, 2.0, 2.0], "doing nothing do not differ"),
+    ],
+)
+def test_a_position_needs_room_between_floor_and_doing_nothing(floor, found, ceiling, words):
+    summary = summarise_power(columns_of(floor, found, ceiling))
+    position, room = summary["delta_e_position"], summary["delta_e_room"]
+    assert room is not None
+    assert room.value == pytest.approx(sum(ceiling) / 3 - sum(floor) / 3)
+    assert (position is None) == (room.low <= 0)
+    held = {name: value and asdict(value) for name, value in summary.items()}
+    fit = {"method": "orthogonal"}
+    (line,) = to_lines({"spectrum": [], "held_out": {"1": held}, "operator": fit})
+    assert words in line
+    assert ("no position" in line) == (position is None)
 
 
 def test_colourise_is_given_grey_and_measured_against_colour():
@@ -293,7 +362,9 @@ def test_the_study_writes_figures_and_numbers(tmp_path: Path):
     for name in names:
         assert Image.open(tmp_path / name).width > 300
     json.dumps(metrics, allow_nan=False)
-    assert metrics["n_images"] == 4
+    assert (metrics["n_images"], metrics["seed"]) == (4, 0)
+    ids = "\n".join(image.id for image in draw(4, first=60))
+    assert metrics["ids_sha256"] == hashlib.sha256(ids.encode()).hexdigest()
     assert metrics["operator"]["n_images"] == 20
     assert metrics["operator"]["parameters"] == {"alpha": 0.8, "channel": "blue"}
     assert [s["power"] for s in metrics["spectrum"]] == [1, 4]
@@ -301,6 +372,45 @@ def test_the_study_writes_figures_and_numbers(tmp_path: Path):
     lines = to_lines(metrics)
     assert len(lines) == 5
     assert "Eigenvalues are of Q alone" in lines[-1]
+
+
+def test_one_power_is_drawn_in_both_figures_and_named(tmp_path: Path, monkeypatch):
+    drawn: dict[str, tuple] = {}
+
+    def grid(columns, path, title, notes):
+        drawn[path.name] = (title, columns)
+
+    def bars(summary, power, title, path):
+        drawn[path.name] = (title, summary["cosine"].value, power)
+
+    monkeypatch.setattr(operator_figures, "write_grid", grid)
+    monkeypatch.setattr(operator_study, "write_measures", bars)
+    operator, inverter = fitted("suppress", "linear", alpha=0.5), PatchInverter()
+    given, operation = draw(4, first=60), operation_of(operator)
+    metrics = study_operator(
+        operator, operation, inverter.backbone, given, tmp_path, inverter=inverter, powers=(4, 1)
+    )
+    title, columns = drawn["pictures.png"]
+    assert title.endswith("linear operator, Q⁴")
+    assert list(columns) == ["given", "4× transformed", "R(f)", "R(f Q⁴)", "R(true f)"]
+    blue = columns["4× transformed"][:, 2]
+    torch.testing.assert_close(blue, columns["given"][:, 2] * 0.5**4)
+    assert drawn["measures.png"][1:] == (metrics["held_out"]["4"]["cosine"]["value"], 4)
+    assert list(drawn["powers.png"][1])[2:] == [
+        "4× transformed",
+        "R(f Q⁴)",
+        "transformed",
+        "R(f Q)",
+    ]
+    assert operator_figures.to_symbol(12) == "Q¹²"
+
+
+def test_measures_of_a_power_are_drawn(tmp_path: Path):
+    summary = summarise_power(columns_of([1.0, 2.0, 3.0], [2.0, 3.0, 4.0], [4.0, 4.5, 5.0]))
+    for power in (1, 12):
+        operator_figures.write_measures(summary, power, "suppress", tmp_path / f"{power}.png")
+    assert Image.open(tmp_path / "12.png").width > 300
+    assert (tmp_path / "1.png").read_bytes() != (tmp_path / "12.png").read_bytes()
 
 
 def test_an_operator_of_other_features_or_weights_is_refused(tmp_path: Path):

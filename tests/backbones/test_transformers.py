@@ -8,6 +8,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import EntryNotFoundError
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     CLIPConfig,
@@ -202,6 +203,63 @@ def test_a_broken_or_missing_folder_is_an_input_error(tmp_path):
     with pytest.raises(InputError, match="loading it failed"):
         load_backbone(f"hf/{tmp_path}")
     assert isinstance(load_backbone(f"hf/{tmp_path}", pretrained=False).model, Dinov2Model)
+
+
+def lose(folder: Path, *prefixes: str) -> None:
+    """Takes weights out of a saved model."""
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    kept = {key: value for key, value in weights.items() if not key.startswith(prefixes)}
+    assert len(kept) < len(weights)
+    save_file(kept, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix"),
+    [
+        ("siglip", "encoder.layers.1"),
+        ("dinov2", "embeddings.cls_token"),
+        ("vit-classes", "vit.layernorm"),
+        ("vit-classes", "classifier"),
+        ("clip-classes", "classifier"),
+    ],
+)
+def test_missing_weights_are_refused_instead_of_left_random(tmp_path, name: str, prefix: str):
+    zoo.save_tower(name, tmp_path)
+    lose(tmp_path, prefix)
+    with pytest.raises(InputError, match=rf"are missing, {prefix}.* among them"):
+        load_backbone(f"hf/{tmp_path}")
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix"), [("siglip", "head."), ("dinov2", "embeddings.mask_token")]
+)
+def test_weights_that_nothing_reads_may_be_missing(tmp_path, name: str, prefix: str):
+    zoo.save_tower(name, tmp_path)
+    images = zoo.make_images()
+    wanted = load_backbone(f"hf/{tmp_path}").features(images)
+    lose(tmp_path, prefix)
+    assert torch.equal(load_backbone(f"hf/{tmp_path}").features(images), wanted)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("config.json", [], r"config\.json of .* must be a JSON object, but is a list"),
+        ("preprocessor_config.json", [1], r"preprocessor_config\.json of .* but is a list"),
+        ("processor_config.json", {"image_processor": 3}, "image_processor in .* but is a int"),
+        ("preprocessor_config.json", {"image_mean": 3}, "image_mean .* three numbers, but 3 came"),
+        ("preprocessor_config.json", {"image_std": ["a"] * 3}, "image_std .* three numbers"),
+        ("preprocessor_config.json", {"size": [1]}, r"size in pixels .* but \[1\] came"),
+        ("preprocessor_config.json", {"size": {"height": 8}}, r"size in pixels .* \(8, None\)"),
+        ("preprocessor_config.json", {"resample": [1]}, "Images are resized with one of"),
+    ],
+)
+def test_damaged_settings_are_refused(tmp_path, file: str, content, words: str):
+    zoo.save_tower("dinov2", tmp_path)
+    (tmp_path / file).write_text(json.dumps(content))
+    with pytest.raises(InputError, match=words):
+        load_backbone(f"hf/{tmp_path}")
 
 
 def test_a_repository_that_cannot_be_reached_is_an_input_error():

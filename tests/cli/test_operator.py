@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from featinv_diffusion.analysis.operator_apply import Applied
 from featinv_diffusion.features import operator_files
 from featinv_diffusion.features.operators import Operator
-from featinv_diffusion.images import to_pil, write_png
+from featinv_diffusion.images import center_square, read_image, to_pil, write_png
 from featinv_diffusion.inverters import modular
 from tests.cli.conftest import Featinv
 from tests.inverters import small
@@ -87,6 +90,7 @@ def test_analyze_measures_on_the_other_pictures(featinv: Featinv, swap, pictures
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
     assert metrics["n_images"] == 4
     assert metrics["settings"]["pipeline"] == "tiny/convnext"
+    assert (metrics["settings"]["n_images"], metrics["settings"]["powers"]) == (4, [1, 2])
     held = metrics["held_out"]["1"]
     assert held["cosine"]["value"] > held["cosine_nothing"]["value"]
     assert held["delta_e_floor"]["n"] == 4
@@ -104,9 +108,84 @@ def test_analyze_of_features_alone(featinv: Featinv, swap, pictures, backbone, t
     done = featinv("operator", "analyze", *given, "-o", tmp_path / "out")
     assert done.code == 0, done.err
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
-    assert metrics["settings"] is None
+    settings = metrics["settings"]
+    assert (settings["inverter"], settings["backbone"]) == (None, backbone)
+    assert (settings["data"], settings["split"]) == (str(pictures), "validation")
+    assert (settings["n_images"], settings["powers"], settings["seed"]) == (4, [1], 0)
+    assert (metrics["n_images"], metrics["seed"], len(metrics["ids_sha256"])) == (4, 0, 64)
     assert "delta_e_floor" not in metrics["held_out"]["1"]
     assert not (tmp_path / "out/pictures.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--pipeline", "tiny/convnext"], "--pipeline must come with --inverter"),
+        (["--stage", "last", "--steps", 4], "--stage and --steps must come with --inverter"),
+        (["--n-images", 1], "--n-images must be at least 2"),
+        (["--batch-size", 0], "at least one image, but a size of 0"),
+        (["--power", "1,1001"], "whole number in 0 … 1000, but 1001 came"),
+        (["--power", "9" * 20], "whole number in 0 … 1000"),
+        (["--output", "a.txt"], "--output must be a folder, but a.txt is a file"),
+        (["--output", "a.txt/b/c"], "below a.txt, which is a file"),
+    ],
+)
+def test_what_cannot_be_analyzed(featinv: Featinv, swap, pictures, arguments, words):
+    Path("a.txt").write_text("a file")
+    given = ["--operator", swap, "--data", pictures, "--n-images", 4]
+    done = featinv("operator", "analyze", *given, *arguments)
+    assert done.code == 2
+    assert words in done.err
+    assert Path("a.txt").read_text() == "a file"
+    assert not Path("outputs/operator").exists()
+
+
+@pytest.mark.parametrize(("operation", "is_grey"), [("colourise", True), ("swap", False)])
+def test_apply_gives_an_operator_what_its_operation_starts_from(
+    featinv: Featinv, swap, photos, tmp_path, operation, is_grey, monkeypatch
+):
+    from featinv_diffusion.analysis import operator_apply
+
+    seen: list[Applied] = []
+    write = operator_apply.write_applied
+
+    def spy(applied, *rest):
+        seen.extend(applied)
+        write(applied, *rest)
+
+    monkeypatch.setattr(operator_apply, "write_applied", spy)
+    fitted = Operator.load(swap)
+    changed = replace(fitted, record=replace(fitted.record, operation=operation))
+    changed.save(tmp_path / "other.safetensors")
+    given = ["--operator", tmp_path / "other.safetensors", "--inverter", "diffusion"]
+    done = featinv("operator", "apply", photos / "a.png", *given, "-o", tmp_path / "out")
+    assert done.code == 0, done.err
+    shown = np.asarray(seen[0].original)
+    square = np.asarray(center_square(read_image(photos / "a.png"), 64)).astype(float)
+    if is_grey:
+        square = np.repeat((square @ [0.2989, 0.587, 0.114])[..., None], 3, axis=2)
+    assert np.abs(shown - square).max() <= 0.51
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    assert manifest["given"] == ("what colourise starts from" if is_grey else "the picture")
+    (tmp_path / "grey").mkdir()
+    write_png(seen[0].original, tmp_path / "grey/a.png")
+    options = ["--n-samples", 1, "-o", tmp_path / "sampled"]
+    assert featinv("sample", tmp_path / "grey/a.png", *options).code == 0
+    sampled = np.asarray(read_image(tmp_path / "sampled/a_0.png")).astype(float)
+    unedited = np.asarray(read_image(tmp_path / "out/a_power0.png")).astype(float)
+    assert np.abs(sampled - unedited).mean() < 3  # the grey was not rounded to 8 bits before
+
+
+def test_apply_says_where_the_operation_is_not_known(featinv: Featinv, swap, photos, tmp_path):
+    fitted = Operator.load(swap)
+    other = replace(fitted, record=replace(fitted.record, operation="brighten"))
+    other.save(tmp_path / "other.safetensors")
+    given = ["--operator", tmp_path / "other.safetensors", "--inverter", "diffusion"]
+    done = featinv("operator", "apply", photos / "a.png", *given, "-o", tmp_path / "out")
+    assert done.code == 0, done.err
+    assert "'brighten' is none of this package's" in done.err
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    assert manifest["given"] == "the picture, for the operation is not known"
 
 
 def test_apply_before_diffusion(featinv: Featinv, swap, photos, tmp_path):
@@ -152,6 +231,7 @@ def test_a_modular_inverter_takes_operators_of_its_stage(featinv: Featinv, vit, 
     one = pictures / "00.png"
     applied = featinv("operator", "apply", one, *given, "--stage", "last", "-o", tmp_path / "one")
     assert applied.code == 0, applied.err
+    assert "only pipelines of the diffusion inverter hold statistics" in applied.out
     wrong = featinv("operator", "apply", one, *given, "--stage", "encoder")
     assert wrong.code == 2
     assert "acts on a map of small/vit at layer 'last'" in wrong.err
@@ -189,9 +269,13 @@ def test_a_picture_that_cannot_be_read_leaves_the_others(featinv: Featinv, swap,
         (["--operation", "swap", "--method", "rotation"], "No method is named 'rotation'"),
         (["--operation", "swap", "--ridge", "-1"], "finite number from 0"),
         (["--operation", "swap", "--n-images", "15"], "there are 14 among 14"),
+        (["--operation", "swap", "--batch-size", "0"], "at least one image, but a size of 0"),
+        (["--operation", "swap", "-o", "."], "--output must be a file, but . is a folder"),
+        (["--operation", "swap", "-o", "a.txt/q"], "a.txt/q is below a.txt, which is a file"),
     ],
 )
 def test_what_cannot_be_fitted(featinv: Featinv, backbone, pictures, arguments, words):
+    Path("a.txt").write_text("a file")
     done = featinv("operator", "fit", "--backbone", backbone, "--data", pictures, *arguments)
     assert done.code == 2
     assert words in done.err
@@ -204,10 +288,14 @@ def test_what_cannot_be_fitted(featinv: Featinv, backbone, pictures, arguments, 
         (["--power", "1,x"], "whole numbers with commas"),
         (["--power", "1,1"], "distinct whole numbers"),
         (["--power", "-1"], "distinct whole numbers"),
+        (["--power", "1001"], "whole numbers in 0 … 1000"),
+        (["--power", "9" * 20], "whole numbers in 0 … 1000"),
+        (["--output", "a.txt"], "--output must be a folder, but a.txt is a file"),
         (["--operator", "nothing.safetensors"], "must be a file of featinv operator fit"),
     ],
 )
 def test_what_cannot_be_applied(featinv: Featinv, swap, photos, arguments, words):
+    Path("a.txt").write_text("a file")
     given = ["--operator", swap, "--inverter", "diffusion", *arguments]
     done = featinv("operator", "apply", photos, *given)
     assert done.code == 2

@@ -6,8 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
+from featinv_diffusion.cli import options
+from featinv_diffusion.errors import InputError
 from featinv_diffusion.inverters import reconstructor
+from featinv_diffusion.inverters.registry import DIFFUSION, list_inverters
 from featinv_diffusion.sampling import SampleSettings, open_chosen
 from tests.cli.conftest import Featinv
 from tests.inverters import encoders
@@ -41,13 +45,21 @@ def test_sample_by_name_is_replayed_alike(featinv: Featinv, siglip, photos, tmp_
 
 
 def test_evaluate_records_the_weights(featinv: Featinv, siglip, photos, tmp_path):
-    arguments = ["--inverter", "siglip", "--data", photos, "--n-null-images", "2"]
-    done = featinv("evaluate", *arguments, "--output", tmp_path / "out")
-    assert done.code == 0, done.err
-    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    def evaluate(output: Path) -> dict:
+        arguments = ["--inverter", "siglip", "--data", photos, "--n-null-images", "2"]
+        done = featinv("evaluate", *arguments, "--output", output)
+        assert done.code == 0, done.err
+        return json.loads((output / "metrics.json").read_text())
+
+    metrics = evaluate(tmp_path / "out")
     assert {"cosine", "psnr", "ssim"} <= metrics.keys()
     assert len(metrics["modules_sha256"]) == 64
     assert "the inverter siglip" in (tmp_path / "out/metrics.md").read_text()
+    path = siglip / "reconstructor/diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    weights["decoder.layers.0.weight"][0, 0, 0, 0] += 1e-3
+    save_file(weights, path)
+    assert evaluate(tmp_path / "other")["modules_sha256"] != metrics["modules_sha256"]
 
 
 def test_rae_takes_its_weights_from_the_pipeline(featinv: Featinv, rae, photos, tmp_path):
@@ -71,6 +83,11 @@ def test_rae_takes_its_weights_from_the_pipeline(featinv: Featinv, rae, photos, 
         (["--inverter", "siglip", "--stage", "encoder"], "reads the layer 'last' and no other"),
         (["--inverter", "siglip", "--pipeline", "tiny/vit"], "takes no pipeline"),
         (["--inverter", "siglip", "--guidance", "text"], "--guidance came"),
+        (["--inverter", "siglip", "--dtype", "float16"], "--dtype came"),
+        (["--inverter", "siglip", "--attention", "xformers"], "--attention came"),
+        (["--inverter", "siglip", "--strength", "0.5"], "--strength came"),
+        (["--inverter", "~nobody-of-that-name/x"], "leads nowhere"),
+        (["--pipeline", "~nobody-of-that-name/x"], "leads nowhere"),
         (["--inverter", "siglop"], "did you mean 'siglip'"),
         (["--inverter", "rae"], "give --pipeline"),
         (["--inverter", "rae", "--pipeline", "nobody/nothing"], "AutoencoderRAE"),
@@ -92,3 +109,28 @@ def test_resolved_settings_open_the_same_inverter(siglip, rae) -> None:
         again, same = open_chosen(resolved)
         assert same == resolved
         assert again.spec == inverter.spec
+
+
+@pytest.mark.parametrize(
+    ("backbone", "layer", "words"),
+    [
+        ("convnext", "last", "reads the backbone 'small/siglip', but the backbone 'convnext'"),
+        (encoders.NAME, "encoder.layers.0", "layer 'last' and no other"),
+    ],
+)
+def test_resolved_settings_of_another_inverter_are_refused(siglip, backbone, layer, words) -> None:
+    settings = SampleSettings(inverter="siglip", backbone=backbone, layer=layer, stage=layer)
+    with pytest.raises(InputError, match=words):
+        open_chosen(settings)
+
+
+def test_a_pipeline_in_the_home_folder(rae: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(rae.parent))
+    _, resolved = open_chosen(SampleSettings(inverter="rae", pipeline=f"~/{rae.name}"))
+    assert resolved.pipeline == str(rae)
+
+
+def test_the_help_names_inverters_that_exist() -> None:
+    *names, folder = options.INVERTERS.split("|")
+    assert folder == "FOLDER"
+    assert names == [DIFFUSION, *list_inverters()]

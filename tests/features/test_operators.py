@@ -23,7 +23,7 @@ from featinv_diffusion.features.operator_solvers import (
     self_adjoint,
     self_adjoint_direct,
 )
-from featinv_diffusion.features.operators import Operator, apply_matrix
+from featinv_diffusion.features.operators import MAX_POWER, Operator, apply_matrix
 from featinv_diffusion.types import FeatureSpec
 
 C, H, W = 12, 3, 4
@@ -239,25 +239,50 @@ def test_linear_is_numpys_least_squares(ridge):
     rows, wanted = to_unit_rows(maps).numpy(), to_unit_rows(y).numpy()
     weight = ridge * (rows**2).sum() / C
     above = np.vstack([rows, np.sqrt(weight) * np.eye(C)])  # a ridge is C rows more
-    expected, *_ = np.linalg.lstsq(above, np.vstack([wanted, np.zeros((C, C))]), rcond=None)
+    below = np.sqrt(weight) * np.eye(C)  # that the identity fits
+    expected, *_ = np.linalg.lstsq(above, np.vstack([wanted, below]), rcond=None)
     found = solve(moments_of(maps, y), SPEC, "any", "linear", ridge=ridge)
     np.testing.assert_allclose(found.matrix.numpy(), expected, atol=1e-9)
-    condition = np.linalg.cond(above) ** 2
+    condition = np.linalg.cond(rows) ** 2
     assert found.record.condition_number == pytest.approx(condition, rel=1e-6)
-    assert found.record.ridge == ridge
+    assert (found.record.ridge, found.record.rank) == (ridge, C)
 
 
 def test_linear_without_a_ridge_refuses_what_is_singular_and_with_one_says_it(caplog):
     maps = make_maps(40)
     maps[:, -1] = 0
-    moments = moments_of(maps, turn(maps, torch.eye(C).double()))
+    planted = random_matrix()
+    moments = moments_of(maps, turn(maps, planted))
     with pytest.raises(InputError, match=r"span 11\. Set a ridge"):
         solve(moments, SPEC, "any", "linear", ridge=0)
     with caplog.at_level(logging.WARNING):
         found = solve(moments, SPEC, "any", "linear", ridge=1e-9)
-    assert "ill-conditioned" in caplog.text
-    assert found.matrix[-1].abs().max() == 0
-    assert found.record.condition_number <= (C + 1e-9) / 1e-9
+    assert "determine 11 of 12 directions" in caplog.text
+    assert (found.record.rank, found.record.condition_number) == (C - 1, None)
+    torch.testing.assert_close(found.matrix[-1], torch.eye(C).double()[-1])
+
+
+@pytest.mark.parametrize("ridge", [1e-9, 1e-6, 1e-2])
+def test_linear_leaves_the_direction_that_a_layer_norm_removes(ridge):
+    maps = torch.randn(300, C, H, W, generator=make_generator())  # float32, as a backbone gives it
+    maps = maps - maps.mean(1, keepdim=True)
+    planted = random_rotation(C - 1, seed=2).float()
+    basis = torch.linalg.qr(torch.cat([torch.ones(C, 1), torch.eye(C)[:, 1:]], 1)).Q
+    within = basis @ torch.block_diag(torch.ones(1, 1), planted) @ basis.T
+    others = torch.einsum("bchw,cd->bdhw", maps, within)
+    found = solve(moments_of(maps, others), SPEC, "any", "linear", ridge=ridge)
+    assert (found.record.rank, found.record.condition_number) == (C - 1, None)
+    ones = torch.ones(C, dtype=torch.float64)
+    torch.testing.assert_close(ones @ found.matrix, ones)
+    assert torch.linalg.eigvals(found.matrix).abs().min() > 0.9
+    torch.testing.assert_close(found.matrix, within.double(), atol=3 * ridge + 1e-5, rtol=0)
+
+
+def test_a_great_ridge_leaves_features_as_they_are():
+    maps = make_maps(30)
+    moments = moments_of(maps, turn(maps, random_matrix()))
+    found = solve(moments, SPEC, "any", "linear", ridge=1e9)
+    torch.testing.assert_close(found.matrix, torch.eye(C).double(), atol=1e-7, rtol=0)
 
 
 def test_a_condition_number_of_a_rotation_is_that_of_the_products():
@@ -270,10 +295,13 @@ def test_a_condition_number_of_a_rotation_is_that_of_the_products():
     assert self_adjoint_direct(moments.xy).condition_number == pytest.approx(expected)
 
 
-def test_a_ridge_bounds_the_condition_number():
-    xx = torch.diag(torch.tensor([1.0] + [0.0] * (C - 1), dtype=torch.float64))
-    found = least_squares(xx, xx, 1e-3)
-    assert found.condition_number == pytest.approx((C + 1e-3) / 1e-3)
+def test_a_ridge_does_not_hide_rank_and_condition_number():
+    flat = torch.diag(torch.tensor([1.0] + [0.0] * (C - 1), dtype=torch.float64))
+    found = least_squares(flat, flat, 1e-3)
+    assert (found.rank, found.condition_number) == (1, None)
+    steep = torch.diag(torch.logspace(0, -9, C, dtype=torch.float64))
+    found = least_squares(steep, steep, 1e-3)
+    assert (found.rank, found.condition_number) == (C, pytest.approx(1e9))
 
 
 # ---- refusals ----------------------------------------------------------------------------------
@@ -323,10 +351,26 @@ def test_other_weights_are_refused_where_both_are_known():
         operator.check(SPEC, "b")
 
 
-@pytest.mark.parametrize("power", [-1, 1.5, True, "2"])
+@pytest.mark.parametrize("power", [-1, 1.5, True, "2", MAX_POWER + 1, 10**20])
 def test_a_power_is_a_whole_number(power):
     with pytest.raises((InputError, TypeError), match="power"):
         fitted().edit(power)
+
+
+def test_a_power_that_overflows_is_refused():
+    operator = replace(fitted(), matrix=3.0 * torch.eye(C).double())
+    assert operator.power(100).isfinite().all()
+    with pytest.raises(InputError, match="to the power 700 must be finite"):
+        operator.edit(700)
+
+
+@pytest.mark.parametrize("factor", [0.7, 1.3])
+def test_powers_beyond_float32_are_applied_all_the_same(factor):
+    rotation = random_rotation()
+    scaled = replace(fitted(), matrix=factor * rotation)
+    maps = make_maps(1).float()
+    expected = replace(fitted(), matrix=rotation).edit(600)(maps)  # 0.7⁶⁰⁰ = 1e-93, 1.3⁶⁰⁰ = 2e68
+    torch.testing.assert_close(scaled.edit(600)(maps), expected, atol=1e-5, rtol=0)
 
 
 def test_a_matrix_that_is_none_is_refused():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -118,3 +120,53 @@ def test_folders_without_one_are_refused(tmp_path: Path) -> None:
     for name in (str(tmp_path), "nobody/nothing"):
         with pytest.raises(InputError, match="must be a folder or Hub repository"):
             load_rae(name)
+
+
+def drop(prefix: str):
+    def damage(weights: dict) -> None:
+        for key in [key for key in weights if key.startswith(prefix)]:
+            del weights[key]
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (drop("decoder."), r"are missing, decoder\."),
+        (drop("encoder."), r"are missing, encoder\."),
+        (lambda weights: weights.update(colour=torch.zeros(1)), "1 are unexpected, colour among"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(saved, tmp_path: Path, damage, words: str) -> None:
+    shutil.copytree(saved[1], tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    damage(weights)
+    save_file(weights, file)
+    with pytest.raises(InputError, match=words):
+        load_rae(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda config: [config], "must hold a JSON object"),
+        (lambda config: config | {"encoder_hidden_size": "a"}, "could not be read"),
+        (lambda config: config | {"_class_name": "AutoencoderKL"}, "is of class AutoencoderKL"),
+    ],
+)
+def test_a_damaged_config_is_refused(saved, tmp_path: Path, damage, words: str) -> None:
+    shutil.copytree(saved[1], tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(damage(json.loads(file.read_text()))))
+    with pytest.raises(InputError, match=words):
+        load_rae(str(tmp_path))
+
+
+def test_a_folder_in_the_home_folder(saved, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(saved[1].parent))
+    inverter = load_rae(f"~/{saved[1].name}")
+    assert inverter.spec.backbone == f"rae/{saved[1].name}"
+    with pytest.raises(InputError, match="leads nowhere"):
+        load_rae("~nobody-of-that-name/rae")

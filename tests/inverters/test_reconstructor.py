@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
 from featinv_diffusion.errors import InputError
-from featinv_diffusion.inverters import Inverter
+from featinv_diffusion.inverters import Inverter, reconstructor
 from featinv_diffusion.inverters.reconstructor import (
     Reconstructor,
     ReconstructorInverter,
@@ -21,10 +23,10 @@ from featinv_diffusion.inverters.reconstructor import (
     load_reconstructor,
 )
 from featinv_diffusion.inverters.reconstructor_decoder import count_doublings
-from featinv_diffusion.inverters.reconstructor_original import from_original
+from featinv_diffusion.inverters.reconstructor_original import from_original, save_original
 from featinv_diffusion.types import FeatureSpec
 from tests.inverters import encoders
-from tests.tiny import make_images
+from tests.tiny import make_images, seeded
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +62,23 @@ def attend(block, x: torch.Tensor) -> torch.Tensor:
 
 def norm(layer: nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
     centred = x - x.mean(-1, keepdim=True)
-    return centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt() * layer.weight
+    unit = centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    return unit * layer.weight + layer.bias
 
 
+@seeded
+def randomise_norms(model: nn.Module) -> None:
+    """Scales and shifts as after training, so that leaving one out would show."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d | nn.LayerNorm):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.3)
+
+
+@torch.no_grad()
 def test_the_network_is_the_published_one_written_out() -> None:
     model = encoders.make_reconstructor(n_residual=1)
+    randomise_norms(model)
     weights = model.state_dict()
     features = encoders.make_features(2)
     unit = features / features.square().sum(1, keepdim=True).sqrt()
@@ -81,7 +95,9 @@ def test_the_network_is_the_published_one_written_out() -> None:
 
     def batch_norm(x: torch.Tensor, path: str) -> torch.Tensor:
         mean, variance = weights[f"{path}.running_mean"], weights[f"{path}.running_var"]
-        return (x - mean[:, None, None]) / (variance + 1e-5).sqrt()[:, None, None]
+        unit = (x - mean[:, None, None]) / (variance + 1e-5).sqrt()[:, None, None]
+        scale, shift = weights[f"{path}.weight"], weights[f"{path}.bias"]
+        return unit * scale[:, None, None] + shift[:, None, None]
 
     def residual(x: torch.Tensor, path: str) -> torch.Tensor:
         inner = quick_gelu(batch_norm(convolve(x, f"{path}.conv1"), f"{path}.bn1"))
@@ -124,6 +140,20 @@ def test_the_output_has_the_size_of_the_image(grid, size) -> None:
     assert model(encoders.make_features(1, spec)).shape == (1, 3, *size)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_patches_of_14_in_half_precision(dtype: torch.dtype) -> None:
+    """The resize at the end, which the CPU does not have in half precision."""
+    spec = replace(encoders.SPEC, grid=(4, 4))
+    model = encoders.make_reconstructor(spec, image_size=(56, 56))
+    features = encoders.make_features(1, spec)
+    wanted = model(features)
+    with torch.autocast("cpu", dtype):
+        written = model(features)
+        assert model.decoder(features).dtype == dtype
+    assert 0 < (written - wanted).abs().max() < 0.05
+    assert model.to(dtype).reconstruct(features).dtype == dtype
+
+
 def test_other_channels_and_a_feedforward_that_is_no_multiple() -> None:
     model = encoders.make_reconstructor(channels=[8, 4], feedforward=50, n_residual=0)
     assert model.blocks[0].mlp.fc1.out_features == 50
@@ -135,6 +165,15 @@ def test_other_channels_and_a_feedforward_that_is_no_multiple() -> None:
     [
         ({"n_heads": 3}, "3 do not"),
         ({"spec": replace(encoders.SPEC, kind="tokens", grid=(64, 1))}, "must read a map"),
+        ({"spec": replace(encoders.SPEC, grid=(0, 0))}, r"spec\.grid .* at least 1, but 0 came"),
+        ({"image_size": (64,)}, r"image_size must be 2 whole numbers, but \(64,\) came"),
+        ({"depth": -1}, "depth .* at least 0, but -1 came"),
+        ({"n_heads": 0}, "n_heads .* at least 1, but 0 came"),
+        ({"n_heads": -1}, "n_heads .* at least 1, but -1 came"),
+        ({"feedforward": -5}, "feedforward .* at least 1, but -5 came"),
+        ({"channels": [8, 0]}, "channels .* at least 1, but 0 came"),
+        ({"channels": [-1]}, "channels .* at least 1, but -1 came"),
+        ({"n_residual": -3}, "n_residual .* at least 0, but -3 came"),
     ],
 )
 def test_what_cannot_be_built_is_refused(settings, words: str) -> None:
@@ -204,6 +243,62 @@ def test_folders_without_a_reconstructor(member: Path, tmp_path: Path) -> None:
         load_reconstructor(str(tmp_path))
 
 
+def without_spec(config: dict) -> dict:
+    return {key: value for key, value in config.items() if key != "spec"}
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda config: [config], "must hold a JSON object, but holds a list"),
+        (without_spec, "'spec'"),
+        (lambda config: config | {"spec": None}, "could not be read"),
+        (lambda config: config | {"image_size": 64}, "could not be read"),
+        (lambda config: config | {"image_size": [64]}, r"2 whole numbers, but \[64\] came"),
+        (lambda config: config | {"mean": None}, "could not be read"),
+        (lambda config: config | {"depth": "2"}, "could not be read"),
+        (lambda config: config | {"spec": config["spec"] | {"grid": [0, 0]}}, r"spec\.grid"),
+        (lambda config: config | {"spec": config["spec"] | {"colour": 1}}, "colour"),
+        (lambda config: config | {"depth": 3}, r"12 are missing, blocks\.2"),
+        (lambda config: config | {"depth": 1}, r"12 are unexpected, blocks\.1"),
+    ],
+)
+def test_a_damaged_config_is_refused(member: Path, tmp_path: Path, damage, words: str) -> None:
+    shutil.copytree(member, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "reconstructor/config.json"
+    path.write_text(json.dumps(damage(json.loads(path.read_text()))))
+    with pytest.raises(InputError, match=words):
+        load_reconstructor(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [(64, "must be 2"), ([64], "must be 2"), ("64", "must be 2"), ([64, "2"], "but '2' came")],
+)
+def test_sizes_of_another_type_are_refused(values, words: str) -> None:
+    """Which the type checker of the tests keeps from the constructor."""
+    with pytest.raises(InputError, match=words):
+        reconstructor._check_sizes("image_size", values, n=2)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda weights: weights.pop("token"), "1 are missing, token among them"),
+        (lambda weights: weights.update(colour=torch.zeros(2)), "1 are unexpected, colour among"),
+        (lambda weights: weights.update(token=torch.zeros(5)), "could not be read"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(member, tmp_path: Path, damage, words: str) -> None:
+    shutil.copytree(member, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "reconstructor/diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    damage(weights)
+    save_file(weights, path)
+    with pytest.raises(InputError, match=words):
+        load_reconstructor(str(tmp_path))
+
+
 def original_weights(width: int) -> dict[str, torch.Tensor]:
     """Names and shapes as the original's state dict has them, counted through as values."""
     shapes: dict[str, tuple[int, ...]] = {"transformer.embeddings.class_embedding": (width,)}
@@ -256,5 +351,61 @@ def test_published_weights_are_read_by_name() -> None:
 def test_weights_of_another_network_are_refused() -> None:
     with pytest.raises(InputError, match="class_embedding"):
         from_original({"vqvae.weight": torch.zeros(1)})
-    with pytest.raises(InputError, match="upsample"):
-        from_original({**original_weights(32), "decoder.upsample.weight": torch.zeros(1)})
+    weights = original_weights(32)
+    for extra, words in (
+        ("decoder.upsample.weight", "upsample"),
+        ("transformer.encoder.layers.x.mlp.fc1.weight", r"layers\.x\..* does not fit"),
+    ):
+        with pytest.raises(InputError, match=words):
+            from_original({**weights, extra: torch.zeros(1)})
+    with pytest.raises(InputError, match="have no decoder"):
+        from_original({k: v for k, v in weights.items() if not k.startswith("decoder.")})
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """A file as the published ones are, of a network of width 32."""
+    path = tmp_path_factory.mktemp("published") / "siglip.pt"
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        key: value if value.ndim == 0 else torch.rand(value.shape, generator=generator) / 8
+        for key, value in original_weights(32).items()
+    }
+    torch.save(weights, path)
+    return path
+
+
+def test_a_published_checkpoint_becomes_an_inverter(checkpoint, member, tmp_path: Path) -> None:
+    """Beside its encoder, at whose patches of 8 pixels the 128 written ones are resized."""
+    encoder = member / "backbone"
+    layer = "encoder.layers.0"  # the second-last, as published
+    target = save_original(checkpoint, encoders.NAME, tmp_path, layer=layer, weights=encoder)
+    assert target == tmp_path / "reconstructor"
+    shutil.copytree(encoder, tmp_path / "backbone")
+    inverter = load_reconstructor(str(tmp_path))
+    assert inverter.spec == replace(encoders.SPEC, layer=layer)
+    assert tuple(inverter.reconstructor.config["mean"]) == encoders.MEAN
+    weights = from_original(torch.load(checkpoint))
+    found = inverter.reconstructor.state_dict()
+    assert found.keys() == weights.keys()
+    assert all(torch.equal(found[key], weights[key]) for key in found)
+    images = inverter.invert(inverter.backbone.features(make_images(2)))
+    assert images.shape == (2, 3, 64, 64)
+    with pytest.raises(InputError, match="must not exist yet"):
+        save_original(checkpoint, encoders.NAME, tmp_path, weights=encoder)
+
+
+def test_files_that_are_no_published_checkpoint(checkpoint, member, tmp_path: Path) -> None:
+    broken, other, odd = (tmp_path / name for name in ("broken.pt", "other.pt", "odd.pt"))
+    broken.write_bytes(checkpoint.read_bytes()[:500])
+    torch.save([1, 2], other)
+    torch.save(torch.load(checkpoint) | {"decoder.upconv1.bias": torch.zeros(3)}, odd)
+    for path, words in (
+        (tmp_path / "nothing.pt", "cannot be read"),
+        (broken, "cannot be read"),
+        (other, "must hold a state dict, but a list came"),
+        (odd, r"do not fit: size mismatch for decoder\.layers\.0\.bias"),
+    ):
+        with pytest.raises(InputError, match=words):
+            save_original(path, encoders.NAME, tmp_path, weights=member / "backbone")
+    assert not (tmp_path / "reconstructor").exists()

@@ -17,6 +17,7 @@ from featinv_diffusion.inverters.registry import (
     open_deterministic,
 )
 from tests.inverters import encoders, small
+from tests.inverters.test_rae import make_rae
 
 
 @pytest.fixture
@@ -51,6 +52,7 @@ def test_names_and_folders_lead_to_their_kind(folders: Path) -> None:
         (Source("siglip", stage="encoder"), "reads the layer 'last' and no other"),
         (Source("siglip", pipeline="tiny/vit"), "takes no pipeline"),
         (Source("rae"), "give --pipeline"),
+        (Source("~nobody-of-that-name/x"), "leads nowhere"),
     ],
 )
 def test_what_does_not_fit_is_refused(folders: Path, source: Source, words: str) -> None:
@@ -60,3 +62,9 @@ def test_what_does_not_fit_is_refused(folders: Path, source: Source, words: str)
 
 def test_its_own_layer_is_a_stage(folders: Path) -> None:
     assert open_deterministic(Source("siglip", stage="last")).spec == encoders.SPEC
+
+
+def test_an_autoencoder_is_named_by_the_pipeline(tmp_path: Path) -> None:
+    make_rae("mae").save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=f"use --inverter rae --pipeline {tmp_path}"):
+        open_deterministic(Source(str(tmp_path)))

@@ -18,9 +18,14 @@ from torch import Tensor, nn
 
 from featinv_diffusion.backbones import load_backbone
 from featinv_diffusion.config import load_config
+from featinv_diffusion.data import read_classes
 from featinv_diffusion.errors import InputError
+from featinv_diffusion.tensors import read_tensors, write_tensors
 from featinv_diffusion.training.contrastive import (
+    STATE_FORMAT,
     ContrastiveConfig,
+    ContrastiveTask,
+    find_titles,
     make_networks,
     normalise,
     sigmoid_loss,
@@ -288,6 +293,35 @@ def test_a_resumed_run_ends_bit_identical(folder: Path, tmp_path: Path) -> None:
     key = "embeddings.position_embedding.weight"
     student = load_file(whole / "final/backbone/model.safetensors")
     assert not torch.equal(state[f"distillation.teacher.{key}"], student[key])
+
+
+def test_a_training_state_of_another_recipe_is_refused(tmp_path: Path) -> None:
+    networks, tokenizer = make_networks(DISTILLED, 64, TITLES)
+    held = (torch.rand(1, 3, 64, 64), torch.zeros(1))
+    task = ContrastiveTask(networks, tokenizer, DISTILLED, held)
+    task.save(networks, tmp_path)
+    networks.step.fill_(7)
+    task.load(networks, tmp_path)
+    assert int(networks.step) == 0
+    with pytest.raises(InputError, match=r"e\.g\. 'distillation"):  # unexpected
+        task.load(networks_of(SMALL), tmp_path)
+    path = tmp_path / "training.safetensors"
+    state, _ = read_tensors(path, STATE_FORMAT, "")
+    del state["step"]
+    write_tensors(path, state, {}, STATE_FORMAT)
+    with pytest.raises(InputError, match=r"1 tensors, e\.g\. 'step'"):  # missing
+        task.load(networks, tmp_path)
+
+
+def test_a_file_of_titles_must_hold_one_for_each_class(tmp_path: Path) -> None:
+    path = tmp_path / "classes.txt"
+    path.write_text("# a comment\nn01 gold fish\nn02\nn03 frog\n")
+    assert find_titles(["n03", "n01"], str(path)) == ["frog", "gold fish"]
+    with pytest.raises(InputError, match="these have none: n02, n04"):
+        find_titles(["n01", "n02", "n03", "n04"], str(path))
+    assert find_titles(["red", "blue"], None) == ["red", "blue"]
+    tiny = CONFIGS / "classes.txt"
+    assert len(find_titles(read_classes(str(tiny)) or [], str(tiny))) == 100
 
 
 def test_recipes_of_the_tiny_family_differ_in_the_objective_only() -> None:

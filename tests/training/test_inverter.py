@@ -146,7 +146,7 @@ def test_training_leaves_the_forward_model_bit_identical(data: DataConfig) -> No
     before = small.state_of(path.model)
     inverses = make_inverses(InverterModelConfig(model=path.name, modules=MODULES), path)
     statistics = measure_statistics(path, ["image", *path.main_stages], make_images(4))
-    task = InverterTask(inverses, path, make_images(2), statistics)
+    task = InverterTask(inverses, path, (make_images(2) * 255).byte(), statistics)
     optimizer = torch.optim.Adam(inverses.parameters(), lr=1e-2)
     batch = {"pixels": (make_images(4) * 255).to(torch.uint8)}
     for _ in range(2):
@@ -162,7 +162,7 @@ def test_each_module_learns_from_its_own_stage_alone() -> None:
     path = small.make_detr_path()
     inverses = make_inverses(InverterModelConfig(model=path.name, modules=MODULES), path)
     statistics = measure_statistics(path, ["image", *path.main_stages], make_images(4))
-    task = InverterTask(inverses, path, make_images(2), statistics)
+    task = InverterTask(inverses, path, (make_images(2) * 255).byte(), statistics)
     batch = {"pixels": (make_images(4) * 255).to(torch.uint8)}
     _, losses = task.loss(inverses, batch)
     losses["encoder"].backward()
@@ -177,7 +177,7 @@ def test_losses_are_relative_to_the_variance_of_what_is_written() -> None:
     images = make_images(4)
     pixels = (images * 255).to(torch.uint8)
     statistics = measure_statistics(path, ["image", *path.main_stages], images)
-    _, losses = InverterTask(inverses, path, images, statistics).loss(inverses, {"pixels": pixels})
+    _, losses = InverterTask(inverses, path, pixels, statistics).loss(inverses, {"pixels": pixels})
     found = path.embeddings(pixels / 255)
     maps, wanted = inverses["decoder"](found["decoder"]), found["encoder"]
     variance = path.embeddings(images)["encoder"].var(dim=(0, 2, 3), correction=0).mean()
@@ -217,7 +217,7 @@ def test_the_mean_embedding_scores_exactly_1(path, modules) -> None:
     images = nn.functional.interpolate(make_images(6), (80, 72), mode="bilinear")
     stages = {*inverses.stages, *(inverses[s].writes.layer for s in inverses.stages)}
     statistics = measure_statistics(path, sorted(stages), images, batch_size=4)
-    task = InverterTask(inverses, path, images, statistics)
+    task = InverterTask(inverses, path, (images * 255).byte(), statistics)
     embeddings = task._embed(images)
     means = {
         stage: statistics[target][0].view(-1, 1, 1) if embeddings[target].ndim == 4

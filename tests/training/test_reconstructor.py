@@ -103,7 +103,7 @@ def test_a_run_that_was_killed_ends_alike(config, final: Path, tmp_path: Path) -
 def test_the_loss_is_that_of_the_encoders_normalised_pixels(encoder: Path) -> None:
     backbone = load_encoder(encoders.NAME, "last", weights=encoder)
     model, pixels = encoders.make_reconstructor(), (make_images(3) * 255).byte()
-    task = ReconstructorTask(model, backbone, make_images(2))
+    task = ReconstructorTask(model, backbone, pixels[:2])
     assert isinstance(task, Task)
     loss, scalars = task.loss(model, {"pixels": pixels})
     images = pixels.float() / 255
@@ -114,6 +114,45 @@ def test_the_loss_is_that_of_the_encoders_normalised_pixels(encoder: Path) -> No
     loss.backward()
     assert all(p.grad is None for p in backbone.model.parameters())
     assert all(p.grad is not None for p in model.parameters())
+
+
+@torch.no_grad()
+def test_validation_is_of_all_images_in_batches(encoder: Path) -> None:
+    backbone = load_encoder(encoders.NAME, "last", weights=encoder)
+    model, pixels = encoders.make_reconstructor(), (make_images(5) * 255).byte()
+    seen: list[int] = []
+    model.register_forward_hook(lambda _module, _inputs, output: seen.append(len(output)))
+    task = ReconstructorTask(model, backbone, pixels, n_pictures=3, batch_size=2)
+    scalars, pictures = task.validate(model)
+    assert seen == [2, 2, 1]
+    images = pixels.float() / 255
+    written = model.reconstruct(backbone.features(images))
+    wanted = float((written - backbone.preprocess(images)).square().mean())
+    assert scalars["mse"] == pytest.approx(wanted, rel=1e-4)
+    # three rows of (image, reconstruction), two beside each other, with lines of a pixel
+    assert pictures["reconstructions"].size == (4 * 65 + 1, 2 * 65 + 1)
+    first = np.asarray(pictures["reconstructions"])[1:65, 1:65]
+    # whose levels are cut off on the way to the picture
+    assert np.abs(first.astype(int) - pixels[0].permute(1, 2, 0).numpy()).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("data", "model", "words"),
+    [
+        ({"size": 48}, {}, "data.size must be at least the 64×64 pixels .* but 48 came"),
+        ({"streaming": True}, {}, "data.streaming is true"),
+        ({"held_back_per_class": 5}, {}, "holds back all 10"),
+        ({"held_back_per_class": 0}, {}, "Validation images are needed"),
+        ({}, {"n_heads": 0}, "n_heads"),
+        ({}, {"channels": [8, -1]}, "channels"),
+    ],
+)
+def test_settings_that_cannot_be_trained(config, data, model, words: str) -> None:
+    changed = replace(
+        config, data=replace(config.data, **data), model=replace(config.model, **model)
+    )
+    with pytest.raises(InputError, match=words):
+        train_reconstructor(changed)
 
 
 def test_an_earlier_layer_can_be_chosen(encoder: Path) -> None:
