@@ -19,6 +19,7 @@ from featinv_diffusion.inverters.chain import Chain, check_joint
 from featinv_diffusion.inverters.detr import DecoderInverse, EncoderInverse, HeadInverse
 from featinv_diffusion.inverters.detr_model import ASSETS, DETECTOR, load_detr
 from featinv_diffusion.inverters.detr_path import PUBLISHED_SIZE, DetrPath
+from featinv_diffusion.inverters.folders import load_network
 from featinv_diffusion.inverters.path import ForwardPath
 from featinv_diffusion.inverters.vit import AnalyticPatchInverse, BlocksInverse
 from featinv_diffusion.inverters.vit_path import VitPath
@@ -227,7 +228,7 @@ def _load_module(folder: Path) -> InverseModule:
     if module_class is None:
         hint = choices_hint(config["_class_name"], list(MODULES))
         raise ValueError(f"No inverse module is a {config['_class_name']!r}; {hint}")
-    return module_class.from_pretrained(folder, use_safetensors=True).float()
+    return load_network(module_class, folder, wanted="an inverse module")
 
 
 def _key(stage: str) -> str:

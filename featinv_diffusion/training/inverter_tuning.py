@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from featinv_diffusion.boxes import BoxDataset, load_box_records, targets_of
 from featinv_diffusion.config import to_yaml
-from featinv_diffusion.data import split_held_back, to_images
+from featinv_diffusion.data import to_images
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.files import write_text
 from featinv_diffusion.inverters.detr_model import load_detr
@@ -29,6 +29,7 @@ from featinv_diffusion.training.inverter import (
     draw_rows,
     held_back_config,
     resize,
+    split_images,
     squared_error,
 )
 from featinv_diffusion.training.inverter_modules import load_training_path
@@ -128,7 +129,7 @@ def tune_inverter(config: InverterConfig) -> Path:
         raise InputError(f"Fine-tuning is for DETR, but {path.name!r} is of family {path.family}.")
     inverses = InverseSet.from_pretrained(str(config.tuning.inverter))
     records = load_box_records(config.data)
-    kept, held = split_held_back(records.labels, config.data.held_back_per_class)
+    kept, held = split_images(records, config.data)
     train = BoxDataset(records, kept, config.data, config.seed)
     validation = BoxDataset(records, held, held_back_config(config.data), config.seed)
     task = TuningTask(

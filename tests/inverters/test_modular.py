@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from featinv_diffusion.backbones import wrap_model
 from featinv_diffusion.errors import InputError
@@ -135,6 +136,16 @@ def test_a_folder_that_lacks_a_module_is_an_input_error(inverses, tmp_path) -> N
     del index["model"]
     (tmp_path / INDEX).write_text(json.dumps(index))
     with pytest.raises(InputError, match="must hold a modular inverter"):
+        InverseSet.from_pretrained(tmp_path)
+
+
+def test_a_module_that_lacks_weights_is_an_input_error(inverses, tmp_path) -> None:
+    inverses.save_pretrained(tmp_path)
+    (path,) = (tmp_path / inverses.stages[0]).glob("*.safetensors")
+    weights = load_file(path)
+    weights.pop(next(key for key in weights if key.endswith("weight")))
+    save_file(weights, path)
+    with pytest.raises(InputError, match="1 are missing"):
         InverseSet.from_pretrained(tmp_path)
 
 
