@@ -35,7 +35,7 @@ class EncoderSettings:
         scorers: backbones that measure similarity; none takes a bundled classifier.
         grey: measure similarity without colour too.
         seed: of the noise of diffusion inverters.
-        n_images: None takes all.
+        n_images: None takes at most `picture_set.N_DEFAULT`.
 
     The others are those of `EvaluationSettings`; the same choice takes the same images.
     """
@@ -45,7 +45,7 @@ class EncoderSettings:
     split: str = "validation"
     classes: str | None = None
     held_back_per_class: int = 0
-    n_images: int | None = 250
+    n_images: int | None = None
     scorers: tuple[str, ...] = ()
     grey: bool = False
     seed: int = 0

@@ -19,6 +19,7 @@ from featinv_diffusion.analysis.encoders_scoring import open_scorers
 from featinv_diffusion.analysis.encoders_settings import EncoderSettings, open_encoders
 from featinv_diffusion.analysis.encoders_summary import summarise, to_markdown
 from featinv_diffusion.analysis.modular_figures import write_grid
+from featinv_diffusion.analysis.picture_set import N_DEFAULT
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.evaluation.dataset import open_images
 from featinv_diffusion.evaluation.selection import digest, select_items
@@ -41,6 +42,8 @@ def run_comparison(
     """
     images = open_images(settings.data, settings.split, settings.classes, exclude=output)
     items = select_items(images, settings.selection)
+    if settings.n_images is None:
+        items = items[:N_DEFAULT]
     if len(items) < 2:
         raise InputError("A comparison needs at least 2 images, but 1 was chosen. Take more.")
     encoders = open_encoders(settings)

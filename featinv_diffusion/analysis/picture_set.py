@@ -25,6 +25,9 @@ from featinv_diffusion.evaluation.dataset import open_images
 from featinv_diffusion.images import center_square, to_tensor
 from featinv_diffusion.types import Images
 
+N_DEFAULT = 250
+"""Images of an analysis, where the data have as many and no number is asked for."""
+
 
 @dataclass(frozen=True, eq=False)
 class PictureSet:
@@ -54,7 +57,7 @@ class PictureChoice:
         data: folder of COCO, or of Tiny-ImageNet-200 for its training images with boxes; else a
             folder of pictures, parquet file or Hub name, without objects.
         split: such as `val2017`; `train` for Tiny-ImageNet's boxes.
-        n_images: spread evenly over the data.
+        n_images: spread evenly over the data; None takes at most `N_DEFAULT`.
         classes: text file with a class folder per line.
         held_back_per_class: of boxes: only the last k images of each class, as training holds
             back.
@@ -62,7 +65,7 @@ class PictureChoice:
 
     data: str
     split: str = "validation"
-    n_images: int = 250
+    n_images: int | None = None
     classes: str | None = None
     held_back_per_class: int = 0
 
@@ -124,7 +127,9 @@ def _has_boxes(folder: Path) -> bool:
     return folder.is_dir() and next(folder.glob("*/*_boxes.txt"), None) is not None
 
 
-def _spread(members: range | list[int], n: int) -> list[int]:
+def _spread(members: range | list[int], n: int | None) -> list[int]:
+    if n is None:
+        n = min(N_DEFAULT, len(members))
     if n > len(members) or n < 1:
         raise InputError(f"There are {len(members)} images to choose from, but {n} came.")
     places = torch.linspace(0, len(members) - 1, n).round().long().tolist()

@@ -54,7 +54,7 @@ def analyze(
         int | None,
         typer.Option(
             help="Spread evenly over the data; for encoders, as `evaluate` draws, 2 or more.",
-            show_default="250",
+            show_default="250, or all",
         ),
     ] = None,
     classes: Annotated[

@@ -131,8 +131,9 @@ class Operator:
             mine != backbone_sha256
         ):
             raise InputError(
-                f"The operator {self.record.operation} is of other weights of "
-                f"{self.spec.backbone} than those that make the features. {_ADVICE}"
+                f"The operator {self.record.operation} is of the weights of {self.spec.backbone} "
+                f"that it was fitted on, but others, of {spec.backbone}, make the features. Use "
+                "an inverter of its backbone, or fit it again with featinv operator fit."
             )
 
     def save(self, path: Path) -> None:

@@ -393,6 +393,12 @@ def test_the_command_writes_tables_and_figures(
     best, worst = sorted(figures, key=lambda label: figures[label])
     assert order.startswith(f"ΔE2000, lower is better: {best} ")
     assert order.endswith(f" {worst}")
+    whole = tmp_path / "all"  # of a small folder, where no number is given
+    done = run("encoders", "--inverter", inverters, "--data", pictures, "--output", whole)
+    assert done.exit_code == 0, done.exception
+    assert json.loads((whole / "metrics.json").read_text())["n_images"] == len(
+        list(pictures.rglob("*.png"))
+    )
     done = run("encoders", *arguments, "--n-images", 1, "--output", tmp_path / "none")
     assert isinstance(done.exception, InputError)
     assert "at least 2 images" in str(done.exception)

@@ -164,6 +164,7 @@ def test_pictures_without_boxes_are_inside_everywhere(tmp_path) -> None:
     found = load_pictures(PictureChoice(str(tmp_path), n_images=1), (64, 64))
     assert found.objects is None
     assert found.inside.all()
+    assert len(load_pictures(PictureChoice(str(tmp_path)), (64, 64))) == 1
     with pytest.raises(InputError, match="1 images to choose from, but 2"):
         load_pictures(PictureChoice(str(tmp_path), n_images=2), (64, 64))
 

@@ -417,7 +417,7 @@ def test_an_operator_of_other_features_or_weights_is_refused(tmp_path: Path):
     operator = fitted("swap")
     other = replace(operator, spec=replace(operator.spec, layer="blocks.1"))
     changed = replace(operator, record=replace(operator.record, backbone_sha256="00"))
-    for wrong, words in ((other, "acts on a map"), (changed, "other weights of patches")):
+    for wrong, words in ((other, "acts on a map"), (changed, "of the weights of patches")):
         with pytest.raises(InputError, match=words):
             study_operator(wrong, operation_of(operator), PatchBackbone(), draw(2), tmp_path)
 
