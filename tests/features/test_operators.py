@@ -347,7 +347,7 @@ def test_other_weights_are_refused_where_both_are_known():
     operator.check(SPEC)
     operator.check(SPEC, "a")
     fitted().check(SPEC, "b")
-    with pytest.raises(InputError, match="weights of small.* but others"):
+    with pytest.raises(InputError, match=r"weights of small.* but others"):
         operator.check(SPEC, "b")
 
 
