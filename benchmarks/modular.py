@@ -1,7 +1,7 @@
 """Measure the modular inverters of the tiny family; prints the tables of docs/modular-inverters.md.
 
     python benchmarks/modular.py --data validation.parquet --boxes TINY_IMAGENET_200 \\
-        --tuned .checkpoints/tiny/detr-lambda-0/final/inverter …
+        --tuned .checkpoints/tiny/detr-lambda-{1.0,0.9,0.5,0.1,0.0}/final/inverter
 
 `--data` are images that nothing was trained or chosen on; `--boxes` is the folder of
 Tiny-ImageNet-200, of which the last 10 training images of each class were held back; `--tuned` are
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from PIL import Image
 from torch import Tensor
 
 from featinv_diffusion.analysis.stages import AVERAGE
@@ -44,6 +44,8 @@ from featinv_diffusion.metrics import (
 )
 
 ROOT, FIGURES = Path("outputs/modular"), Path("docs/figures")
+WIDTH = 1400
+"""Pixels of a figure on the page, at most."""
 CLASSES = "configs/tiny/classes.txt"
 FAMILIES = ("detr", "vit")
 SCORER = "tiny/convnext"
@@ -264,9 +266,15 @@ def copy_figures() -> None:
     """Those of the page, which show the package's photos or no picture."""
     for family in FAMILIES:
         stages, layers = ROOT / f"stages-{family}-photos", ROOT / f"layers-{family}-photos"
-        shutil.copy(stages / "stages.png", FIGURES / f"{family}-stages.png")
-        shutil.copy(layers / "layers-encoder.png", FIGURES / f"{family}-layers.png")
-    shutil.copy(ROOT / "tradeoff" / "tradeoff.png", FIGURES / "detr-tradeoff.png")
+        _copy(stages / "stages.png", FIGURES / f"{family}-stages.png")
+        _copy(layers / "layers-encoder.png", FIGURES / f"{family}-layers.png")
+    _copy(ROOT / "tradeoff" / "tradeoff.png", FIGURES / "detr-tradeoff.png")
+
+
+def _copy(source: Path, target: Path) -> None:
+    with Image.open(source) as figure:
+        figure.thumbnail((WIDTH, 4 * WIDTH))
+        write_png(figure.convert("RGB"), target)
 
 
 def main() -> None:

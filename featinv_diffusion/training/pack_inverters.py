@@ -56,6 +56,8 @@ the image from each stage in dB. A module whose figure is near 1 tells little ab
 |---|---|
 {rows}
 
+The data are those of the other members: ImageNet's terms hold, non-commercial research.
+
 Made by `python train/inverter.py --config configs/tiny/{config}`.
 """
 
@@ -76,6 +78,9 @@ pass. The figures are those of held-back training images.
 | reconstructor | at the end of training |
 |---|---|
 {reconstructor}
+
+What a folder `operators` holds was fitted on training images by `python train/tiny.py`:
+`featinv operator apply --operator {family}/{name}/NAME`.
 
 The mean-square error is that of pixels normalised to [-1, 1], the PSNR is in dB. The data are those
 of the other members: ImageNet's terms hold, non-commercial research.
@@ -169,7 +174,10 @@ def _card(family: str, name: str, recipe: Recipe, output: Path) -> str:
 def _figures(output: Path) -> str:
     """The last validation record of a run, as rows of a table."""
     record = json.loads((output / "validation.jsonl").read_text().splitlines()[-1])
-    return "\n".join(f"| {key} | {value:.3f} |" for key, value in record.items())
+    values = {
+        k: f"{v:g}" if k == "step" else f"{v:.3f}" for k, v in record.items() if k != "minutes"
+    }
+    return "\n".join(f"| {key} | {value} |" for key, value in values.items())
 
 
 def _final(config: Path) -> Path:
