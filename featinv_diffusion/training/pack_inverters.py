@@ -40,6 +40,8 @@ class Recipe:
 
 RECIPES = {"detr": Recipe("inverter-detr.yaml", "detr.yaml"), "vit": Recipe("inverter-vit.yaml")}
 """By the name of the member."""
+WEAK = 0.7
+"""MSE by the variance above which a card warns of a module."""
 RECONSTRUCTORS = ("siglip", "siglip2")
 """Members that are an encoder with its reconstructor, trained by `reconstructor-NAME.yaml`."""
 
@@ -168,7 +170,18 @@ def _write(target: Path, model: torch.nn.Module) -> None:
 
 
 def _card(family: str, name: str, recipe: Recipe, output: Path) -> str:
-    return CARD.format(family=family, name=name, rows=_figures(output), config=recipe.inverter)
+    card = CARD.format(family=family, name=name, rows=_figures(output), config=recipe.inverter)
+    return card + _warning(output)
+
+
+def _warning(output: Path) -> str:
+    """Names the modules that hardly do better than the mean of what they write."""
+    record = json.loads((output / "validation.jsonl").read_text().splitlines()[-1])
+    stages = [key.removeprefix("psnr_") for key in record if key.startswith("psnr_")]
+    weak = [f"`{stage}` ({record[stage]:.2f})" for stage in stages if record.get(stage, 0.0) > WEAK]
+    if not weak:
+        return ""
+    return f"\nWarning: weak, and no ground for conclusions about its stage: {', '.join(weak)}.\n"
 
 
 def _figures(output: Path) -> str:

@@ -45,6 +45,16 @@ def test_members_hold_detector_inverter_and_their_last_figures(configs: Path) ->
     card = (family / "detr/inverter/README.md").read_text()
     assert "| backbone | 0.250 |" in card
     assert "| psnr_backbone | 21.500 |" in card
+    assert "Warning" not in card
+
+
+def test_the_card_warns_of_weak_modules(configs: Path) -> None:
+    record = {"step": 2, "backbone": 0.25, "psnr_backbone": 21.5, "head": 0.81, "psnr_head": 9.0}
+    (configs / "inverse/validation.jsonl").write_text(json.dumps(record) + "\n")
+    list(pack_inverters(configs / "tiny", configs))
+    warning = (configs / "tiny/detr/inverter/README.md").read_text().splitlines()[-1]
+    assert warning.startswith("Warning: weak")
+    assert warning.endswith("its stage: `head` (0.81).")
 
 
 def test_packing_again_replaces_the_member(configs: Path) -> None:
