@@ -13,16 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import subprocess
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
+from pages import interval, run, table
 from PIL import Image
 from torch import Tensor
 
@@ -77,33 +75,8 @@ def plan(data: str, boxes: str, tuned: Sequence[str], n_images: int) -> Iterator
     yield "vit-diffusion", ["evaluate", "--pipeline", "tiny/vit", *common]
 
 
-def run(name: str, arguments: Sequence[str]) -> None:
-    """Runs a command that is not done; the folder of another command must be removed first."""
-    output = ROOT / name
-    record, command = output / "command.txt", shlex.join(["featinv", *arguments])
-    if record.exists():
-        if record.read_text() != command:
-            sys.exit(f"Error: {output} was made by another command. Remove it and start again.")
-        return
-    print("+", command, file=sys.stderr)
-    whole = [sys.executable, "-m", "featinv_diffusion", *arguments, "--output", str(output)]
-    subprocess.run(whole, check=True)
-    record.write_text(command)
-
-
 def read(name: str) -> dict[str, Any]:
     return json.loads((ROOT / name / "metrics.json").read_text())
-
-
-def table(header: str, rows: Sequence[Sequence[str]]) -> str:
-    names = header.split("|")
-    lines = [names, ["---"] * len(names), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def interval(figure: Mapping[str, float], digits: int = 4) -> str:
-    value, low, high = (f"{figure[key]:.{digits}f}" for key in ("value", "low", "high"))
-    return f"{value} [{low}, {high}]"
 
 
 def exactness(photos: Path) -> str:
@@ -137,7 +110,7 @@ def _own_output(path: Any, pixels: Tensor) -> Tensor:
 
 def stages_table(family: str) -> str:
     metrics = read(f"stages-{family}")
-    rows = [[name, interval(value)] for name, value in metrics["stage_mse"].items()]
+    rows = [[name, interval(value, 4)] for name, value in metrics["stage_mse"].items()]
     lines = table("from|MSE", rows)
     if patches := metrics.get("patch_embedding"):
         lines += (
@@ -175,7 +148,7 @@ def tradeoff_table() -> str:
     cells = [
         [
             "isolated" if row["weight"] is None else f"{row['weight']:g}",
-            interval(row["mse"]),
+            interval(row["mse"], 4),
             *(f"{row[name]:.3f}" for name in names),
         ]
         for row in rows
@@ -286,7 +259,7 @@ def main() -> None:
     arguments = parser.parse_args()
     write_photos(ROOT / "photos")
     for name, command in plan(arguments.data, arguments.boxes, arguments.tuned, arguments.n_images):
-        run(name, command)
+        run(ROOT / name / "metrics.json", command)
     copy_figures()
     print("## Stages\n\n" + exactness(ROOT / "photos"))
     for family in FAMILIES:

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import shutil
-import subprocess
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import pandas as pd
+from pages import interval, run, table
 
 from featinv_diffusion.evaluation.report import to_cell
 from featinv_diffusion.images import builtin_photo, read_image, write_png
@@ -68,36 +68,8 @@ def _photos(stem: str) -> Iterator[tuple[str, list[str]]]:
         yield f"{stem}-photos", ["--data", str(ROOT / "photos"), "--n-images", "4"]
 
 
-def run(done: Path, arguments: Sequence[str]) -> None:
-    """Runs a command whose `done` is not there; one of another command must be removed first."""
-    record = done.with_suffix(".command")
-    command = shlex.join(["featinv", *arguments])
-    if done.exists():
-        if record.read_text() != command:
-            sys.exit(f"Error: {done} was made by another command. Remove it and start again.")
-        return
-    output = done.parent if done.name == "metrics.json" else done
-    print("+", command, file=sys.stderr)
-    whole = [sys.executable, "-m", "featinv_diffusion", *arguments, "--output", str(output)]
-    subprocess.run(whole, check=True)
-    record.write_text(command)
-
-
 def read(name: str) -> dict[str, Any]:
     return json.loads((ROOT / name / "metrics.json").read_text())
-
-
-def table(header: str, rows: Sequence[Sequence[str]]) -> str:
-    names = header.split("|")
-    lines = [names, ["---"] * len(names), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def interval(figure: Mapping[str, float] | None, digits: int = 3) -> str:
-    if figure is None:
-        return "–"
-    value, low, high = (f"{figure[key]:.{digits}f}" for key in ("value", "low", "high"))
-    return f"{value} [{low}, {high}]"
 
 
 def reconstruction_table() -> str:
@@ -109,6 +81,18 @@ def reconstruction_table() -> str:
         cells = [to_cell(metrics[column], column) for column in COLUMNS]
         rows.append([name, *cells, to_cell(other), to_cell(seen, "match")])
     return table("encoder|PSNR|SSIM|cosine|another image|top-5 of tiny/convnext", rows)
+
+
+def better_shares() -> str:
+    """Share of the images in which the second encoder is better, by measure."""
+    frame = pd.read_parquet(ROOT / "encoders" / "per_image.parquet")
+    names = ("psnr", "ssim", "delta_e_2000", "similarity_tiny/convnext", "similarity_tiny/swin")
+    parts = []
+    for name in names:
+        first, second = (frame[f"tiny/{encoder}/{name}"] for encoder in ENCODERS)
+        better = second < first if name == "delta_e_2000" else second > first
+        parts.append(f"{name} {100 * better.mean():.0f} %")
+    return f"{ENCODERS[1]} is better in: {', '.join(parts)}."
 
 
 def spectrum_table(encoder: str) -> str:
@@ -143,8 +127,8 @@ def operator_table(encoder: str) -> str:
                     [
                         f"{key}, {method}",
                         power,
-                        interval(held["cosine"]),
-                        interval(held["cosine_nothing"]),
+                        interval(held["cosine"], 3),
+                        interval(held["cosine_nothing"], 3),
                         *(f"{value:.2f}" for value in values),
                         interval(held["delta_e_position"], 2),
                     ]
@@ -186,6 +170,7 @@ def main() -> None:
     copy_figures()
     print("## Reconstruction\n\n" + reconstruction_table())
     print("\n## Encoders\n\n" + (ROOT / "encoders" / "metrics.md").read_text())
+    print(better_shares())
     for encoder in ENCODERS:
         print(f"\n## Operators of {encoder}\n\n{spectrum_table(encoder)}")
         print("\n" + operator_table(encoder))
