@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from featinv_diffusion.cli import options
+from featinv_diffusion.cli.command_line import command_line
 
 if TYPE_CHECKING:
     from featinv_diffusion.analysis.encoders_settings import EncoderSettings
@@ -140,7 +141,7 @@ def _compare(settings: EncoderSettings, output: Path) -> None:
     from featinv_diffusion.analysis.encoders_summary import order_line
     from featinv_diffusion.cli.run import progress_bar
 
-    metrics = run_comparison(settings, output, progress_bar, _command())
+    metrics = run_comparison(settings, output, progress_bar, command_line())
     for metric in metrics["ranking"]:
         print(order_line(metrics, metric))
     print("Best first; ≈: not told apart by both paired tests (corrected p < .05).")
@@ -162,17 +163,10 @@ def _study(study: Any, name: str, chosen: dict[str, Any], output: Path) -> None:
     pictures = load_pictures(choice, load_modular(names[0]).path.input_size)
     output.mkdir(parents=True, exist_ok=True)
     metrics = study(names, pictures, output)
-    content = {"analysis": name, "command": _command(), "n_images": len(pictures), **metrics}
+    content = {"analysis": name, "command": command_line(), "n_images": len(pictures), **metrics}
     write_text(output / "metrics.json", json.dumps(content, indent=2) + "\n")
     print(f"Wrote {output / 'metrics.json'} and figures.")
 
 
 def _split(names: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in names.split(",") if part.strip())
-
-
-def _command() -> str:
-    import shlex
-    import sys
-
-    return shlex.join(["featinv", *sys.argv[1:]])

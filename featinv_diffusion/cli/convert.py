@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from featinv_diffusion.cli.command_line import command_line
 
 
 def convert(
@@ -105,7 +105,7 @@ def convert(
         pooled=pooled or None,
         with_backbone=not no_backbone,
     )
-    export_pipeline(pipeline, out, CardInfo(shlex.join(["featinv", *sys.argv[1:]])))
+    export_pipeline(pipeline, out, CardInfo(command_line()))
     absent = [name for name in ("tokenizer", "backbone") if getattr(pipeline, name) is None]
     without = f", without {' and '.join(absent)}" if absent else ""
     spec = pipeline.controlnet.config["feature_spec"]

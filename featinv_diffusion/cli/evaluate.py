@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from featinv_diffusion.cli import options
+from featinv_diffusion.cli.command_line import command_line
 
 if TYPE_CHECKING:
     from featinv_diffusion.evaluation.settings import EvaluationSettings
@@ -166,8 +167,6 @@ def _read_settings(config: Path | None, given: dict[str, Any]) -> EvaluationSett
 
 
 def _run(settings: EvaluationSettings, output: Path) -> None:
-    import shlex
-    import sys
     from functools import partial
 
     from featinv_diffusion.cli.run import progress_bar, quiet_libraries
@@ -177,7 +176,7 @@ def _run(settings: EvaluationSettings, output: Path) -> None:
     quiet_libraries()
     accelerator = make_accelerator()
     bar = partial(progress_bar, enabled=accelerator.is_main_process)
-    command = shlex.join(["featinv", *sys.argv[1:]])
+    command = command_line()
     metrics = run_evaluation(settings, output, accelerator, bar, command)
     accelerator.end_training()
     if metrics is not None:

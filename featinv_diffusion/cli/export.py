@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from featinv_diffusion.cli.command_line import command_line
 
 
 def export(
@@ -58,7 +58,7 @@ def _load(
     from featinv_diffusion.diffusion.hub import find_scope_file, load_pipeline, origin_of
     from featinv_diffusion.errors import InputError
 
-    command = shlex.join(["featinv", *sys.argv[1:]])
+    command = command_line()
     if (controlnet is None) != (base is None):
         raise InputError(
             "--controlnet and --base go together: the ControlNet, and the model it was trained on."

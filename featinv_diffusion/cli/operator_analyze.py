@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from featinv_diffusion.cli import operator_options, options
+from featinv_diffusion.cli.command_line import command_line
 from featinv_diffusion.errors import InputError
 
 if TYPE_CHECKING:
@@ -164,15 +165,13 @@ def _open_features(
 def _report(metrics: dict[str, Any], settings: dict[str, Any], output: Path) -> None:
     """Writes the numbers with what made them, and prints the first ones."""
     import json
-    import shlex
-    import sys
 
     from featinv_diffusion.analysis.operator_study import to_lines
     from featinv_diffusion.files import write_text
 
     content = {
         "analysis": "operator",
-        "command": shlex.join(["featinv", *sys.argv[1:]]),
+        "command": command_line(),
         "settings": settings,
         **metrics,
     }
