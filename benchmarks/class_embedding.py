@@ -23,26 +23,25 @@ import torch
 from pyarrow import parquet
 from torch import Tensor
 
-from featinv_diffusion.analysis.figures import write_figure
 from featinv_diffusion.backbones import load_backbone
 from featinv_diffusion.class_embedding import Anatomy, read_anatomy, read_images, record
-from featinv_diffusion.class_embedding.context import box_token_mask
-from featinv_diffusion.class_embedding.dataset import TokenImages, open_token_images
 from featinv_diffusion.class_embedding.measures import chance_identifiability
-from featinv_diffusion.class_embedding.pictures import (
-    draw_identifiability,
-    draw_removal,
-)
+from featinv_diffusion.class_embedding.pictures import draw_identifiability, draw_removal
 from featinv_diffusion.class_embedding.probes import fit_probes
 from featinv_diffusion.class_embedding.study import (
     Batch,
     FindMask,
+    MemoryTables,
+    Tally,
+    TokenImages,
     TokenSettings,
+    box_token_mask,
     measure_tokens,
+    open_token_images,
     read_batches,
 )
-from featinv_diffusion.class_embedding.summary import MemoryTables, Tally
 from featinv_diffusion.evaluation.report import to_cell
+from featinv_diffusion.figures.board import write_figure
 from featinv_diffusion.metrics.statistics import bootstrap_difference, bootstrap_mean
 
 PAGE, FIGURES = Path("docs/class-embedding.md"), Path("docs/figures")

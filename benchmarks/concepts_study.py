@@ -19,20 +19,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from featinv_diffusion.analysis.featinv_viz import measure_concept
-from featinv_diffusion.analysis.featinv_viz_numbers import high_cells, summarise
-from featinv_diffusion.analysis.sampling import backbone_of
 from featinv_diffusion.backbones import Backbone
 from featinv_diffusion.cli.run import quiet_libraries
 from featinv_diffusion.concepts import MCD, ConceptDictionary, read_head
-from featinv_diffusion.evaluation.dataset import ImageSet, open_images
+from featinv_diffusion.data.sets import ImageSet, open_images
 from featinv_diffusion.files import write_text
 from featinv_diffusion.images import center_square, to_tensor
 from featinv_diffusion.inverters.base import Inverter
+from featinv_diffusion.inverters.open import SampleSettings, open_inverter
 from featinv_diffusion.metrics.statistics import bootstrap_mean
-from featinv_diffusion.reconstruction import batched
-from featinv_diffusion.sampling import SampleSettings, open_inverter
+from featinv_diffusion.runs.sampling import backbone_of, batched
 from featinv_diffusion.seeds import derive_seed
+from featinv_diffusion.studies.featinv_viz import high_cells, measure_concept, summarise
 
 COLUMNS = {
     "effect": "concept map",

@@ -21,13 +21,13 @@ from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from featinv_diffusion.config import load_config
-from featinv_diffusion.data import load_records, to_images
+from featinv_diffusion.data.crops import load_records, to_images
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
 from featinv_diffusion.training import controlnet as training
-from featinv_diffusion.training.classifier import ClassifierModelConfig, make_classifier
 from featinv_diffusion.training.entry import make_datasets
 from featinv_diffusion.training.loop import fit, make_accelerator
-from featinv_diffusion.training.tokenizer import make_tokenizer
+from train.tiny_family.classifier import ClassifierModelConfig, make_classifier
+from train.tiny_family.tokenizer import make_tokenizer
 
 ASSETS = Path(training.__file__).parents[1] / "assets/sd15"
 

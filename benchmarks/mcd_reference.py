@@ -33,11 +33,11 @@ from torch.nn import functional as F
 
 from featinv_diffusion.backbones import load_backbone
 from featinv_diffusion.concepts import MCD, read_head
-from featinv_diffusion.concepts.clustering import find_inliers
+from featinv_diffusion.concepts.base import principal_angles
 from featinv_diffusion.concepts.elastic_net import ElasticNet, self_representation
-from featinv_diffusion.concepts.subspaces import principal_angles
-from featinv_diffusion.evaluation.dataset import open_images
-from featinv_diffusion.evaluation.selection import select_items
+from featinv_diffusion.concepts.mcd import find_inliers
+from featinv_diffusion.data.selection import select_items
+from featinv_diffusion.data.sets import open_images
 from featinv_diffusion.evaluation.settings import EvaluationSettings
 from featinv_diffusion.images import center_square, to_tensor
 

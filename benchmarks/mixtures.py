@@ -14,17 +14,17 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from featinv_diffusion.analysis.composition import compose
-from featinv_diffusion.analysis.interpolation import sample_mixtures
-from featinv_diffusion.analysis.sampling import backbone_of
-from featinv_diffusion.evaluation.dataset import open_images
-from featinv_diffusion.evaluation.selection import Item, select_items
+from featinv_diffusion.data.selection import Item, select_items
+from featinv_diffusion.data.sets import open_images
 from featinv_diffusion.evaluation.settings import EvaluationSettings
 from featinv_diffusion.features import box_mask
 from featinv_diffusion.images import center_square, to_tensor
+from featinv_diffusion.inverters.open import SampleSettings, open_inverter
 from featinv_diffusion.metrics import feature_cosine
 from featinv_diffusion.metrics.statistics import bootstrap_mean
-from featinv_diffusion.sampling import SampleSettings, open_inverter
+from featinv_diffusion.runs.sampling import backbone_of
+from featinv_diffusion.studies.composition import compose
+from featinv_diffusion.studies.interpolation import sample_mixtures
 from featinv_diffusion.types import Features
 
 WEIGHTS = (0.0, 0.1, 0.25, 0.4, 0.5, 0.6, 0.75, 0.9, 1.0)

@@ -24,14 +24,13 @@ from pages import interval, run, table
 from PIL import Image
 from torch import Tensor
 
-from featinv_diffusion.analysis.stages import AVERAGE
 from featinv_diffusion.backbones import load_backbone
-from featinv_diffusion.evaluation.dataset import open_images
+from featinv_diffusion.data.sets import open_images
 from featinv_diffusion.evaluation.report import to_cell
 from featinv_diffusion.images import builtin_photo, center_square, read_image, to_tensor, write_png
-from featinv_diffusion.inverters.detr_path import DetrPath
+from featinv_diffusion.inverters.detr import DetrPath
 from featinv_diffusion.inverters.modular import load_modular
-from featinv_diffusion.inverters.vit_path import VitPath
+from featinv_diffusion.inverters.vit import VitPath
 from featinv_diffusion.metrics import (
     ClassifierFeatures,
     FeatureMoments,
@@ -40,6 +39,7 @@ from featinv_diffusion.metrics import (
     frechet_distance,
     kernel_distance,
 )
+from featinv_diffusion.studies.stages import AVERAGE
 
 ROOT, FIGURES = Path("outputs/modular"), Path("docs/figures")
 WIDTH = 1400

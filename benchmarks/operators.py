@@ -21,8 +21,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from featinv_diffusion.features.operator_methods import METHODS, solve
-from featinv_diffusion.features.operator_moments import PairMoments
+from featinv_diffusion.features.operator_methods import METHODS, PairMoments, solve
 from featinv_diffusion.types import FeatureSpec
 
 CASES = ((1024, 8, 192), (256, 32, 768))

@@ -35,7 +35,6 @@ from featinv_diffusion.class_embedding import (
     attention_rollout_relevance,
     make_random,
     measures,
-    memories,
     order_by,
     read_ablated,
     read_anatomy,
@@ -45,9 +44,10 @@ from featinv_diffusion.class_embedding import (
     relevance_of,
     removal_curve,
 )
-from featinv_diffusion.class_embedding.dataset import to_input
+from featinv_diffusion.class_embedding import measures as memories
 from featinv_diffusion.class_embedding.probes import fit_probes
-from featinv_diffusion.class_embedding.relevance import negative_probability
+from featinv_diffusion.class_embedding.reading import negative_probability
+from featinv_diffusion.class_embedding.study import to_input
 
 NAME, DEPTH, GRID, CLASSES, PER_CLASS, N_CLASSES = "vit_b_32", 12, (7, 7), 1000, 5, 3
 SIZE: dict[str, Any] = {"img_size": 56, "patch_size": 8, "embed_dim": 48, "num_heads": 4}

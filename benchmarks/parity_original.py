@@ -28,10 +28,12 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from featinv_diffusion.diffusion.convert_config import read_original_config, sd15_config
-from featinv_diffusion.diffusion.convert_from import Parts, from_original
-from featinv_diffusion.diffusion.convert_to import to_original
-from featinv_diffusion.diffusion.convert_yaml import to_original_config
+from featinv_diffusion.diffusion.convert.config import (
+    read_original_config,
+    sd15_config,
+    to_original_config,
+)
+from featinv_diffusion.diffusion.convert.weights import Parts, from_original, to_original
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
 
 PROMPT = "a high-quality, detailed, and professional image"

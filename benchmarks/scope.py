@@ -20,16 +20,15 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 
-from featinv_diffusion.analysis.figures import BLUE, GREY, INK, ORANGE, write_figure
-from featinv_diffusion.analysis.scope import open_scope
 from featinv_diffusion.backbones import Backbone
-from featinv_diffusion.evaluation.dataset import ImageSet, open_images
+from featinv_diffusion.data.sets import ImageSet, open_images
 from featinv_diffusion.features import interpolate, paste, permute_cells
-from featinv_diffusion.features.density import LEVEL
-from featinv_diffusion.features.natural_maps import NaturalMaps
+from featinv_diffusion.features.natural_maps import LEVEL, NaturalMaps
+from featinv_diffusion.figures.board import BLUE, GREY, INK, ORANGE, write_figure
 from featinv_diffusion.images import center_square, to_tensor
+from featinv_diffusion.inverters.open import SampleSettings, open_inverter
 from featinv_diffusion.metrics.statistics import Interval, bootstrap_statistic
-from featinv_diffusion.sampling import SampleSettings, open_inverter
+from featinv_diffusion.runs.scope import open_scope
 from featinv_diffusion.types import Features, Images
 
 BATCH = 64

@@ -25,18 +25,18 @@ from PIL import Image
 from torch.nn import functional as F
 
 from featinv_diffusion.backbones import list_backbones
-from featinv_diffusion.diffusion.bundled import list_bundled, load_bundled
-from featinv_diffusion.evaluation.dataset import open_images
+from featinv_diffusion.data.selection import select_items
+from featinv_diffusion.data.sets import open_images
+from featinv_diffusion.diffusion.folders import list_bundled, load_bundled
 from featinv_diffusion.evaluation.evaluator import NULLS
 from featinv_diffusion.evaluation.report import to_cell
-from featinv_diffusion.evaluation.selection import select_items
 from featinv_diffusion.evaluation.settings import EvaluationSettings
+from featinv_diffusion.figures.grid import GridRow, make_grid
 from featinv_diffusion.images import builtin_photo, center_square, read_image, to_tensor, write_png
+from featinv_diffusion.inverters.open import SampleSettings, open_inverter
 from featinv_diffusion.metrics import feature_cosine, top_k_match
 from featinv_diffusion.metrics.statistics import bootstrap_difference
-from featinv_diffusion.sampling import SampleSettings, open_inverter
 from featinv_diffusion.seeds import make_generator
-from featinv_diffusion.viz import GridRow, make_grid
 
 ROOT = Path("outputs/tiny-results")
 PAGE, FIGURES = Path("docs/tiny-results.md"), Path("docs/figures")

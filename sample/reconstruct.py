@@ -16,7 +16,6 @@ from typing import Annotated
 import typer
 from accelerate import Accelerator
 
-from featinv_diffusion.analysis.scope import open_scope
 from featinv_diffusion.cli import exits, options
 from featinv_diffusion.cli.run import (
     GRID,
@@ -27,13 +26,14 @@ from featinv_diffusion.cli.run import (
     to_captions,
 )
 from featinv_diffusion.errors import InputError
+from featinv_diffusion.figures.grid import GridRow
 from featinv_diffusion.images import center_square, read_image, write_png
-from featinv_diffusion.manifest import Manifest, to_jobs
+from featinv_diffusion.inverters.open import SampleSettings, choose_inverter, open_chosen
 from featinv_diffusion.processes import device_name, make_accelerator
-from featinv_diffusion.reconstruction import find_images, make_jobs
-from featinv_diffusion.sampling import SampleSettings, choose_inverter, open_chosen
-from featinv_diffusion.shards import Shard, begin_run, make_shards, merge_shards, run_shard
-from featinv_diffusion.viz import GridRow
+from featinv_diffusion.runs.record import Manifest, to_jobs
+from featinv_diffusion.runs.sampling import find_images, make_jobs
+from featinv_diffusion.runs.scope import open_scope
+from featinv_diffusion.runs.shards import Shard, begin_run, make_shards, merge_shards, run_shard
 
 N_GRID_ROWS = 24
 

@@ -9,21 +9,12 @@ import featinv_diffusion
 
 PACKAGE = Path(featinv_diffusion.__file__).parent
 LAYERS = [
-    {"errors", "types", "config", "files", "seeds"},
-    {"images", "data", "boxes", "pixel_operations", "processes", "tensors"},
+    {"types", "config", "errors", "files", "seeds", "processes"},
+    {"images", "data"},
     {"backbones", "features", "concepts", "metrics"},
     {"diffusion", "inverters"},
-    {
-        "viz",
-        "analysis",
-        "class_embedding",
-        "evaluation",
-        "manifest",
-        "reconstruction",
-        "sampling",
-        "shards",
-        "training",
-    },
+    {"runs", "figures"},
+    {"studies", "class_embedding", "evaluation", "training"},
     {"cli", "app"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

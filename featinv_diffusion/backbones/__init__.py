@@ -61,11 +61,11 @@ def load_backbone(
     target = SHORT_NAMES.get(name, target)
     processor = None
     if target.startswith("hf/"):
-        from featinv_diffusion.backbones.load_transformers import load_transformers
+        from featinv_diffusion.backbones.transformers import load_transformers
 
         model, processor = load_transformers(target[3:], pretrained=pretrained, **model_kwargs)
     else:
-        from featinv_diffusion.backbones.load_timm import check_timm_id, create_timm
+        from featinv_diffusion.backbones.timm import check_timm_id, create_timm
 
         timm_id = target.removeprefix("timm/")
         check_timm_id(timm_id, list_backbones())

@@ -1,11 +1,21 @@
 """Reading ViT tokens without an inverter: projection on the class embedding (Vilas et al. 2023)."""
 
-from featinv_diffusion.class_embedding.ablations import read_ablated, read_tokens_alone
-from featinv_diffusion.class_embedding.anatomy import Anatomy, make_random, read_anatomy
-from featinv_diffusion.class_embedding.perturbation import order_by, removal_curve
-from featinv_diffusion.class_embedding.reading import Reading, concatenate, read_images
-from featinv_diffusion.class_embedding.recording import Trace, record
-from featinv_diffusion.class_embedding.relevance import attention_rollout_relevance, relevance_of
+from featinv_diffusion.class_embedding.anatomy import (
+    Anatomy,
+    Trace,
+    make_random,
+    read_anatomy,
+    record,
+)
+from featinv_diffusion.class_embedding.reading import (
+    Reading,
+    attention_rollout_relevance,
+    concatenate,
+    read_images,
+    relevance_of,
+)
+from featinv_diffusion.class_embedding.removal import order_by, removal_curve
+from featinv_diffusion.class_embedding.study import read_ablated, read_tokens_alone
 
 __all__ = [
     "Anatomy",

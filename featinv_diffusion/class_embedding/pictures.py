@@ -15,11 +15,11 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from featinv_diffusion.analysis import figures
-from featinv_diffusion.analysis.figures import Board
 from featinv_diffusion.class_embedding.anatomy import Anatomy
 from featinv_diffusion.class_embedding.measures import chance_identifiability, class_identifiability
 from featinv_diffusion.class_embedding.reading import Reading
+from featinv_diffusion.figures import board as figures
+from featinv_diffusion.figures.board import Board
 
 MAX_BLOCKS = 8
 OVERLAY = 0.55

@@ -13,25 +13,26 @@ import typer
 from featinv_diffusion import __version__
 from featinv_diffusion.cli import exits
 
-COMMANDS = (
-    "sample",
-    "interpolate",
-    "compose",
-    "variability",
-    "concepts",
-    "viz",
-    "replay",
-    "evaluate",
-    "classemb",
-    "analyze",
-    "layers",
-    "scope",
-    "export",
-    "push",
-    "convert",
-)
+COMMANDS = {
+    "sample": "sample",
+    "interpolate": "studies",
+    "compose": "studies",
+    "variability": "studies",
+    "concepts": "concepts",
+    "viz": "studies",
+    "replay": "replay",
+    "evaluate": "evaluate",
+    "classemb": "classemb",
+    "analyze": "analyze",
+    "layers": "layers",
+    "scope": "scope",
+    "export": "export",
+    "push": "export",
+    "convert": "export",
+}
+"""The module of this package that holds each command."""
 GROUPS = ("operator",)
-"""Of commands."""
+"""Commands that have commands of their own."""
 
 app = typer.Typer(
     help="Turn the feature maps of frozen vision models back into images.",
@@ -41,8 +42,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _name in COMMANDS:
-    app.command(_name)(getattr(import_module(f"featinv_diffusion.cli.{_name}"), _name))
+for _name, _module in COMMANDS.items():
+    app.command(_name)(getattr(import_module(f"featinv_diffusion.cli.{_module}"), _name))
 for _name in GROUPS:
     app.add_typer(getattr(import_module(f"featinv_diffusion.cli.{_name}"), _name), name=_name)
 

@@ -12,7 +12,7 @@ from featinv_diffusion.cli import options
 from featinv_diffusion.cli.command_line import command_line
 
 if TYPE_CHECKING:
-    from featinv_diffusion.analysis.encoders_settings import EncoderSettings
+    from featinv_diffusion.studies.encoders import EncoderSettings
 
 ENCODERS = "encoders"
 NAMES = ("stages", "layers", "colour", "tradeoff", ENCODERS)
@@ -106,9 +106,9 @@ def analyze(
     """
     given = {key: value for key, value in locals().items() if value is not None}
     chosen = {key: given[key] for key in given if key not in ("name", "output")}
-    from featinv_diffusion.analysis.modular_studies import STUDIES
     from featinv_diffusion.cli.run import quiet_libraries
     from featinv_diffusion.errors import InputError, choices_hint
+    from featinv_diffusion.studies.stages import STUDIES
 
     quiet_libraries()
     if name not in NAMES:
@@ -125,8 +125,8 @@ def analyze(
 
 
 def _read_settings(chosen: dict[str, Any]) -> EncoderSettings:
-    from featinv_diffusion.analysis.encoders_settings import EncoderSettings
     from featinv_diffusion.config import load_config
+    from featinv_diffusion.studies.encoders import EncoderSettings
 
     if "inverter" in chosen:
         chosen["inverters"] = _split(chosen.pop("inverter"))
@@ -137,9 +137,8 @@ def _read_settings(chosen: dict[str, Any]) -> EncoderSettings:
 
 
 def _compare(settings: EncoderSettings, output: Path) -> None:
-    from featinv_diffusion.analysis.encoders_study import run_comparison
-    from featinv_diffusion.analysis.encoders_summary import order_line
     from featinv_diffusion.cli.run import progress_bar
+    from featinv_diffusion.studies.encoders_report import order_line, run_comparison
 
     metrics = run_comparison(settings, output, progress_bar, command_line())
     for metric in metrics["ranking"]:
@@ -151,10 +150,10 @@ def _compare(settings: EncoderSettings, output: Path) -> None:
 def _study(study: Any, name: str, chosen: dict[str, Any], output: Path) -> None:
     import json
 
-    from featinv_diffusion.analysis.picture_set import PictureChoice, load_pictures
     from featinv_diffusion.errors import InputError
     from featinv_diffusion.files import write_text
     from featinv_diffusion.inverters.modular import load_modular
+    from featinv_diffusion.studies.stages import PictureChoice, load_pictures
 
     names = _split(chosen.pop("inverter"))
     if not names:

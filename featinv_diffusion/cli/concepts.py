@@ -11,7 +11,7 @@ from featinv_diffusion.cli import options
 from featinv_diffusion.errors import InputError
 
 if TYPE_CHECKING:
-    from featinv_diffusion.analysis.concept_fit import ConceptFit, Fitted
+    from featinv_diffusion.studies.concepts import ConceptFit, Fitted
 
 DEFAULT_N_CONCEPTS = 3
 
@@ -83,8 +83,8 @@ def concepts(
     concept most, with activation maps), a JSON file, a parquet table (one row per picture and
     concept) and a manifest for `featinv replay`. Needs no pipeline.
     """
-    from featinv_diffusion.analysis.concept_fit import ConceptFit, backbone_name
     from featinv_diffusion.images import list_images
+    from featinv_diffusion.studies.concepts import ConceptFit, backbone_name
 
     method = method or ("mcd" if directions is None else "directions")
     drawn = figure or f"{output.stem}.png"
@@ -114,10 +114,8 @@ def run(fit: ConceptFit, folder: Path) -> Fitted:
     """Fits, writes, and prints what was found."""
     import sys
 
-    from featinv_diffusion.analysis.concept_files import write_fit
-    from featinv_diffusion.analysis.concept_fit import fit_concepts
-    from featinv_diffusion.analysis.concept_table import to_table
     from featinv_diffusion.cli.run import quiet_libraries
+    from featinv_diffusion.studies.concepts import fit_concepts, to_table, write_fit
 
     quiet_libraries()
     fitted = fit_concepts(fit, progress=sys.stderr.isatty())

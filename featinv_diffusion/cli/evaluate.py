@@ -151,8 +151,8 @@ def _read_settings(config: Path | None, given: dict[str, Any]) -> EvaluationSett
     from dataclasses import replace
 
     from featinv_diffusion.config import load_config
+    from featinv_diffusion.data.sets import EXAMPLE
     from featinv_diffusion.errors import InputError
-    from featinv_diffusion.evaluation.dataset import EXAMPLE
     from featinv_diffusion.evaluation.settings import EvaluationSettings
 
     if (names := given.get("evaluated_by")) is not None:

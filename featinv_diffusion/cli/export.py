@@ -10,6 +10,121 @@ import typer
 
 from featinv_diffusion.cli.command_line import command_line
 
+# ---- `featinv convert`: checkpoints of the original code to pipeline folders, and back -----------
+
+
+def convert(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="CKPT",
+            help="Checkpoint of the original code: .ckpt, .pt, .pth or .safetensors. "
+            "With --reverse a pipeline: folder, Hub repo or bundled name.",
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Argument(
+            metavar="OUT",
+            help="Pipeline folder to write; must be new. With --reverse a checkpoint file, beside "
+            "which the YAML of the original code is written.",
+        ),
+    ],
+    original_config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="YAML",
+            help="The YAML it was trained with. [default: Stable Diffusion 1.x at 256 pixels]",
+        ),
+    ] = None,
+    reverse: Annotated[
+        bool, typer.Option("--reverse", help="From a pipeline to the original layout.")
+    ] = False,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER_OR_REPO",
+            help="CLIP's tokenizer; no checkpoint holds it. "
+            "[default: openai/clip-vit-large-patch14]",
+        ),
+    ] = None,
+    no_tokenizer: Annotated[
+        bool,
+        typer.Option("--no-tokenizer", help="Leave it out: the pipeline takes prompt_embeds only."),
+    ] = False,
+    backbone: Annotated[
+        str | None, typer.Option(help="Whose features the ControlNet reads. [default: convnext]")
+    ] = None,
+    layer: Annotated[
+        str | None, typer.Option(help="Layer of the features. [default: last]")
+    ] = None,
+    pooled: Annotated[
+        bool, typer.Option("--pooled", help="It was trained on average-pooled features.")
+    ] = False,
+    no_backbone: Annotated[
+        bool,
+        typer.Option("--no-backbone", help="Leave it out: the pipeline takes features only."),
+    ] = False,
+) -> None:
+    """Convert a checkpoint of the original code to a pipeline folder, or back.
+
+    Nothing is lost or rounded on either way. Only tensors are read from a checkpoint: pickled
+    objects are refused. Tokenizer and backbone are not part of a checkpoint; they come from
+    folders, from the cache or from the Hub.
+    """
+    from transformers.utils.logging import disable_progress_bar
+
+    from featinv_diffusion.errors import InputError
+
+    disable_progress_bar()  # over files that are written in seconds
+    forward_only = {
+        "--original-config": original_config,
+        "--tokenizer": tokenizer,
+        "--no-tokenizer": no_tokenizer,
+        "--backbone": backbone,
+        "--layer": layer,
+        "--pooled": pooled,
+        "--no-backbone": no_backbone,
+    }
+    given = [name for name, value in forward_only.items() if value]
+    if reverse and given:
+        raise InputError(f"With --reverse all is in the pipeline; leave {', '.join(given)} out.")
+    if tokenizer and no_tokenizer:
+        raise InputError("Give --tokenizer or --no-tokenizer, not both.")
+    if reverse:
+        _to_checkpoint(source, out)
+        return
+    from featinv_diffusion.diffusion.convert.folder import DEFAULT_TOKENIZER, read_original
+    from featinv_diffusion.diffusion.hub import CardInfo, check_target, export_pipeline
+
+    check_target(out)
+    pipeline = read_original(
+        source,
+        original_config,
+        tokenizer=None if no_tokenizer else tokenizer or DEFAULT_TOKENIZER,
+        backbone=backbone,
+        layer=layer,
+        pooled=pooled or None,
+        with_backbone=not no_backbone,
+    )
+    export_pipeline(pipeline, out, CardInfo(command_line()))
+    absent = [name for name in ("tokenizer", "backbone") if getattr(pipeline, name) is None]
+    without = f", without {' and '.join(absent)}" if absent else ""
+    spec = pipeline.controlnet.config["feature_spec"]
+    grid = "×".join(map(str, spec["grid"]))
+    typer.echo(
+        f"Wrote {out}{without}. It inverts layer {spec['layer']!r} of {spec['backbone']}, "
+        f"{spec['channels']}×{grid}."
+    )
+
+
+def _to_checkpoint(source: str, out: Path) -> None:
+    from featinv_diffusion.diffusion.convert.folder import write_original
+    from featinv_diffusion.diffusion.hub import load_pipeline
+
+    config_path = write_original(load_pipeline(source), out)
+    typer.echo(f"Wrote {out} and {config_path}.")
+
 
 def export(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must be new.")],
@@ -54,7 +169,7 @@ def _load(
 ) -> tuple[Any, Any, Path | None]:
     """Returns the pipeline that the options mean, what its model card says of its origin, and the
     file of its statistics of natural maps."""
-    from featinv_diffusion.diffusion.assemble import assemble
+    from featinv_diffusion.diffusion.folders import assemble
     from featinv_diffusion.diffusion.hub import find_scope_file, load_pipeline, origin_of
     from featinv_diffusion.errors import InputError
 
@@ -74,3 +189,30 @@ def _load(
     name = pipeline or (bundled if bundled.startswith("tiny/") else f"tiny/{bundled}")
     loaded = load_pipeline(name)
     return loaded, origin_of(name, command, loaded), find_scope_file(name)
+
+
+# ---- `featinv push`: a pipeline folder to the Hugging Face Hub -----------------------------------
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(help="Pipeline folder, as `featinv export` writes it.")],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="user/name; made where it is new.")],
+    private: Annotated[
+        bool, typer.Option("--private", help="Make a new repository visible to you only.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the folder, list its files, upload nothing.")
+    ] = False,
+) -> None:
+    """Upload a pipeline folder to the Hub, after checking that it loads.
+
+    Log in first with `hf auth login`, or set HF_TOKEN.
+    """
+    from featinv_diffusion.diffusion.hub import push_folder
+
+    files = push_folder(folder, repo, private=private, dry_run=dry_run)
+    for name, size in files:
+        typer.echo(f"{size / 1e6:10.3f} MB  {name}")
+    total = sum(size for _, size in files) / 1e6
+    verb = "Would upload" if dry_run else "Uploaded"
+    typer.echo(f"{verb} {len(files)} files, {total:.1f} MB, to {repo}.")

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from featinv_diffusion.analysis.concept_fit import ConceptFit
-    from featinv_diffusion.analysis.study import Study
-    from featinv_diffusion.sampling import SampleSettings
+    from featinv_diffusion.inverters.open import SampleSettings
+    from featinv_diffusion.studies.concepts import ConceptFit
+    from featinv_diffusion.studies.study import Study
 
 
 def replay(
@@ -31,8 +31,8 @@ def replay(
 
     On the same machine and libraries they are identical; says how many are.
     """
-    from featinv_diffusion.analysis.concept_files import read_fit
-    from featinv_diffusion.analysis.studies import read_study
+    from featinv_diffusion.studies import read_study
+    from featinv_diffusion.studies.concepts import read_fit
 
     folder = manifest if manifest.is_dir() else manifest.parent
     target = output or folder / "replay"
@@ -46,7 +46,7 @@ def replay(
 
 def _replay_samples(manifest: Path, folder: Path, target: Path, device: str | None) -> None:
     from featinv_diffusion.cli.run import report, run_jobs
-    from featinv_diffusion.manifest import read_manifest, to_jobs
+    from featinv_diffusion.runs.record import read_manifest, to_jobs
 
     before = read_manifest(manifest)
     digests = _digests(folder, [name for entry in before.images for name in entry["outputs"]])
@@ -108,7 +108,7 @@ def _digests(folder: Path, names: Sequence[str]) -> dict[str, str]:
 
 def _compare(digests: Mapping[str, str], target: Path, names: Sequence[str]) -> None:
     """Says how many pictures are those that were there before."""
-    from featinv_diffusion.manifest import MANIFEST
+    from featinv_diffusion.runs.record import MANIFEST
 
     made = [name for name in names if name in digests]
     n_same = sum(_digest(target / name) == digests[name] for name in made)

@@ -13,13 +13,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from transformers.utils import logging as transformers_logging
 
-from featinv_diffusion.analysis.scope import open_scope, scope_line
 from featinv_diffusion.errors import InputError
+from featinv_diffusion.figures.grid import GridRow, make_grid
 from featinv_diffusion.images import write_png
-from featinv_diffusion.manifest import MANIFEST, Manifest, read_environment
-from featinv_diffusion.reconstruction import Job, Reconstruction, reconstruct, write_samples
-from featinv_diffusion.sampling import DIFFUSION, SampleSettings, open_chosen
-from featinv_diffusion.viz import GridRow, make_grid
+from featinv_diffusion.inverters.open import DIFFUSION, SampleSettings, open_chosen
+from featinv_diffusion.runs.record import MANIFEST, Manifest, read_environment
+from featinv_diffusion.runs.sampling import Job, Reconstruction, reconstruct, write_samples
+from featinv_diffusion.runs.scope import open_scope, scope_line
 
 GRID = "grid.png"
 MAX_GRID_ROWS = 100

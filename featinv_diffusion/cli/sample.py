@@ -10,7 +10,7 @@ import typer
 from featinv_diffusion.cli import options
 
 if TYPE_CHECKING:
-    from featinv_diffusion.sampling import SampleSettings
+    from featinv_diffusion.inverters.open import SampleSettings
 
 
 @options.with_sampling(n_samples=4)
@@ -33,8 +33,8 @@ def sample(
     """
     from featinv_diffusion.cli.run import report, run_jobs
     from featinv_diffusion.images import builtin_photo
-    from featinv_diffusion.reconstruction import find_images, make_jobs
-    from featinv_diffusion.sampling import DIFFUSION, choose_inverter, pipeline_name
+    from featinv_diffusion.inverters.open import DIFFUSION, choose_inverter, pipeline_name
+    from featinv_diffusion.runs.sampling import find_images, make_jobs
 
     settings = choose_inverter(settings, inverter, stage)
     found = find_images(images or [builtin_photo()], exclude=output)

@@ -41,11 +41,11 @@ def scope(
     less natural than the map that was inverted. Calibrate on images that the backbone was not
     trained on.
     """
-    from featinv_diffusion.analysis.scope_fit import fit_scope, split_images
     from featinv_diffusion.cli.run import progress_bar, quiet_libraries
-    from featinv_diffusion.diffusion.pipeline_folder import SCOPE_FILE, check_pipeline_folder
-    from featinv_diffusion.evaluation.dataset import open_images
-    from featinv_diffusion.sampling import SampleSettings, open_inverter
+    from featinv_diffusion.data.sets import open_images
+    from featinv_diffusion.diffusion.folders import SCOPE_FILE, check_pipeline_folder
+    from featinv_diffusion.inverters.open import SampleSettings, open_inverter
+    from featinv_diffusion.runs.scope import fit_scope, split_images
 
     quiet_libraries()
     check_pipeline_folder(pipeline)

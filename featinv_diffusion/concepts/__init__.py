@@ -1,12 +1,15 @@
 """Concepts: dictionaries of directions in feature space, with one set of verbs."""
 
-from featinv_diffusion.concepts.base import ConceptDictionary
+from featinv_diffusion.concepts.base import ConceptDictionary, principal_angles
 from featinv_diffusion.concepts.elastic_net import ElasticNet, self_representation, sparse_codes
-from featinv_diffusion.concepts.external import DirectionConcepts
-from featinv_diffusion.concepts.factorisations import KMeansConcepts, NMFConcepts, PCAConcepts
+from featinv_diffusion.concepts.factorisations import (
+    DirectionConcepts,
+    KMeansConcepts,
+    NMFConcepts,
+    PCAConcepts,
+)
 from featinv_diffusion.concepts.heads import PooledHead, make_head, read_head
 from featinv_diffusion.concepts.mcd import MCD
-from featinv_diffusion.concepts.subspaces import principal_angles
 
 __all__ = [
     "MCD",

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from diffusers import DDPMScheduler, SchedulerMixin
+import diffusers
+from diffusers import DDPMScheduler
 from diffusers.configuration_utils import ConfigMixin
+from diffusers.schedulers import SchedulerMixin
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from featinv_diffusion.errors import InputError, choices_hint
 
 PUBLISHED_PROMPT = "a high-quality, detailed, and professional image"
 """The one prompt of the paper's training and sampling (section 2, "Approach")."""
@@ -53,3 +57,43 @@ def gaussian_floor(scheduler: DDPMScheduler) -> float:
     A loss near this floor means that the network has learned nothing about the images.
     """
     return float(scheduler.alphas_cumprod.mean())
+
+
+# ---- Samplers by name ----
+
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {}),
+    "ddpm": ("DDPMScheduler", {}),
+    "deis": ("DEISMultistepScheduler", {}),
+    "dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
+    "sde-dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler-ancestral": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+}
+"""Name → diffusers class and the arguments that the name fixes."""
+
+
+def make_scheduler(name: str, config: Any) -> SchedulerMixin:
+    """Builds the named scheduler with the noise schedule of another one's `config`.
+
+    Raises:
+        InputError: unknown name.
+    """
+    if name not in SCHEDULERS:
+        raise InputError(f"No scheduler is named {name!r}; {choices_hint(name, list(SCHEDULERS))}")
+    class_name, fixed = SCHEDULERS[name]
+    scheduler_class = getattr(diffusers, class_name)
+    return scheduler_class.from_config(config, **fixed)
+
+
+def scheduler_name(scheduler: SchedulerMixin) -> str | None:
+    """Returns the name by which `make_scheduler` builds this scheduler, or None."""
+    for name, (class_name, fixed) in SCHEDULERS.items():
+        if type(scheduler).__name__ == class_name:
+            config = scheduler.config  # pyright: ignore[reportAttributeAccessIssue]
+            if all(config[key] == value for key, value in fixed.items()):
+                return name
+    return None

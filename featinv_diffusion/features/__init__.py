@@ -2,14 +2,15 @@
 
 from featinv_diffusion.features.edits import (
     FeatureEdit,
+    box_mask,
     in_sequence,
     interpolate,
     mix,
     paste,
     permute_cells,
+    picture_mask,
     scale_part,
 )
-from featinv_diffusion.features.masks import box_mask, picture_mask
 
 __all__ = [
     "FeatureEdit",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,16 +12,188 @@ from jaxtyping import Float
 from torch import Tensor
 
 from featinv_diffusion.errors import InputError, choices_hint
-from featinv_diffusion.features.operator_moments import PairMoments
-from featinv_diffusion.features.operator_solvers import (
-    Solution,
-    least_squares,
-    orthogonal,
-    self_adjoint,
-    self_adjoint_direct,
-)
 from featinv_diffusion.features.operators import FitRecord, Operator
-from featinv_diffusion.types import FeatureSpec
+from featinv_diffusion.types import Features, FeatureSpec
+
+# ---- What a fit of operators needs of pairs of feature maps: three c×c matrices ------------------
+
+_BLOCK = 2048
+"""Locations that are held in float64 at a time."""
+
+
+class PairMoments:
+    """Sums of products of unit-norm location vectors of maps X and Y, in float64 on the CPU.
+
+    Maps come in batches and are not kept, so that memory is that of three matrices. Each location
+    is scaled to unit L2 norm; a vector of zeros stays zero.
+
+    Args:
+        channels: c.
+
+    Attributes:
+        xx: XᵀX, `[c, c]`, where rows of X are locations.
+        xy: XᵀY.
+        yy: YᵀY.
+        n: locations so far.
+    """
+
+    def __init__(self, channels: int):
+        self.channels = channels
+        self.n = 0
+        self.xx, self.xy, self.yy = torch.zeros(3, channels, channels, dtype=torch.float64)
+
+    def update(self, features: Features, others: Float[Tensor, ...]) -> None:
+        """Adds a batch of maps and of what becomes of them.
+
+        Raises:
+            InputError: not two batches of one shape and of c channels, or values that are NaN or
+                infinite.
+        """
+        if features.shape != others.shape or features.shape[1] != self.channels:
+            raise InputError(
+                f"Pairs of feature maps must have one shape and {self.channels} channels, but "
+                f"came with {list(features.shape)} and {list(others.shape)}."
+            )
+        if not bool(features.isfinite().all() and others.isfinite().all()):
+            raise InputError(
+                "Features to fit an operator on must be finite, but NaN or infinite values came. "
+                "Look for overflow in half precision."
+            )
+        n_maps = max(1, _BLOCK // (features.shape[2] * features.shape[3]))
+        for x, y in zip(features.split(n_maps), others.split(n_maps), strict=True):
+            self._add(to_unit_rows(x), to_unit_rows(y))
+
+    def merge(self, other: PairMoments) -> None:
+        """Adds the maps that `other` has seen, e.g. those of another process.
+
+        Raises:
+            InputError: another number of channels.
+        """
+        if other.channels != self.channels:
+            raise InputError(
+                "Moments must be of maps of as many channels, but "
+                f"{self.channels} and {other.channels} came."
+            )
+        self.xx += other.xx
+        self.xy += other.xy
+        self.yy += other.yy
+        self.n += other.n
+
+    def residual(self, matrix: Float[Tensor, "c c"]) -> float:
+        """Returns ‖X Q − Y‖² / ‖Y‖²; 0 is a perfect fit, that of the identity is doing nothing."""
+        total = self.yy.trace()
+        left = (matrix * (self.xx @ matrix)).sum() - 2 * (matrix * self.xy).sum() + total
+        return (left.clamp_min(0) / total).item()
+
+    def _add(self, x: Float[Tensor, "n c"], y: Float[Tensor, "n c"]) -> None:
+        self.xx.addmm_(x.T, x)
+        self.xy.addmm_(x.T, y)
+        self.yy.addmm_(y.T, y)
+        self.n += len(x)
+
+
+def to_unit_rows(features: Features) -> Float[Tensor, "n c"]:
+    """Returns the vector of each location, scaled to unit norm, in float64 on the CPU."""
+    rows = features.detach().cpu().movedim(1, -1).flatten(0, 2).double()
+    norms = rows.norm(dim=1, keepdim=True)
+    return rows / torch.where(norms > 0, norms, 1.0)
+
+
+# ---- Matrices Q with X Q ≈ Y, from XᵀX and XᵀY alone, in float64 ---------------------------------
+
+Square = Float[Tensor, "c c"]
+
+TOLERANCE = 1e-10
+"""Singular values and eigenvalues below this share of the greatest count as zero: the square of
+what features in float32 resolve."""
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """A solved matrix.
+
+    Args:
+        matrix: Q.
+        rank: of what was solved, XᵀY or XᵀX; below c, some directions were not determined.
+        condition_number: of the same; None where the rank is below c.
+    """
+
+    matrix: Square
+    rank: int
+    condition_number: float | None
+
+
+def orthogonal(xy: Square) -> Solution:
+    """The rotation that maximises tr(Qᵀ XᵀY): U Vᵀ of XᵀY = U S Vᵀ (Schönemann 1966)."""
+    u, values, vh = torch.linalg.svd(xy)
+    rank = _rank(values)
+    matrix = u[:, :rank] @ vh[:rank]
+    if rank < len(xy):
+        spare_u, spare_v = u[:, rank:], vh[rank:].T
+        left, _, right = torch.linalg.svd(spare_u.T @ spare_v)
+        matrix = matrix + spare_u @ (left @ right) @ spare_v.T
+    return Solution(matrix, rank, _condition(values, rank))
+
+
+def self_adjoint(xy: Square) -> Solution:
+    """The symmetric orthogonal matrix nearest to `orthogonal`'s Q: W sign(Λ) Wᵀ of (Q + Qᵀ) / 2.
+
+    S² = I. Not the best symmetric orthogonal fit in general, see `self_adjoint_direct`.
+    """
+    rotation = orthogonal(xy)
+    matrix = _sign(rotation.matrix)[0]
+    return Solution(matrix, rotation.rank, rotation.condition_number)
+
+
+def self_adjoint_direct(xy: Square) -> Solution:
+    """The symmetric orthogonal matrix that maximises tr(S XᵀY): the sign of (XᵀY + YᵀX) / 2."""
+    matrix, values = _sign(xy)
+    magnitudes = values.abs().sort(descending=True).values
+    rank = _rank(magnitudes)
+    return Solution(matrix, rank, _condition(magnitudes, rank))
+
+
+def least_squares(xx: Square, xy: Square, ridge: float) -> Solution:
+    """(XᵀX + λ I)⁻¹ (XᵀY + λ I), with λ = ridge · tr(XᵀX) / c: the ridge pulls Q towards I.
+
+    Computed as I + W (Λ + λ)⁻¹ Wᵀ (XᵀY − XᵀX) over the eigenvectors W of XᵀX whose eigenvalues Λ
+    are not zero. Rank and condition number are those of XᵀX.
+
+    Raises:
+        InputError: XᵀX is singular and there is no ridge.
+    """
+    values, vectors = (part.flip(-1) for part in torch.linalg.eigh(xx))
+    rank = _rank(values)
+    if rank < len(xx) and ridge == 0:
+        raise InputError(
+            f"Features must span all {len(xx)} directions for a linear operator without a ridge, "
+            f"but span {rank}. Set a ridge such as 1e-6, or fit on more images."
+        )
+    weight = ridge * xx.trace() / len(xx)
+    kept = vectors[:, :rank]
+    change = (kept / (values[:rank] + weight)) @ (kept.T @ (xy - xx))
+    return Solution(torch.eye(len(xx), dtype=xx.dtype) + change, rank, _condition(values, rank))
+
+
+def _sign(matrix: Square) -> tuple[Square, Tensor]:
+    """Returns W sign(Λ) Wᵀ of the symmetric part W Λ Wᵀ, with sign(0) = +1, and Λ.
+
+    Eigenvalues that are rounding errors of the matrix are zeros: a quarter turn has only such.
+    """
+    values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
+    values = torch.where(values.abs() > TOLERANCE * matrix.norm(), values, 0.0)
+    signed = (vectors * torch.where(values < 0, -1.0, 1.0).double()) @ vectors.T
+    return (signed + signed.T) / 2, values
+
+
+def _rank(values: Tensor) -> int:
+    """Counts values, which come in descending order, that are not zero."""
+    return int((values > TOLERANCE * values[0]).sum())
+
+
+def _condition(values: Tensor, rank: int) -> float | None:
+    return (values[0] / values[-1]).item() if rank == len(values) else None
+
 
 LINEAR = "linear"
 CONSTRAINED: dict[str, Callable[[Float[Tensor, "c c"]], Solution]] = {

@@ -17,9 +17,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from featinv_diffusion.errors import InputError
+from featinv_diffusion.errors import InputError, choices_hint
 from featinv_diffusion.features.edits import FeatureEdit
-from featinv_diffusion.tensors import read_tensors, write_tensors
+from featinv_diffusion.files import read_tensors, write_tensors
 from featinv_diffusion.types import Features, FeatureSpec
 
 FORMAT = "featinv-operator/1"
@@ -198,3 +198,35 @@ def apply_matrix(features: Features, matrix: Float[Tensor, "c c"]) -> Features:
 
 def _to_unit(features: Features) -> Features:
     return F.normalize(features, dim=1, eps=torch.finfo(features.dtype).tiny)
+
+
+# ---- Operators by name: those that the package ships, and files ----------------------------------
+
+ASSETS = Path(__file__).parents[1] / "assets"
+SUFFIX, FOLDER = ".safetensors", "operators"
+"""Bundled are `assets/tiny/NAME/operators/OPERATION.safetensors`."""
+
+
+def list_operators() -> list[str]:
+    """Returns the names of the bundled operators, such as `tiny/siglip/swap`."""
+    found = ASSETS.glob(f"*/*/{FOLDER}/*{SUFFIX}")
+    return sorted(f"{p.parents[1].relative_to(ASSETS).as_posix()}/{p.stem}" for p in found)
+
+
+def open_operator(name: str) -> Operator:
+    """Loads a bundled operator by its name, or one from a file.
+
+    Raises:
+        InputError: no such operator, or a file that holds none.
+    """
+    if name in list_operators():
+        folder, _, operation = name.rpartition("/")
+        return Operator.load(ASSETS / folder / FOLDER / f"{operation}{SUFFIX}")
+    path = Path(name).expanduser()
+    if not path.is_file():
+        bundled = list_operators()
+        hint = f"; {choices_hint(name, bundled)}" if bundled else "."
+        raise InputError(
+            f"An operator must be a file of featinv operator fit, but {name!r} is none{hint}"
+        )
+    return Operator.load(path)

@@ -7,21 +7,34 @@ layers, for the paper's inverses have the architecture of what they undo.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar, Literal, no_type_check
 
 import torch
 from diffusers.configuration_utils import register_to_config
 from jaxtyping import Float
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import DetrConfig
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    DetrConfig,
+    DetrForObjectDetection,
+    TimmBackbone,
+    TimmBackboneConfig,
+    TimmWrapperForImageClassification,
+)
 from transformers.models.detr.modeling_detr import (
     DetrDecoderLayer,
     DetrEncoderLayer,
     DetrSinePositionEmbedding,
 )
 
+from featinv_diffusion.backbones.preprocessing import Preprocessing
+from featinv_diffusion.errors import InputError
 from featinv_diffusion.inverters.blocks import InverseModule, spec_of
+from featinv_diffusion.inverters.path import ForwardPath
 
 
 class EncoderInverse(InverseModule):
@@ -161,3 +174,220 @@ def sine_positions(
 
 def _make_head(n_in: int, n_out: int, linear: bool) -> nn.Module:
     return nn.Linear(n_in, n_out) if linear or n_in != n_out else nn.Identity()
+
+
+# ---- DETR models ----
+
+ASSETS = Path(__file__).parents[1] / "assets"
+DETECTOR = "detector"
+"""Folder of a bundled member that holds a detector."""
+
+
+@no_type_check  # transformers makes it a dataclass that takes more than its fields
+class TimmArgumentsConfig(TimmBackboneConfig):
+    """A timm backbone with arguments of its own for `timm.create_model`."""
+
+    model_type = "timm_backbone_with_arguments"
+    model_args: dict[str, Any] | None = None
+
+
+class TimmArgumentsBackbone(TimmBackbone):
+    """transformers' timm backbone, which otherwise knows registered architectures only."""
+
+    config_class = TimmArgumentsConfig
+
+    def __init__(self, config: TimmArgumentsConfig, **kwargs: Any):
+        super().__init__(config, **{**(config.model_args or {}), **kwargs})
+
+
+def register_backbone() -> None:
+    """Lets transformers build `TimmArgumentsBackbone` from a config; again it does nothing."""
+    AutoConfig.register(TimmArgumentsConfig.model_type, TimmArgumentsConfig, exist_ok=True)
+    AutoBackbone.register(TimmArgumentsConfig, TimmArgumentsBackbone, exist_ok=True)
+
+
+def load_detr(name: str) -> DetrForObjectDetection:
+    """Loads a detector, in evaluation mode.
+
+    Args:
+        name: bundled (`tiny/detr`), a folder, or a Hub id such as `facebook/detr-resnet-50`.
+
+    Raises:
+        InputError: nothing of that name, or no DETR.
+    """
+    register_backbone()
+    bundled = ASSETS / name / DETECTOR
+    source = str(bundled) if bundled.is_dir() else name
+    try:
+        model = DetrForObjectDetection.from_pretrained(source, dtype=torch.float32)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"A DETR must be bundled, in a folder or a reachable Hub repository, but {name!r} "
+            f"could not be loaded: {str(error).strip().splitlines()[0]}"
+        ) from error
+    return model.eval()
+
+
+def make_detr(
+    classifier: TimmWrapperForImageClassification, class_names: list[str], **sizes: Any
+) -> DetrForObjectDetection:
+    """Builds a new DETR on the trained convolutional stages of a classifier.
+
+    Args:
+        classifier: with a convolutional timm model whose last feature map is used.
+        sizes: of the transformer, as `DetrConfig` calls them; dropout is 0 unless given.
+    """
+    register_backbone()
+    wrapper: Any = classifier
+    arguments = dict(wrapper.config.model_args or {})
+    make_backbone_config: Any = TimmArgumentsConfig
+    backbone_config = make_backbone_config(
+        backbone=wrapper.config.architecture,
+        output_stride=arguments.pop("output_stride", None),
+        out_indices=[-1],
+        model_args=arguments,
+    )
+    names = dict(enumerate(class_names))
+    make: Any = DetrConfig
+    config = make(
+        backbone_config=backbone_config,
+        id2label=names,
+        label2id={name: i for i, name in names.items()},
+        **{"dropout": 0.0, **sizes},
+    )
+    model = DetrForObjectDetection(config)
+    _copy_stages(wrapper.timm_model, model.model.backbone.model)
+    return model.eval()
+
+
+def _copy_stages(classifier: nn.Module, stages: nn.Module) -> None:
+    """Copies the weights by name; what the classifier has beyond its stages is its head."""
+    weights = classifier.state_dict()
+    missing = [key for key in stages.state_dict() if key not in weights]
+    if missing:
+        raise InputError(
+            "The classifier must be a convolutional timm model whose stages keep their names, "
+            f"but {missing[0]!r} is not among its weights."
+        )
+    stages.load_state_dict({key: weights[key] for key in stages.state_dict()})
+
+
+# ---- The forward pass of DETR (Carion et al. 2020) in transformers, stage by stage ---------------
+
+PUBLISHED_SIZE = (480, 640)
+"""(h, w) to which the inversion paper squashes every image."""
+
+N_BOX = 4
+
+
+class DetrPath(ForwardPath):
+    """DETR as backbone → encoder → decoder → prediction → detection.
+
+    - `backbone`: the projected map of the convolutional network, B.
+    - `encoder`: the map after all encoder layers, E. `encoder.0` is B, `encoder.i` layer i's.
+    - `decoder`: the queries after all decoder layers and the final norm, D. `decoder.i` is layer
+      i's through the same norm; `decoder.0` is zeros, where the decoder starts.
+    - `prediction`: per query the class scores before softmax, no-object last, and the box
+      (centre x, centre y, width, height) as shares of the image.
+    - `detection`: the same with the scores replaced by the one-hot code of the highest.
+
+    Args:
+        model: `DetrForObjectDetection`; its dropout is off and its batch norms are fixed.
+        name: what the model is called in specs and messages.
+        input_size: (h, w) to which images are squashed; no padding.
+    """
+
+    family: ClassVar[str] = "detr"
+    main_stages: ClassVar[tuple[str, ...]] = (
+        "backbone",
+        "encoder",
+        "decoder",
+        "prediction",
+        "detection",
+    )
+    sequence_kind: ClassVar[Literal["tokens", "queries"]] = "queries"
+    model: DetrForObjectDetection
+
+    def __init__(
+        self,
+        model: DetrForObjectDetection,
+        *,
+        name: str,
+        input_size: tuple[int, int] = PUBLISHED_SIZE,
+    ):
+        preprocessing = Preprocessing(
+            input_size, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, "bilinear"
+        )
+        super().__init__(model, name=name, preprocessing=preprocessing)
+
+    @property
+    def n_classes(self) -> int:
+        """Number of classes without no-object, which is the class of this number."""
+        return self.model.class_labels_classifier.out_features - 1
+
+    def advance(
+        self, stage: str, previous: Float[Tensor, "b ..."]
+    ) -> dict[str, Float[Tensor, "b ..."]]:
+        """Returns a main stage and the states within it; see `ForwardPath.advance`."""
+        steps = {
+            "backbone": self._backbone,
+            "encoder": self._encoder,
+            "decoder": self._decoder,
+            "prediction": self._prediction,
+            "detection": self._detection,
+        }
+        return steps[stage](previous)
+
+    def split(
+        self, prediction: Float[Tensor, "b n_queries d"]
+    ) -> tuple[Float[Tensor, "b n_queries k"], Float[Tensor, "b n_queries 4"]]:
+        """Splits a `prediction` or `detection` into class scores and boxes."""
+        return prediction[..., :-N_BOX], prediction[..., -N_BOX:]
+
+    @property
+    def _detr(self) -> Any:
+        return self.model.model
+
+    def _backbone(self, pixels: Tensor) -> dict[str, Tensor]:
+        nothing_padded = pixels.new_ones(pixels.shape[0], *pixels.shape[2:])
+        features, _ = self._detr.backbone(pixels, nothing_padded)[-1]
+        return {"backbone": self._detr.input_projection(features)}
+
+    def _encoder(self, embedding: Tensor) -> dict[str, Tensor]:
+        grid = embedding.shape[2:]
+        positions = self._positions(embedding)
+        tokens = embedding.flatten(2).transpose(1, 2)
+        states = {"encoder.0": embedding}
+        for i, layer in enumerate(self._detr.encoder.layers, start=1):
+            tokens = layer(tokens, None, spatial_position_embeddings=positions)
+            states[f"encoder.{i}"] = tokens.transpose(1, 2).unflatten(2, grid)
+        return states | {"encoder": states[f"encoder.{len(states) - 1}"]}
+
+    def _decoder(self, embedding: Tensor) -> dict[str, Tensor]:
+        decoder, memory = self._detr.decoder, embedding.flatten(2).transpose(1, 2)
+        positions = self._positions(embedding)
+        query_positions = self._detr.query_position_embeddings.weight.expand(len(memory), -1, -1)
+        hidden = torch.zeros_like(query_positions)
+        states = {"decoder.0": hidden}
+        for i, layer in enumerate(decoder.layers, start=1):
+            hidden = layer(hidden, None, positions, query_positions, memory)
+            if self.model.config.auxiliary_loss:  # then transformers feeds the norm's output on
+                hidden = decoder.layernorm(hidden)
+            states[f"decoder.{i}"] = decoder.layernorm(hidden)
+        return states | {"decoder": states[f"decoder.{len(states) - 1}"]}
+
+    def _prediction(self, queries: Tensor) -> dict[str, Tensor]:
+        scores = self.model.class_labels_classifier(queries)
+        boxes = self.model.bbox_predictor(queries).sigmoid()
+        return {"prediction": torch.cat([scores, boxes], dim=-1)}
+
+    def _detection(self, prediction: Tensor) -> dict[str, Tensor]:
+        scores, boxes = self.split(prediction)
+        one_hot = F.one_hot(scores.argmax(-1), scores.shape[-1]).to(scores.dtype)
+        return {"detection": torch.cat([one_hot, boxes], dim=-1)}
+
+    def _positions(self, embedding: Tensor) -> Tensor:
+        positions = self._detr.position_embedding(
+            shape=embedding.shape, device=embedding.device, dtype=embedding.dtype
+        )
+        return positions.flatten(2).transpose(1, 2)

@@ -9,8 +9,8 @@ import torch
 
 from featinv_diffusion.backbones import wrap_model
 from featinv_diffusion.backbones.base import Backbone
-from featinv_diffusion.diffusion.assemble import feature_spec_of
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
+from featinv_diffusion.diffusion.folders import feature_spec_of
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.inverters.base import Generators
 from featinv_diffusion.types import Features, FeatureSpec, Images

@@ -16,13 +16,19 @@ from featinv_diffusion.errors import InputError, choices_hint
 from featinv_diffusion.files import write_text
 from featinv_diffusion.inverters.blocks import ConvInverse, InverseModule
 from featinv_diffusion.inverters.chain import Chain, check_joint
-from featinv_diffusion.inverters.detr import DecoderInverse, EncoderInverse, HeadInverse
-from featinv_diffusion.inverters.detr_model import ASSETS, DETECTOR, load_detr
-from featinv_diffusion.inverters.detr_path import PUBLISHED_SIZE, DetrPath
+from featinv_diffusion.inverters.detr import (
+    ASSETS,
+    DETECTOR,
+    PUBLISHED_SIZE,
+    DecoderInverse,
+    DetrPath,
+    EncoderInverse,
+    HeadInverse,
+    load_detr,
+)
 from featinv_diffusion.inverters.folders import load_network
 from featinv_diffusion.inverters.path import ForwardPath
-from featinv_diffusion.inverters.vit import AnalyticPatchInverse, BlocksInverse
-from featinv_diffusion.inverters.vit_path import VitPath
+from featinv_diffusion.inverters.vit import AnalyticPatchInverse, BlocksInverse, VitPath
 
 INDEX = "inverter.json"
 TUNING = "tuning.json"

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from featinv_diffusion.backbones.preprocessing import Preprocessing
-from featinv_diffusion.backbones.tracing import to_meta
+from featinv_diffusion.backbones.traced import to_meta
 from featinv_diffusion.errors import InputError, choices_hint
 from featinv_diffusion.types import FeatureSpec, Images
 

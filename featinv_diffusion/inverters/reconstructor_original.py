@@ -20,8 +20,13 @@ from featinv_diffusion.backbones.base import LAST
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.files import new_folder
 from featinv_diffusion.inverters.folders import expand_path, first_line
-from featinv_diffusion.inverters.reconstructor import FOLDER, Reconstructor, load_encoder
-from featinv_diffusion.inverters.reconstructor_decoder import PUBLISHED_STAGES, default_channels
+from featinv_diffusion.inverters.reconstructor import (
+    FOLDER,
+    PUBLISHED_STAGES,
+    Reconstructor,
+    default_channels,
+    load_encoder,
+)
 
 _N_STAGES, _N_RESIDUAL = PUBLISHED_STAGES, 2
 _BLOCK = "transformer.encoder.layers."

@@ -1,6 +1,7 @@
 """Metrics: functions on features, class scores, images and sets of images."""
 
 from featinv_diffusion.metrics.distribution import (
+    FeatureSample,
     FrechetDistance,
     KernelDistance,
     PrecisionRecall,
@@ -10,10 +11,14 @@ from featinv_diffusion.metrics.distribution import (
     precision_recall,
 )
 from featinv_diffusion.metrics.extractors import ClassifierFeatures, ImageFeatures
-from featinv_diffusion.metrics.features import feature_cosine, shuffled_cosine, top_k_match
-from featinv_diffusion.metrics.pixels import psnr, ssim
+from featinv_diffusion.metrics.features import (
+    feature_cosine,
+    psnr,
+    shuffled_cosine,
+    ssim,
+    top_k_match,
+)
 from featinv_diffusion.metrics.reference import Reference, load_reference
-from featinv_diffusion.metrics.samples import FeatureSample
 from featinv_diffusion.metrics.statistics import (
     FeatureMoments,
     Interval,

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torchvision.ops import box_convert, box_iou
 
-from featinv_diffusion.boxes import import_pycocotools
+from featinv_diffusion.data.boxes import import_pycocotools
 
 
 def best_query_scores(

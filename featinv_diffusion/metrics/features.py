@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.features.edits import permute_cells
-from featinv_diffusion.types import Features
+from featinv_diffusion.types import Features, Images
 
 
 def feature_cosine(
@@ -53,3 +54,71 @@ def top_k_match(
         raise InputError(f"k must lie in 1 … {original.shape[1]} (the classes), but {k} came.")
     top = reconstruction.topk(k, dim=1).indices
     return (top == original.argmax(dim=1, keepdim=True)).any(dim=1)
+
+
+# ---- Agreement of two images pixel by pixel ------------------------------------------------------
+
+MSE_FLOOR = (1 / 255) ** 2 / 12
+"""The mean square of rounding to 8 bits. No smaller error is told from none: 58.9 dB at most."""
+
+_WINDOW, _SIGMA = 11, 1.5
+_C1, _C2 = 0.01**2, 0.03**2
+
+
+def psnr(images: Images, others: Float[Tensor, "b 3 _ _"]) -> Float[Tensor, " b"]:
+    """Peak signal-to-noise ratio in dB of each pair, for images of range 1.
+
+    The squared error is taken to be at least that of rounding to 8 bits (`MSE_FLOOR`), so that
+    equal images count 58.9 dB and a mean over images stays finite.
+
+    Raises:
+        InputError: the two are not of one shape.
+    """
+    _check_pair(images, others)
+    error = (images.float() - others.float()).square().mean(dim=(1, 2, 3))
+    return -10 * error.clamp_min(MSE_FLOOR).log10()
+
+
+def ssim(images: Images, others: Float[Tensor, "b 3 _ _"]) -> Float[Tensor, " b"]:
+    """Structural similarity of each pair (Wang et al. 2004, equation 13), for images of range 1.
+
+    Gaussian window of 11×11 pixels with σ = 1.5, K₁ = .01 and K₂ = .03, averaged over the places
+    where the window lies inside the image and over R, G and B. In [-1, 1]; 1 for equal images.
+
+    Raises:
+        InputError: the two are not of one shape, or smaller than the window.
+    """
+    _check_pair(images, others)
+    if min(images.shape[-2:]) < _WINDOW:
+        raise InputError(
+            f"SSIM needs images of at least {_WINDOW}×{_WINDOW} pixels, "
+            f"but {images.shape[-2]}×{images.shape[-1]} came."
+        )
+    x, y = images.float(), others.float()
+    mean_x, mean_y = _blur(x), _blur(y)
+    variance_x = _blur(x * x) - mean_x * mean_x
+    variance_y = _blur(y * y) - mean_y * mean_y
+    covariance = _blur(x * y) - mean_x * mean_y
+    luminance = (2 * mean_x * mean_y + _C1) / (mean_x * mean_x + mean_y * mean_y + _C1)
+    structure = (2 * covariance + _C2) / (variance_x + variance_y + _C2)
+    return (luminance * structure).mean(dim=(1, 2, 3))
+
+
+def _blur(x: Tensor) -> Tensor:
+    # Shifted sums rather than a convolution, which GPUs round to TF32: that is as coarse as C2.
+    weights = [math.exp(-((i - _WINDOW // 2) ** 2) / (2 * _SIGMA**2)) for i in range(_WINDOW)]
+    for dim in (2, 3):
+        length = x.shape[dim] - _WINDOW + 1
+        total = torch.zeros_like(x.narrow(dim, 0, length))
+        for start, weight in enumerate(weights):
+            total += x.narrow(dim, start, length) * (weight / sum(weights))
+        x = total
+    return x
+
+
+def _check_pair(images: Tensor, others: Tensor) -> None:
+    if images.shape != others.shape:
+        raise InputError(
+            "Images to compare must have one shape, but came with "
+            f"{list(images.shape)} and {list(others.shape)}."
+        )

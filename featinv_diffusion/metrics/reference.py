@@ -17,9 +17,8 @@ from torch import Tensor
 
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.images import center_square, list_images, read_image, to_tensor
-from featinv_diffusion.metrics.distribution import Moments, PublishedMoments
+from featinv_diffusion.metrics.distribution import FeatureSample, Moments, PublishedMoments
 from featinv_diffusion.metrics.extractors import ImageFeatures
-from featinv_diffusion.metrics.samples import FeatureSample
 from featinv_diffusion.metrics.statistics import FeatureMoments
 from featinv_diffusion.metrics.weights import file_sha256
 from featinv_diffusion.types import Images

@@ -6,6 +6,8 @@ import importlib.metadata
 import json
 import shutil
 import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +15,8 @@ from typing import Any
 
 from accelerate import Accelerator
 from omegaconf import OmegaConf
+from rich import progress as rich_progress
+from rich.console import Console
 from safetensors import SafetensorError
 
 from featinv_diffusion.errors import InputError
@@ -147,3 +151,49 @@ def _flatten(yaml_text: str) -> dict[str, Any]:
 
     walk(OmegaConf.to_container(OmegaConf.create(yaml_text)), "")
     return flat
+
+
+# ---- A progress bar with images per second and time left ----
+
+
+class TrainingBar:
+    """Shows optimizer steps, the loss, images per second and the time left."""
+
+    def __init__(self, n_steps: int, step: int, images_per_step: int, enabled: bool):
+        self.images_per_step, self.enabled, self.first = images_per_step, enabled, step
+        self.terminal = sys.stderr.isatty()
+        self.start = self.last_line = time.monotonic()
+        self.n_steps = n_steps
+        self.bar = rich_progress.Progress(
+            rich_progress.TextColumn("training"),
+            rich_progress.BarColumn(),
+            rich_progress.MofNCompleteColumn(),
+            rich_progress.TextColumn(
+                "loss {task.fields[loss]:.4f} · {task.fields[rate]:.0f} images/s"
+            ),
+            rich_progress.TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=not (enabled and self.terminal),
+        )
+        self.task = self.bar.add_task("training", total=n_steps, completed=step, loss=0.0, rate=0.0)
+
+    def __enter__(self) -> TrainingBar:
+        self.bar.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.__exit__(None, None, None)
+
+    def update(self, step: int, loss: float) -> None:
+        now = time.monotonic()
+        rate = (step - self.first) * self.images_per_step / max(now - self.start, 1e-9)
+        self.bar.update(self.task, completed=step, loss=loss, rate=rate)
+        if self.enabled and not self.terminal and now - self.last_line > 30:
+            left = (self.n_steps - step) * self.images_per_step / max(rate, 1e-9)
+            print(
+                f"step {step}/{self.n_steps} loss {loss:.4f} {rate:.0f} images/s, "
+                f"{left / 60:.0f} min left",
+                file=sys.stderr,
+                flush=True,
+            )
+            self.last_line = now

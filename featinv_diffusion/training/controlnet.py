@@ -20,7 +20,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, TimmWrapperForImageClassi
 
 from featinv_diffusion.backbones import Backbone, load_backbone, wrap_model
 from featinv_diffusion.config import to_yaml
-from featinv_diffusion.data import (
+from featinv_diffusion.data.crops import (
     CropDataset,
     DataConfig,
     StreamedCrops,
@@ -33,9 +33,9 @@ from featinv_diffusion.diffusion.objective import (
     PUBLISHED_PROMPT,
     draw_dropout,
     make_noise_scheduler,
+    make_scheduler,
     prediction_target,
 )
-from featinv_diffusion.diffusion.schedulers import make_scheduler
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.metrics.features import feature_cosine, shuffled_cosine, top_k_match
 from featinv_diffusion.seeds import derive_seed, make_generator
@@ -45,11 +45,11 @@ from featinv_diffusion.training.entry import load_component, make_datasets, stac
 from featinv_diffusion.training.latents import (
     CacheConfig,
     CachedCropDataset,
+    SampleNoise,
     encode_posterior,
     fill_cache,
 )
 from featinv_diffusion.training.loop import fit, make_accelerator
-from featinv_diffusion.training.noise import SampleNoise
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 
 from featinv_diffusion.config import load_config, read_setting
-from featinv_diffusion.data import CropDataset, DataConfig, Records, split_held_back, to_images
+from featinv_diffusion.data.crops import (
+    CropDataset,
+    DataConfig,
+    Records,
+    split_held_back,
+    to_images,
+)
 from featinv_diffusion.errors import InputError, choices_hint
 
 Config = TypeVar("Config")

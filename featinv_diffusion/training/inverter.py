@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
+from transformers import TimmWrapperForImageClassification
+from transformers.loss.loss_for_object_detection import HungarianMatcher, ImageLoss
 
-from featinv_diffusion.boxes import coco_annotations, load_box_records
+from featinv_diffusion.backbones import wrap_model
 from featinv_diffusion.config import to_yaml
-from featinv_diffusion.data import (
+from featinv_diffusion.data.boxes import BoxDataset, coco_annotations, load_box_records, targets_of
+from featinv_diffusion.data.crops import (
     CropDataset,
     DataConfig,
     Records,
@@ -24,21 +29,373 @@ from featinv_diffusion.data import (
     to_images,
 )
 from featinv_diffusion.errors import InputError
-from featinv_diffusion.inverters.modular import InverseSet
+from featinv_diffusion.files import write_text
+from featinv_diffusion.inverters.blocks import ConvInverse, InverseModule, published_layers
+from featinv_diffusion.inverters.detr import (
+    PUBLISHED_SIZE,
+    DecoderInverse,
+    DetrPath,
+    EncoderInverse,
+    HeadInverse,
+    load_detr,
+)
+from featinv_diffusion.inverters.modular import TUNING, InverseSet, PathInfo, load_path, vit_path
 from featinv_diffusion.inverters.path import IMAGE, ForwardPath
-from featinv_diffusion.metrics.pixels import psnr
+from featinv_diffusion.inverters.vit import BlocksInverse, VitPath
+from featinv_diffusion.metrics.detection import best_query_scores
+from featinv_diffusion.metrics.features import psnr
 from featinv_diffusion.seeds import derive_seed
 from featinv_diffusion.training.config import OptimConfig, RunConfig
-from featinv_diffusion.training.inverter_modules import (
-    InverterModelConfig,
-    counted,
-    load_training_path,
-    make_inverses,
-    measure_statistics,
-    resize,
-    set_statistics,
-)
+from featinv_diffusion.training.entry import load_component
 from featinv_diffusion.training.loop import fit, make_accelerator
+
+# ---- DETR's set prediction loss, from transformers' matcher and criterion ------------------------
+
+
+class HungarianLoss(nn.Module):
+    """Cross-entropy + 5 L1 + 2 (1 − GIoU) after matching queries with objects (Carion et al. 2020).
+
+    Args:
+        n_classes: without no-object.
+        no_object: weight of that class in the cross-entropy.
+    """
+
+    weights = {"loss_ce": 1.0, "loss_bbox": 5.0, "loss_giou": 2.0}  # noqa: RUF012
+
+    def __init__(self, n_classes: int, no_object: float = 0.1):
+        super().__init__()
+        matcher = HungarianMatcher(class_cost=1, bbox_cost=5, giou_cost=2)
+        self.criterion = ImageLoss(matcher, n_classes, no_object, ["labels", "boxes"])
+
+    def forward(
+        self,
+        scores: Float[Tensor, "b n k"],
+        boxes: Float[Tensor, "b n 4"],
+        targets: list[dict[str, Tensor]],
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the weighted sum and its parts.
+
+        Args:
+            scores: before softmax, no-object last.
+            boxes: (centre x, centre y, width, height) as shares of the image.
+            targets: `class_labels` and `boxes` of each image.
+        """
+        predicted = {"logits": scores.float(), "pred_boxes": boxes.float()}
+        parts = self.criterion(predicted, targets)
+        total = sum((self.weights[name] * parts[name] for name in parts), scores.new_zeros(()))
+        return total, {name.removeprefix("loss_"): value for name, value in parts.items()}
+
+
+# ---- From the configuration of an inverter to its forward path and new inverse modules -----------
+
+
+@dataclass(frozen=True)
+class ModuleConfig:
+    """One inverse module; only the fields of its kind are read.
+
+    Args:
+        kind: `conv` ends at the image; `encoder`, `decoder` and `head` belong to DETR, `blocks`
+            to a ViT.
+        writes: the stage that it is trained to give back.
+        published: of `conv`: layers by a name of `published_layers`, instead of the next three.
+        channels, kernels, strides, positions: of `conv`, see `ConvInverse`.
+        depth, n_heads: of `encoder`, `decoder` and `blocks`.
+        feedforward, linear_output: of `encoder` and `decoder`.
+        mlp_ratio: of `blocks`.
+        hidden: of `head`.
+    """
+
+    kind: Literal["conv", "encoder", "decoder", "head", "blocks"] = "conv"
+    writes: str = IMAGE
+    published: str | None = None
+    channels: tuple[int, ...] = ()
+    kernels: tuple[int, ...] = ()
+    strides: tuple[int, ...] = ()
+    positions: bool = False
+    depth: int = 6
+    n_heads: int = 8
+    feedforward: int = 2048
+    linear_output: bool = True
+    mlp_ratio: float = 4.0
+    hidden: tuple[int, int] = (512, 256)
+
+
+@dataclass(frozen=True)
+class InverterModelConfig:
+    """The model that is inverted, and its inverse modules by the stage that each reads.
+
+    Args:
+        family: `detr` or `vit`.
+        model: the name under which the saved inverter loads the model again.
+        weights: folder of the model where the name does not lead to it yet: a DETR, or a timm
+            wrapper of transformers.
+        input_size: (h, w) of DETR's images; a ViT knows its own.
+        standardise: measure mean and std per channel of every embedding on `statistics_images`
+            images and keep them in the modules; the published ones read raw embeddings.
+    """
+
+    family: str = "detr"
+    model: str = "facebook/detr-resnet-50"
+    weights: str | None = None
+    input_size: tuple[int, int] | None = None
+    modules: dict[str, ModuleConfig] = field(default_factory=dict)
+    standardise: bool = True
+    statistics_images: int = 2048
+
+
+def load_training_path(config: InverterModelConfig) -> ForwardPath:
+    """Loads the frozen model by its name, or from `weights` under that name."""
+    info = info_of(config)
+    if config.weights is None:
+        return load_path(info)
+    if not Path(config.weights).is_dir():
+        raise InputError(f"model.weights must be a folder, but {config.weights!r} is none.")
+    if config.family == "detr":
+        size = config.input_size or PUBLISHED_SIZE
+        return DetrPath(load_detr(config.weights), name=config.model, input_size=size)
+    wrapper = load_component(TimmWrapperForImageClassification, config.weights)
+    return vit_path(wrap_model(wrapper, name=config.model))
+
+
+def info_of(config: InverterModelConfig) -> PathInfo:
+    """Returns what the saved inverter says of its model."""
+    return PathInfo(config.family, config.model, config.input_size)
+
+
+def make_inverses(config: InverterModelConfig, path: ForwardPath) -> InverseSet:
+    """Builds a new module for every entry of `config.modules`.
+
+    Raises:
+        InputError: no entry, or one of a stage that the model does not have.
+    """
+    if not config.modules:
+        raise InputError("model.modules must name at least one stage to invert, but is empty.")
+    modules = {stage: make_inverse(path, stage, part) for stage, part in config.modules.items()}
+    return InverseSet(modules, info_of(config))
+
+
+def make_inverse(path: ForwardPath, stage: str, config: ModuleConfig) -> InverseModule:
+    """Builds the module that reads a stage of a path.
+
+    Raises:
+        InputError: a stage that the model does not have, or one to write that does not come before.
+    """
+    specs = {
+        "reads_spec": asdict(path.spec(stage)),
+        "writes_spec": asdict(path.spec(config.writes)),
+    }
+    order = list(path.specs)
+    if order.index(config.writes) >= order.index(stage):
+        raise InputError(
+            f"The inverse of {stage!r} must write a stage before it, but {config.writes!r} is not; "
+            f"the order is {', '.join(order)}."
+        )
+    if config.kind == "conv":
+        return _make_conv(path, stage, config, specs)
+    if config.kind == "head":
+        return HeadInverse(**specs, hidden=config.hidden)
+    sizes: dict[str, Any] = {"depth": config.depth, "n_heads": config.n_heads}
+    if config.kind == "blocks":
+        return BlocksInverse(**specs, **sizes, mlp_ratio=config.mlp_ratio)
+    module_class = EncoderInverse if config.kind == "encoder" else DecoderInverse
+    return module_class(
+        **specs, **sizes, feedforward=config.feedforward, linear_output=config.linear_output
+    )
+
+
+def _make_conv(
+    path: ForwardPath, stage: str, config: ModuleConfig, specs: dict[str, Any]
+) -> ConvInverse:
+    layers: dict[str, Any] = (
+        published_layers(config.published)
+        if config.published
+        else {
+            "channels": list(config.channels),
+            "kernels": list(config.kernels),
+            "strides": list(config.strides),
+        }
+    )
+    if path.spec(stage).kind == "tokens" and isinstance(path, VitPath):
+        layers |= {"n_prefix": path.n_prefix, "grid": list(path.grid)}
+    module = ConvInverse(**specs, **layers, positions=config.positions)
+    if config.positions:
+        if not isinstance(path, VitPath) or stage != "patches":
+            raise InputError("positions=true is for the stage 'patches' of a ViT.")
+        module.set_positions(path.positions())
+    return module
+
+
+@torch.no_grad()
+def measure_statistics(
+    path: ForwardPath, stages: list[str], images: Tensor, batch_size: int = 64
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Returns (mean, std) per channel of the named stages, over images and the cells that count.
+
+    Images are squashed to the input size of the model, as those that modules are trained to write.
+    """
+    count: dict[str, int] = dict.fromkeys(stages, 0)
+    sums: dict[str, tuple[Tensor, Tensor]] = {}
+    for batch in images.split(batch_size):
+        found = path.embeddings(batch.to(path.device), stages)
+        if IMAGE in found:
+            found[IMAGE] = resize(batch, path.input_size)
+        for stage, embedding in found.items():
+            axis = 1 if embedding.ndim == 4 else -1
+            cells = counted(path, stage, embedding).cpu().double().movedim(axis, -1).flatten(0, -2)
+            total, square = sums.get(stage, (torch.zeros(()), torch.zeros(())))
+            sums[stage] = (total + cells.sum(0), square + cells.square().sum(0))
+            count[stage] += len(cells)
+    return {stage: _mean_and_std(*sums[stage], count[stage]) for stage in stages}
+
+
+def counted(
+    path: ForwardPath, stage: str, embedding: Float[Tensor, "b ..."]
+) -> Float[Tensor, "b ..."]:
+    """Leaves out the prefix tokens that enter a ViT's first block: they are the same for all."""
+    if stage == "patches" and isinstance(path, VitPath):
+        return embedding[:, path.n_prefix :]
+    return embedding
+
+
+def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Squashes images to (h, w)."""
+    if tuple(images.shape[-2:]) == size:
+        return images
+    return nn.functional.interpolate(images, size, mode="bilinear", antialias=True)
+
+
+def set_statistics(inverses: InverseSet, statistics: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Stores in each module the statistics of the stages that it reads and writes."""
+    for stage in inverses.stages:
+        module = inverses[stage]
+        module.set_statistics(statistics[stage], statistics[module.writes.layer])
+
+
+def _mean_and_std(total: Tensor, square: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    mean = total / count
+    std = (square / count - mean.square()).clamp_min(0).sqrt()
+    return mean.float(), std.float()
+
+
+# ---- Fine-tunes DETR and its inverse modules end to end for reconstruction and detection ---------
+
+
+class _EndToEnd(nn.Module):
+    """DETR and the inverses of its stages as one forward pass, all of it trainable.
+
+    DETR stays in evaluation mode: no dropout, fixed batch norms.
+    """
+
+    def __init__(self, path: DetrPath, inverses: InverseSet, stage: str):
+        super().__init__()
+        self.path, self.inverses = path, inverses
+        self.chain = inverses.chain(stage, path)
+        path.requires_grad_(True)
+        used = {id(p) for module in self.chain.modules for p in module.parameters()}
+        for parameter in inverses.parameters():
+            parameter.requires_grad_(id(parameter) in used)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns reconstructions and predictions of a batch of images."""
+        stage = self.chain.spec.layer
+        found = self.path.embeddings(images, {stage, "prediction"})
+        return self.chain(found[stage]), found["prediction"]
+
+
+class TuningTask:
+    """λ MSE of normalised pixels + (1 − λ) Hungarian loss of the last decoder layer.
+
+    Args:
+        validation: items of a `BoxDataset`, stacked.
+    """
+
+    def __init__(
+        self,
+        path: DetrPath,
+        inverses: InverseSet,
+        config: TuningConfig,
+        validation: Mapping[str, Tensor],
+        n_pictures: int = 16,
+    ):
+        self.module: nn.Module = _EndToEnd(path, inverses, config.stage)
+        self.path, self.config = path, config
+        self.validation, self.n_pictures = validation, n_pictures
+        self.detection = HungarianLoss(path.n_classes)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.detection.to(device)
+
+    def loss(self, module: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        images = to_images(batch["pixels"])
+        reconstructed, prediction = module(images)
+        truth = resize(images, self.path.input_size)
+        mse = squared_error(self.path, IMAGE, reconstructed, truth).mean()
+        targets = targets_of(batch["boxes"], batch["box_labels"])
+        hungarian, parts = self.detection(*self.path.split(prediction), targets)
+        weight = self.config.reconstruction_weight
+        return weight * mse + (1 - weight) * hungarian, {"mse": mse, "hungarian": hungarian} | parts
+
+    def validate(self, module: nn.Module) -> tuple[dict[str, float], dict[str, Image.Image]]:
+        device = next(module.parameters()).device
+        images = to_images(self.validation["pixels"])
+        results = [module(x.to(device)) for x in images.split(64)]
+        reconstructed = torch.cat([x for x, _ in results]).float().cpu().clamp(0, 1)
+        prediction = torch.cat([x for _, x in results]).float().cpu()
+        truth = resize(images, self.path.input_size)
+        targets = targets_of(self.validation["boxes"], self.validation["box_labels"])
+        scalars = {
+            "mse": float((reconstructed - truth).square().mean()),
+            "psnr": float(psnr(reconstructed, truth).mean()),
+            **best_query_scores(*self.path.split(prediction), targets),
+        }
+        pairs = torch.stack([truth, reconstructed], 1)[: self.n_pictures]
+        return scalars, {"reconstructions": draw_rows(pairs)}
+
+    def save(self, module: nn.Module, folder: Path) -> None:
+        whole: Any = module
+        whole.path.model.save_pretrained(folder / "detector")
+        whole.inverses.save_pretrained(folder / "inverter")
+        text = json.dumps({"reconstruction_weight": self.config.reconstruction_weight})
+        write_text(folder / TUNING, text + "\n")
+
+    def load(self, module: nn.Module, folder: Path) -> None:
+        whole: Any = module
+        whole.path.model.load_state_dict(load_detr(str(folder / "detector")).state_dict())
+        inverses = InverseSet.from_pretrained(folder / "inverter")
+        whole.inverses.load_state_dict(inverses.state_dict())
+
+
+def tune_inverter(config: InverterConfig) -> Path:
+    """Fine-tunes to the end and returns the folder that holds `detector/` and `inverter/`."""
+    accelerator = make_accelerator(config.optim, config.run, config.seed)
+    path = load_training_path(config.model)
+    if not isinstance(path, DetrPath):
+        raise InputError(f"Fine-tuning is for DETR, but {path.name!r} is of family {path.family}.")
+    inverses = InverseSet.from_pretrained(str(config.tuning.inverter))
+    records = load_box_records(config.data)
+    kept, held = split_images(records, config.data)
+    train = BoxDataset(records, kept, config.data, config.seed)
+    validation = BoxDataset(records, held, held_back_config(config.data), config.seed)
+    task = TuningTask(
+        path, inverses, config.tuning, stack_items(validation, 250), config.run.n_validation_images
+    )
+    return fit(task, train, accelerator, config.optim, config.run, to_yaml(config))
+
+
+def stack_items(dataset: BoxDataset, n: int) -> dict[str, Tensor]:
+    """Stacks n items that are spread evenly over a data set, tensors only.
+
+    Raises:
+        InputError: the data set is empty.
+    """
+    if not len(dataset):
+        raise InputError("Validation images are needed: set data.held_back_per_class to 1 or more.")
+    positions = torch.linspace(0, len(dataset) - 1, min(n, len(dataset))).round().long().tolist()
+    items = [dataset[i] for i in positions]
+    return {
+        name: torch.stack([x[name] for x in items]) for name in ("pixels", "boxes", "box_labels")
+    }
+
 
 N_VALIDATION = 250
 """Images, or more pictures if those are asked for, that the figures of validation are of."""
@@ -202,8 +559,6 @@ def train_inverter(config: InverterConfig) -> Path:
     """Trains to the end and returns the folder that holds `inverter/`."""
     refuse_streaming(config.data)
     if config.tuning.inverter is not None:
-        from featinv_diffusion.training.inverter_tuning import tune_inverter
-
         return tune_inverter(config)
     accelerator = make_accelerator(config.optim, config.run, config.seed)
     torch.manual_seed(derive_seed(config.seed, "initial weights"))

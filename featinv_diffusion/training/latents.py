@@ -14,13 +14,14 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
+from jaxtyping import Float
 from rich.progress import track
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
-from featinv_diffusion.data import Crop, CropDataset, draw_crop, to_images
+from featinv_diffusion.data.crops import Crop, CropDataset, draw_crop, to_images
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.seeds import derive_seed, make_generator
 
@@ -215,3 +216,33 @@ def _fingerprint(dataset: CropDataset, vae: AutoencoderKL, n_crops: int, size: i
         crop,
     )
     return f"{derive_seed(*identity, dataset.config.vflip, *ids):016x}"
+
+
+# ---- Random draws that belong to a sample, not to a batch or a process ---------------------------
+
+
+class SampleNoise:
+    """Draws for a batch, each sample from its own CPU generator, so batches may be split anyhow.
+
+    Args:
+        seeds: one per sample, e.g. `batch["seed"]`.
+    """
+
+    def __init__(self, seeds: Sequence[int] | Tensor, device: torch.device):
+        self.generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+        self.device = device
+
+    def normal(self, *shape: int) -> Float[Tensor, "b ..."]:
+        return torch.stack([torch.randn(shape, generator=g) for g in self.generators]).to(
+            self.device
+        )
+
+    def uniform(self, *shape: int) -> Float[Tensor, "b ..."]:
+        return torch.stack([torch.rand(shape, generator=g) for g in self.generators]).to(
+            self.device
+        )
+
+    def timesteps(self, n_train_timesteps: int) -> Tensor:
+        """Integers `[b]`, uniform in [0, n_train_timesteps)."""
+        draws = [torch.randint(0, n_train_timesteps, (), generator=g) for g in self.generators]
+        return torch.stack(draws).to(self.device)

@@ -24,13 +24,14 @@ from timm.optim import Muon
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from featinv_diffusion.data import CropDataset, StreamedCrops
+from featinv_diffusion.data.crops import CropDataset, StreamedCrops
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.files import write_text
 from featinv_diffusion.processes import check_process_group
 from featinv_diffusion.seeds import derive_seed
 from featinv_diffusion.training.checkpoint import (
     Progress,
+    TrainingBar,
     check_resumable,
     list_checkpoints,
     remove_partial,
@@ -38,7 +39,6 @@ from featinv_diffusion.training.checkpoint import (
 )
 from featinv_diffusion.training.config import OptimConfig, RunConfig
 from featinv_diffusion.training.group_norm import speed_up_group_norms
-from featinv_diffusion.training.progress import TrainingBar
 
 ONE_CYCLE_RISE, ONE_CYCLE_START, ONE_CYCLE_END = 0.05, 1 / 25, 1 / 250_000
 """Share of the steps in which the learning rate rises, and its two ends as shares of the peak."""

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from featinv_diffusion.backbones.base import LAST, Backbone
 from featinv_diffusion.config import to_yaml
-from featinv_diffusion.data import CropDataset, DataConfig, to_images
+from featinv_diffusion.data.crops import CropDataset, DataConfig, to_images
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.inverters.reconstructor import FOLDER, Reconstructor, load_encoder
-from featinv_diffusion.metrics.pixels import psnr
+from featinv_diffusion.metrics.features import psnr
 from featinv_diffusion.seeds import derive_seed
 from featinv_diffusion.training.config import OptimConfig, RunConfig
 from featinv_diffusion.training.inverter import (

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers.models.sam.modeling_sam import SamLayerNorm
 
-from featinv_diffusion.backbones.layout import Layout, is_elementwise, leaf_layout
+from featinv_diffusion.backbones.traced import Layout, is_elementwise, leaf_layout
 
 
 def test_tokens_by_hand():

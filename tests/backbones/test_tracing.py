@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from featinv_diffusion.backbones.layout import Layout
-from featinv_diffusion.backbones.tracing import (
+from featinv_diffusion.backbones.traced import (
     TRACE_BATCH,
     LayerTrace,
+    Layout,
     first_tensor,
     record_layer,
     run_to_layer,

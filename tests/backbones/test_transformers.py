@@ -21,7 +21,8 @@ from transformers import (
     SiglipModel,
 )
 
-from featinv_diffusion.backbones import load_backbone, load_transformers, wrap_model
+from featinv_diffusion.backbones import load_backbone, wrap_model
+from featinv_diffusion.backbones import transformers as load_transformers
 from featinv_diffusion.errors import InputError
 from tests.backbones import zoo
 

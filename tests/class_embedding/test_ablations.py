@@ -15,19 +15,19 @@ from featinv_diffusion.class_embedding import (
     record,
     removal_curve,
 )
-from featinv_diffusion.class_embedding.ablations import ablating_attention
-from featinv_diffusion.class_embedding.context import (
-    box_token_mask,
-    class_context_difference,
-    token_mask,
-)
-from featinv_diffusion.class_embedding.perturbation import (
+from featinv_diffusion.class_embedding.anatomy import keeping_tokens
+from featinv_diffusion.class_embedding.removal import (
     RemovalCurve,
     join_curves,
     mean_curve,
     spread_counts,
 )
-from featinv_diffusion.class_embedding.recording import keeping_tokens
+from featinv_diffusion.class_embedding.study import (
+    ablating_attention,
+    box_token_mask,
+    class_context_difference,
+    token_mask,
+)
 from featinv_diffusion.errors import InputError
 from tests.class_embedding.vits import NAMES, make_images, make_vit, weights_of
 

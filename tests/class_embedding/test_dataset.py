@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from featinv_diffusion.backbones import wrap_model
-from featinv_diffusion.class_embedding.dataset import (
+from featinv_diffusion.class_embedding.study import (
     class_name,
     find_class,
     open_token_images,

@@ -8,7 +8,8 @@ import torch
 from scipy.stats import wilcoxon
 from sklearn.linear_model import Ridge
 
-from featinv_diffusion.class_embedding import measures, memories
+from featinv_diffusion.class_embedding import measures
+from featinv_diffusion.class_embedding import measures as memories
 from featinv_diffusion.class_embedding.measures import PointReading
 from featinv_diffusion.class_embedding.probes import fit_probes
 from featinv_diffusion.class_embedding.reading import concatenate, rank_of, read_images

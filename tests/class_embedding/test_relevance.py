@@ -11,13 +11,13 @@ from featinv_diffusion.class_embedding import (
     record,
     relevance_of,
 )
-from featinv_diffusion.class_embedding.anatomy import Anatomy
-from featinv_diffusion.class_embedding.recording import (
+from featinv_diffusion.class_embedding.anatomy import (
+    Anatomy,
     attention_weights,
     editing_attention,
     merge_heads,
 )
-from featinv_diffusion.class_embedding.relevance import cross_entropy, negative_probability
+from featinv_diffusion.class_embedding.reading import cross_entropy, negative_probability
 from tests.class_embedding.vits import NAMES, make_images, make_vit
 
 LABELS = torch.tensor([0, 3, 2])

@@ -8,11 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from featinv_diffusion.analysis.figures import write_figure
 from featinv_diffusion.backbones import wrap_model
 from featinv_diffusion.class_embedding import read_images
 from featinv_diffusion.class_embedding.anatomy import read_anatomy
-from featinv_diffusion.class_embedding.dataset import TokenImages, to_input
+from featinv_diffusion.class_embedding.command import match_inverters
 from featinv_diffusion.class_embedding.measures import identifiability_rate
 from featinv_diffusion.class_embedding.pictures import (
     NO_INVERTER,
@@ -23,9 +22,14 @@ from featinv_diffusion.class_embedding.pictures import (
     shown_blocks,
     to_unit_range,
 )
-from featinv_diffusion.class_embedding.reconstructions import match_inverters
-from featinv_diffusion.class_embedding.study import TokenSettings, measure_tokens
+from featinv_diffusion.class_embedding.study import (
+    TokenImages,
+    TokenSettings,
+    measure_tokens,
+    to_input,
+)
 from featinv_diffusion.errors import InputError
+from featinv_diffusion.figures.board import write_figure
 from featinv_diffusion.images import to_pil
 from featinv_diffusion.inverters.chain import MapChain
 from featinv_diffusion.types import FeatureSpec

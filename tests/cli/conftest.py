@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from featinv_diffusion.diffusion import bundled
-from featinv_diffusion.diffusion.model_card import CardInfo
+from featinv_diffusion.diffusion import folders as bundled
+from featinv_diffusion.diffusion.folders import CardInfo
 from tests import tiny
 
 

@@ -9,8 +9,8 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
-from featinv_diffusion.diffusion.convert import write_original
-from featinv_diffusion.diffusion.convert_to import to_original
+from featinv_diffusion.diffusion.convert.folder import write_original
+from featinv_diffusion.diffusion.convert.weights import to_original
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
 from featinv_diffusion.diffusion.hub import load_pipeline
 from tests import tiny

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torchvision.models import AlexNet
 
 import featinv_diffusion
-from featinv_diffusion.evaluation import models
+from featinv_diffusion.evaluation import run as models
 from featinv_diffusion.evaluation.evaluator import Evaluator
 from featinv_diffusion.images import read_image, to_pil
 from featinv_diffusion.metrics.extractors import ClassifierFeatures

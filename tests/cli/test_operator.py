@@ -12,11 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from featinv_diffusion.analysis.operator_apply import Applied
-from featinv_diffusion.features import operator_files
+from featinv_diffusion.features import operators as operator_files
 from featinv_diffusion.features.operators import Operator
 from featinv_diffusion.images import center_square, read_image, to_pil, write_png
 from featinv_diffusion.inverters import modular
+from featinv_diffusion.studies.operators import Applied
 from tests.cli.conftest import Featinv
 from tests.inverters import small
 from tests.tiny import make_images
@@ -39,7 +39,7 @@ def backbone(family: Path) -> str:
 @pytest.fixture(scope="module")
 def swap(backbone: str, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Fitted on ten of the fourteen pictures."""
-    from featinv_diffusion.cli.operator_fit import fit
+    from featinv_diffusion.cli.operator import fit
 
     path = tmp_path_factory.mktemp("fitted") / "swap.safetensors"
     fit(backbone, "swap", str(pictures), n_images=10, batch_size=4, device="cpu", output=path)
@@ -144,7 +144,7 @@ def test_what_cannot_be_analyzed(featinv: Featinv, swap, pictures, arguments, wo
 def test_apply_gives_an_operator_what_its_operation_starts_from(
     featinv: Featinv, swap, photos, tmp_path, operation, is_grey, monkeypatch
 ):
-    from featinv_diffusion.analysis import operator_apply
+    from featinv_diffusion.studies import operators as operator_apply
 
     seen: list[Applied] = []
     write = operator_apply.write_applied
@@ -214,10 +214,10 @@ def test_apply_before_diffusion(featinv: Featinv, swap, photos, tmp_path):
 
 
 def test_a_modular_inverter_takes_operators_of_its_stage(featinv: Featinv, vit, pictures, tmp_path):
-    from featinv_diffusion.analysis.operator_fit import draw_images, fit_operator
-    from featinv_diffusion.evaluation.dataset import open_images
-    from featinv_diffusion.inverters.stage_backbone import StageBackbone
-    from featinv_diffusion.pixel_operations import make_operation
+    from featinv_diffusion.data.sets import open_images
+    from featinv_diffusion.features.pixel_operations import make_operation
+    from featinv_diffusion.inverters.chain import StageBackbone
+    from featinv_diffusion.studies.operator_measures import draw_images, fit_operator
 
     backbone = StageBackbone(small.make_vit_path(), "last")
     drawn = draw_images(open_images(str(pictures), "train"), 8, 0, 64)

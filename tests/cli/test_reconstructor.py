@@ -11,8 +11,7 @@ from safetensors.torch import load_file, save_file
 from featinv_diffusion.cli import options
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.inverters import reconstructor
-from featinv_diffusion.inverters.registry import DIFFUSION, list_inverters
-from featinv_diffusion.sampling import SampleSettings, open_chosen
+from featinv_diffusion.inverters.open import DIFFUSION, SampleSettings, list_inverters, open_chosen
 from tests.cli.conftest import Featinv
 from tests.inverters import encoders
 from tests.inverters.test_rae import make_rae

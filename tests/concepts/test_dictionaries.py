@@ -16,7 +16,7 @@ from featinv_diffusion.concepts import (
     PCAConcepts,
     make_head,
 )
-from featinv_diffusion.concepts.storage import write_concepts
+from featinv_diffusion.concepts.base import write_concepts
 from featinv_diffusion.errors import InputError
 from tests.concepts.planted import make_generator, to_cells, to_map
 

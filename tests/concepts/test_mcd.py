@@ -9,13 +9,14 @@ from scipy.sparse import csr_array
 from sklearn.metrics import adjusted_rand_score
 from torch import nn
 
-from featinv_diffusion.concepts import MCD, clustering, make_head, principal_angles
-from featinv_diffusion.concepts.clustering import (
+from featinv_diffusion.concepts import MCD, make_head, principal_angles
+from featinv_diffusion.concepts import mcd as clustering
+from featinv_diffusion.concepts.mcd import (
+    _check_settings,
     find_inliers,
     make_affinity,
     spectral_embedding,
 )
-from featinv_diffusion.concepts.mcd import _check_settings
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.types import FeatureSpec
 from tests import tiny

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from featinv_diffusion.concepts.subspaces import (
+from featinv_diffusion.concepts.base import (
     check_direction,
     completeness,
     decompose,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import PNDMScheduler, StableDiffusionPipeline
 
-from featinv_diffusion.diffusion import bundled
+from featinv_diffusion.diffusion import folders as bundled
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
 from tests import tiny
 from tests.diffusion.probe import sample

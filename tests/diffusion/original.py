@@ -7,9 +7,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from featinv_diffusion.diffusion.convert_config import sd15_config
-from featinv_diffusion.diffusion.convert_from import Parts
-from featinv_diffusion.diffusion.convert_to import to_original
+from featinv_diffusion.diffusion.convert.config import sd15_config
+from featinv_diffusion.diffusion.convert.weights import Parts, to_original
 from featinv_diffusion.diffusion.featinv_controlnet import FeatureControlNet
 from tests import tiny
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from featinv_diffusion.diffusion import bundled
-from featinv_diffusion.diffusion.bundled import to_half, write_bundled_backbone
+from featinv_diffusion.diffusion import folders as bundled
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
+from featinv_diffusion.diffusion.folders import SCOPE_FILE, to_half, write_bundled_backbone
 from featinv_diffusion.diffusion.hub import (
     CardInfo,
     find_scope_file,
@@ -19,12 +19,11 @@ from featinv_diffusion.diffusion.hub import (
     load_pipeline,
     write_bundled,
 )
-from featinv_diffusion.diffusion.pipeline_folder import SCOPE_FILE
 from featinv_diffusion.errors import InputError
 from tests import tiny
 from tests.diffusion.probe import sample
 
-INFO = CardInfo(command="python train/tiny.py", license="apache-2.0")
+INFO = CardInfo(command="python -m train.tiny_family", license="apache-2.0")
 
 
 def test_bundled_layout_round_trip(family, pipeline):

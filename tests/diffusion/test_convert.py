@@ -15,12 +15,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from featinv_diffusion.diffusion.convert import read_original, write_original
-from featinv_diffusion.diffusion.convert_config import OriginalConfig, parse_original_config
-from featinv_diffusion.diffusion.convert_from import Parts, from_original
-from featinv_diffusion.diffusion.convert_to import to_original
-from featinv_diffusion.diffusion.convert_tokenizer import load_tokenizer
-from featinv_diffusion.diffusion.convert_yaml import to_original_config
+from featinv_diffusion.diffusion.convert.config import (
+    OriginalConfig,
+    parse_original_config,
+    to_original_config,
+)
+from featinv_diffusion.diffusion.convert.folder import load_tokenizer, read_original, write_original
+from featinv_diffusion.diffusion.convert.weights import Parts, from_original, to_original
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
 from featinv_diffusion.diffusion.hub import load_pipeline
 from featinv_diffusion.errors import InputError
@@ -285,7 +286,7 @@ def test_checkpoint_and_yaml_are_written_both_or_none(parts, tmp_path, monkeypat
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("featinv_diffusion.diffusion.convert_files.save_file", fail)
+        patch.setattr("featinv_diffusion.diffusion.convert.folder.save_file", fail)
         with pytest.raises(InputError, match="No space left on device"):
             write_original(pipeline, tmp_path / "m.safetensors")
     assert not list(tmp_path.iterdir())

@@ -10,13 +10,13 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from omegaconf import OmegaConf
 
-from featinv_diffusion.diffusion.convert_config import (
+from featinv_diffusion.diffusion.convert.config import (
     parse_original_config,
     read_original_config,
     sd15_config,
+    to_original_config,
 )
-from featinv_diffusion.diffusion.convert_to import original_config_of, schedule_buffers
-from featinv_diffusion.diffusion.convert_yaml import to_original_config
+from featinv_diffusion.diffusion.convert.weights import original_config_of, schedule_buffers
 from featinv_diffusion.errors import InputError
 from tests.diffusion.original import CROSS, PLAIN, make_parts
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from featinv_diffusion.diffusion.convert_files import read_checkpoint, write_checkpoint
+from featinv_diffusion.diffusion.convert.folder import read_checkpoint, write_checkpoint
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.files import new_folder
 

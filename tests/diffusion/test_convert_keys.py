@@ -15,9 +15,8 @@ from diffusers.loaders.single_file_utils import (
 )
 from torch import Tensor
 
-from featinv_diffusion.diffusion.convert_config import sd15_config
-from featinv_diffusion.diffusion.convert_keys import original_names
-from featinv_diffusion.diffusion.convert_to import to_original
+from featinv_diffusion.diffusion.convert.config import sd15_config
+from featinv_diffusion.diffusion.convert.weights import original_names, to_original
 from featinv_diffusion.diffusion.featinv_controlnet import FeatureControlNet
 from featinv_diffusion.errors import InputError
 from tests.diffusion.original import CROSS, PLAIN, make_parts

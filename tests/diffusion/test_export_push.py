@@ -12,14 +12,13 @@ from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from featinv_diffusion.cli.export import export
-from featinv_diffusion.cli.push import push
+from featinv_diffusion.cli.export import export, push
+from featinv_diffusion.diffusion.folders import SCOPE_FILE
 from featinv_diffusion.diffusion.hub import CardInfo, find_scope_file, load_pipeline, write_bundled
-from featinv_diffusion.diffusion.pipeline_folder import SCOPE_FILE
 from featinv_diffusion.errors import InputError
 from tests.diffusion.probe import sample
 
-INFO = CardInfo(command="python train/tiny.py", license="apache-2.0")
+INFO = CardInfo(command="python -m train.tiny_family", license="apache-2.0")
 
 
 def run_command(*arguments: str) -> tuple[int, str]:

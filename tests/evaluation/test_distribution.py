@@ -12,14 +12,19 @@ import torch
 from PIL import Image
 from torch import nn
 
+from featinv_diffusion.data.selection import Item
 from featinv_diffusion.errors import InputError
-from featinv_diffusion.evaluation import distribution
-from featinv_diffusion.evaluation.distribution import check_references, measure_distributions
-from featinv_diffusion.evaluation.result import ShardResult
-from featinv_diffusion.evaluation.selection import Item
-from featinv_diffusion.evaluation.storage import Shard, make_shards, write_shard
+from featinv_diffusion.evaluation import run as distribution
+from featinv_diffusion.evaluation.evaluator import ShardResult
+from featinv_diffusion.evaluation.run import (
+    Shard,
+    check_references,
+    make_shards,
+    measure_distributions,
+    write_shard,
+)
+from featinv_diffusion.metrics.distribution import FeatureSample
 from featinv_diffusion.metrics.extractors import ImageFeatures
-from featinv_diffusion.metrics.samples import FeatureSample
 
 DIM = 3
 ORIGINALS = {"name": "photos", "pixels_sha256": "abc"}

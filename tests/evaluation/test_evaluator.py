@@ -11,13 +11,18 @@ import torch
 from PIL import Image
 
 from featinv_diffusion.backbones import wrap_model
-from featinv_diffusion.data import to_images
+from featinv_diffusion.data.crops import to_images
+from featinv_diffusion.data.selection import Item
+from featinv_diffusion.data.sets import ImageSet
 from featinv_diffusion.errors import InputError
-from featinv_diffusion.evaluation.dataset import ImageSet
-from featinv_diffusion.evaluation.evaluator import Evaluator, find_partners
-from featinv_diffusion.evaluation.models import match_labels
-from featinv_diffusion.evaluation.observers import OWN, Observers, to_pixels
-from featinv_diffusion.evaluation.selection import Item
+from featinv_diffusion.evaluation.evaluator import (
+    OWN,
+    Evaluator,
+    Observers,
+    find_partners,
+    to_pixels,
+)
+from featinv_diffusion.evaluation.run import match_labels
 from featinv_diffusion.features import permute_cells
 from featinv_diffusion.images import to_pil
 from featinv_diffusion.inverters import DiffusionInverter, Inverter, LatentInverter

@@ -9,8 +9,8 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from torch import nn
 
-from featinv_diffusion.evaluation.fingerprints import describe_inverter, weights_sha256
 from featinv_diffusion.inverters import DiffusionInverter
+from featinv_diffusion.runs.shards import describe_inverter, weights_sha256
 from tests import tiny
 
 

@@ -6,9 +6,8 @@ from dataclasses import asdict
 
 import numpy as np
 
-from featinv_diffusion.evaluation.report import _label_lines, to_cell, to_markdown
+from featinv_diffusion.evaluation.report import _label_lines, summarise, to_cell, to_markdown
 from featinv_diffusion.evaluation.settings import EvaluationSettings
-from featinv_diffusion.evaluation.summary import summarise
 
 
 def test_cells():

@@ -8,9 +8,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from featinv_diffusion.evaluation.result import ShardResult
-from featinv_diffusion.evaluation.selection import Item
-from featinv_diffusion.evaluation.storage import (
+from featinv_diffusion.data.selection import Item
+from featinv_diffusion.evaluation.evaluator import ShardResult
+from featinv_diffusion.evaluation.run import (
     discard_run,
     make_shards,
     merge_rows,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from featinv_diffusion.evaluation.summary import interval, normalised_agreement, summarise
+from featinv_diffusion.evaluation.report import interval, normalised_agreement, summarise
 
 NAN = float("nan")
 

@@ -9,13 +9,13 @@ import torch
 
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.features import interpolate, paste, permute_cells
-from featinv_diffusion.features.density import (
+from featinv_diffusion.features.natural_maps import (
     Calibration,
     MapDensity,
     fit_density,
+    summarise,
     tail_p_values,
 )
-from featinv_diffusion.features.summary import summarise
 from tests.features.natural import CHANNELS, GRID, make_maps
 
 N_FITTED = 600

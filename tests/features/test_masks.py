@@ -11,7 +11,7 @@ from PIL import Image
 
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.features import box_mask, picture_mask
-from featinv_diffusion.features.masks import to_pixels
+from featinv_diffusion.features.edits import to_pixels
 
 FRACTION = st.floats(0, 1)
 

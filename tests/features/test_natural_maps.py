@@ -10,8 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from featinv_diffusion.errors import InputError
-from featinv_diffusion.features.density import Calibration, fit_density
-from featinv_diffusion.features.natural_maps import NaturalMaps
+from featinv_diffusion.features.natural_maps import Calibration, NaturalMaps, fit_density
 from featinv_diffusion.types import FeatureSpec
 from tests.features.natural import CHANNELS, GRID, make_maps
 

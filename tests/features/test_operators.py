@@ -15,13 +15,15 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from featinv_diffusion.errors import InputError
-from featinv_diffusion.features.operator_methods import METHODS, solve
-from featinv_diffusion.features.operator_moments import PairMoments, to_unit_rows
-from featinv_diffusion.features.operator_solvers import (
+from featinv_diffusion.features.operator_methods import (
+    METHODS,
+    PairMoments,
     least_squares,
     orthogonal,
     self_adjoint,
     self_adjoint_direct,
+    solve,
+    to_unit_rows,
 )
 from featinv_diffusion.features.operators import MAX_POWER, Operator, apply_matrix
 from featinv_diffusion.types import FeatureSpec
@@ -87,7 +89,7 @@ def test_moments_are_sums_of_products_of_unit_vectors():
 def test_streaming_equals_one_batch(size, monkeypatch):
     maps, others = make_maps(21), make_maps(21, seed=1)
     whole = moments_of(maps, others)
-    monkeypatch.setattr("featinv_diffusion.features.operator_moments._BLOCK", 2 * H * W)
+    monkeypatch.setattr("featinv_diffusion.features.operator_methods._BLOCK", 2 * H * W)
     parts = moments_of(maps, others, size)
     halves = moments_of(maps[:10], others[:10])
     halves.merge(moments_of(maps[10:], others[10:]))
@@ -468,7 +470,7 @@ def test_files_that_are_no_operators(tmp_path: Path):
     (tmp_path / "text").write_text("no tensors")
     with pytest.raises(InputError, match="featinv operator fit"):
         Operator.load(tmp_path / "text")
-    from featinv_diffusion.tensors import write_tensors
+    from featinv_diffusion.files import write_tensors
 
     write_tensors(tmp_path / "part", {"matrix": torch.eye(C)}, {"spec": {}}, "featinv-operator/1")
     with pytest.raises(InputError, match="lacks some of it"):

@@ -9,7 +9,7 @@ import torch
 
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.features import permute_cells
-from featinv_diffusion.features.summary import CellBasis, fit_basis, summarise
+from featinv_diffusion.features.natural_maps import CellBasis, fit_basis, summarise
 from tests.features.natural import CHANNELS, GRID, make_maps
 
 

@@ -12,13 +12,16 @@ from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
 from featinv_diffusion.backbones.preprocessing import Preprocessing
 from featinv_diffusion.inverters.blocks import ConvInverse
-from featinv_diffusion.inverters.detr import DecoderInverse, EncoderInverse, HeadInverse
-from featinv_diffusion.inverters.detr_model import make_detr
-from featinv_diffusion.inverters.detr_path import DetrPath
+from featinv_diffusion.inverters.detr import (
+    DecoderInverse,
+    DetrPath,
+    EncoderInverse,
+    HeadInverse,
+    make_detr,
+)
 from featinv_diffusion.inverters.modular import InverseSet, PathInfo
 from featinv_diffusion.inverters.path import ForwardPath
-from featinv_diffusion.inverters.vit import BlocksInverse
-from featinv_diffusion.inverters.vit_path import VitPath
+from featinv_diffusion.inverters.vit import BlocksInverse, VitPath
 from tests.tiny import seeded
 
 SIDE, CLASSES = 64, 6

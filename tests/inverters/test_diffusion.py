@@ -7,7 +7,7 @@ import torch
 
 from featinv_diffusion.backbones import wrap_model
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
-from featinv_diffusion.diffusion.schedulers import SCHEDULERS, make_scheduler, scheduler_name
+from featinv_diffusion.diffusion.objective import SCHEDULERS, make_scheduler, scheduler_name
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.images import to_tensor
 from featinv_diffusion.inverters import DiffusionInverter, Inverter

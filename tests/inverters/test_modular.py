@@ -14,8 +14,7 @@ from featinv_diffusion.inverters.base import Inverter
 from featinv_diffusion.inverters.chain import Chain, MapChain
 from featinv_diffusion.inverters.detr import EncoderInverse
 from featinv_diffusion.inverters.modular import INDEX, InverseSet, PathInfo, load_modular
-from featinv_diffusion.inverters.vit import AnalyticPatchInverse
-from featinv_diffusion.inverters.vit_path import VitPath
+from featinv_diffusion.inverters.vit import AnalyticPatchInverse, VitPath
 from tests.inverters import small
 from tests.tiny import make_images
 

@@ -8,9 +8,8 @@ import torch.nn.functional as F
 from transformers import DetrConfig, DetrForObjectDetection
 
 from featinv_diffusion.errors import InputError
-from featinv_diffusion.inverters.detr_model import load_detr, make_detr
-from featinv_diffusion.inverters.detr_path import DetrPath
-from featinv_diffusion.inverters.vit_path import VitPath
+from featinv_diffusion.inverters.detr import DetrPath, load_detr, make_detr
+from featinv_diffusion.inverters.vit import VitPath
 from tests.inverters import small
 from tests.tiny import make_backbone, make_images
 

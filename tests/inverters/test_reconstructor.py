@@ -18,11 +18,11 @@ from featinv_diffusion.inverters import Inverter, reconstructor
 from featinv_diffusion.inverters.reconstructor import (
     Reconstructor,
     ReconstructorInverter,
+    count_doublings,
     find_reconstructor,
     load_encoder,
     load_reconstructor,
 )
-from featinv_diffusion.inverters.reconstructor_decoder import count_doublings
 from featinv_diffusion.inverters.reconstructor_original import from_original, save_original
 from featinv_diffusion.types import FeatureSpec
 from tests.inverters import encoders

@@ -9,13 +9,13 @@ import pytest
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.inverters import modular, reconstructor
 from featinv_diffusion.inverters.chain import MapChain
-from featinv_diffusion.inverters.reconstructor import ReconstructorInverter
-from featinv_diffusion.inverters.registry import (
+from featinv_diffusion.inverters.open import (
     DeterministicInverter,
     Source,
     list_inverters,
     open_deterministic,
 )
+from featinv_diffusion.inverters.reconstructor import ReconstructorInverter
 from tests.inverters import encoders, small
 from tests.inverters.test_rae import make_rae
 

@@ -13,12 +13,12 @@ from transformers import (
     ViTModel,
 )
 
-import featinv_diffusion.metrics.dinov2 as dinov2
+import featinv_diffusion.metrics.extractors as dinov2
 from featinv_diffusion.backbones import wrap_model
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.images import to_pil
 from featinv_diffusion.metrics import ClassifierFeatures
-from featinv_diffusion.metrics.dinov2 import Dinov2Features, load_dinov2
+from featinv_diffusion.metrics.extractors import Dinov2Features, load_dinov2
 from tests import tiny
 
 

@@ -12,8 +12,8 @@ from torch_fidelity import feature_extractor_inceptionv3 as fidelity
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from featinv_diffusion.errors import InputError
-from featinv_diffusion.metrics import inception
-from featinv_diffusion.metrics.inception import InceptionFeatures
+from featinv_diffusion.metrics import extractors as inception
+from featinv_diffusion.metrics.extractors import InceptionFeatures
 from featinv_diffusion.metrics.weights import file_sha256
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from featinv_diffusion.errors import InputError
-from featinv_diffusion.metrics.paired import bootstrap_p_value, holm, wilcoxon_signed_rank
+from featinv_diffusion.metrics.statistics import bootstrap_p_value, holm, wilcoxon_signed_rank
 
 # Darwin's cross- and self-fertilised maize, in eighths of an inch (Fisher 1935, section 17).
 MAIZE = [49, -67, 8, 16, 6, 23, 28, 41, 14, 29, 56, 24, 75, 60, -48]

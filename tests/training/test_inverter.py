@@ -13,33 +13,27 @@ from PIL import Image
 from torch import nn
 
 from featinv_diffusion.config import load_config
-from featinv_diffusion.data import DataConfig
+from featinv_diffusion.data.crops import DataConfig
 from featinv_diffusion.errors import InputError
-from featinv_diffusion.inverters.detr_model import load_detr
+from featinv_diffusion.inverters.detr import load_detr
 from featinv_diffusion.inverters.modular import InverseSet
 from featinv_diffusion.training.config import OptimConfig, RunConfig
-from featinv_diffusion.training.detection_loss import HungarianLoss
-from featinv_diffusion.training.detector import (
-    DetectorConfig,
-    DetectorModelConfig,
-    train_detector,
-)
 from featinv_diffusion.training.inverter import (
+    HungarianLoss,
     InverterConfig,
+    InverterModelConfig,
     InverterTask,
+    ModuleConfig,
     TuningConfig,
+    TuningTask,
+    make_inverses,
+    measure_statistics,
     squared_error,
     train_inverter,
 )
-from featinv_diffusion.training.inverter_modules import (
-    InverterModelConfig,
-    ModuleConfig,
-    make_inverses,
-    measure_statistics,
-)
-from featinv_diffusion.training.inverter_tuning import TuningTask
 from tests.inverters import small
 from tests.tiny import make_images
+from train.tiny_family.detector import DetectorConfig, DetectorModelConfig, train_detector
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 CONV = ModuleConfig(channels=(8,), kernels=(4, 4), strides=(4, 2))

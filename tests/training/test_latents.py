@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from featinv_diffusion.data import CropDataset, DataConfig, load_records, to_images
+from featinv_diffusion.data.crops import CropDataset, DataConfig, load_records, to_images
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.training.latents import CachedCropDataset, encode_posterior, fill_cache
 from tests import tiny

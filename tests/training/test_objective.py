@@ -9,8 +9,8 @@ from featinv_diffusion.diffusion.objective import (
     prediction_target,
 )
 from featinv_diffusion.training.config import OptimConfig
+from featinv_diffusion.training.latents import SampleNoise
 from featinv_diffusion.training.loop import learning_rate
-from featinv_diffusion.training.noise import SampleNoise
 from tests import tiny
 
 

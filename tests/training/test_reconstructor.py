@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 from featinv_diffusion.config import load_config, read_setting
-from featinv_diffusion.data import DataConfig
+from featinv_diffusion.data.crops import DataConfig
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.inverters.reconstructor import Reconstructor, load_encoder
 from featinv_diffusion.training.config import OptimConfig, RunConfig

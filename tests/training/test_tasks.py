@@ -18,12 +18,6 @@ from featinv_diffusion.config import load_config
 from featinv_diffusion.diffusion.featinv_controlnet import FeatureControlNet
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.seeds import derive_seed
-from featinv_diffusion.training.autoencoder import AutoencoderConfig, train_autoencoder
-from featinv_diffusion.training.classifier import (
-    ClassifierConfig,
-    distillation_loss,
-    train_classifier,
-)
 from featinv_diffusion.training.controlnet import (
     ControlNetConfig,
     load_frozen_parts,
@@ -31,8 +25,10 @@ from featinv_diffusion.training.controlnet import (
     set_feature_statistics,
     train_controlnet,
 )
-from featinv_diffusion.training.text_to_image import TextToImageConfig, train_text_to_image
 from tests import tiny
+from train.tiny_family.autoencoder import AutoencoderConfig, train_autoencoder
+from train.tiny_family.classifier import ClassifierConfig, distillation_loss, train_classifier
+from train.tiny_family.text_to_image import TextToImageConfig, train_text_to_image
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +235,7 @@ def test_warm_start_takes_all_but_the_feature_encoder(folder: Path, tmp_path: Pa
 
 
 def test_feature_statistics_standardise_the_cells(folder: Path, tmp_path: Path) -> None:
-    from featinv_diffusion.data import load_records
+    from featinv_diffusion.data.crops import load_records
     from featinv_diffusion.training.entry import make_datasets, stack_images
 
     config = controlnet_config(folder, tmp_path, 1)

@@ -1,0 +1,277 @@
+"""Whether maps that are inverted are like natural ones: what applications ask, print and mark."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from matplotlib.axes import Axes
+from torch import Tensor
+
+from featinv_diffusion.data.crops import split_held_back
+from featinv_diffusion.data.sets import ImageSet
+from featinv_diffusion.diffusion.hub import find_scope_file
+from featinv_diffusion.diffusion.objective import scheduler_name
+from featinv_diffusion.errors import InputError
+from featinv_diffusion.features.natural_maps import (
+    LEVEL,
+    MIN_CALIBRATION,
+    Calibration,
+    NaturalMaps,
+    fit_density,
+)
+from featinv_diffusion.figures import board as figures
+from featinv_diffusion.images import center_square, to_pil, to_tensor
+from featinv_diffusion.inverters.base import Inverter
+from featinv_diffusion.inverters.diffusion import DiffusionInverter
+from featinv_diffusion.inverters.open import DIFFUSION, SampleSettings
+from featinv_diffusion.metrics import feature_cosine
+from featinv_diffusion.runs.sampling import backbone_of, batched
+from featinv_diffusion.runs.shards import weights_sha256
+from featinv_diffusion.seeds import derive_seed
+from featinv_diffusion.types import Features
+
+MAP, RECONSTRUCTION = "map", "map and reconstruction"
+MARK = " · out"
+UNKNOWN = (
+    "Scope: unknown (scope_p_value is null), for this pipeline holds no statistics of natural "
+    "feature maps to compare with. Fit them with: featinv scope PIPELINE_FOLDER --data IMAGES."
+)
+UNKNOWN_DETERMINISTIC = (
+    "Scope: unknown (scope_p_value is null), for only pipelines of the diffusion inverter hold "
+    "statistics of natural feature maps to compare with."
+)
+_MAX_LISTED = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Scope:
+    """Scores maps against the natural ones that a pipeline knows.
+
+    Args:
+        natural: None where the pipeline holds no statistics; then nothing is scored.
+        uses_cosines: whether cosines of reconstructions are comparable with those of calibration.
+    """
+
+    natural: NaturalMaps | None = None
+    uses_cosines: bool = False
+
+    @property
+    def basis(self) -> str | None:
+        """What p-values rest on: the map alone, or its reconstruction too; None without any."""
+        if self.natural is None:
+            return None
+        return RECONSTRUCTION if self.uses_cosines else MAP
+
+    @property
+    def notes(self) -> list[str]:
+        """A line for a figure's heading that explains the mark."""
+        if self.natural is None:
+            return []
+        what = "out of scope, unlike the maps of images"
+        return [f"Marked “out”: {what}, p < {LEVEL:g} ({self.basis})."]
+
+    def p_value(self, features: Features, cosine: float) -> float | None:
+        """Returns how often a natural map looks less natural than this one; None if not known.
+
+        Args:
+            features: `[1, c, h, w]`, as it was inverted.
+            cosine: of its samples' features to it, the mean.
+        """
+        found = self.p_values(features, [cosine])
+        return None if found is None else found[0]
+
+    def p_values(self, features: Features, cosines: Sequence[float]) -> list[float] | None:
+        """Returns `p_value` of each map.
+
+        Raises:
+            InputError: not one cosine for each, or maps of another shape or not finite.
+        """
+        if len(features) != len(cosines):
+            raise InputError(
+                f"Each map must come with its cosine, but {len(features)} maps and {len(cosines)} "
+                "cosines came."
+            )
+        if self.natural is None:
+            return None
+        return self.natural.p_values(features, cosines if self.uses_cosines else None)
+
+
+def open_scope(inverter: Inverter, settings: SampleSettings) -> Scope:
+    """Reads the statistics of the pipeline that the resolved settings name.
+
+    Raises:
+        InputError: statistics that are damaged, or of other features or weights.
+    """
+    if settings.inverter != DIFFUSION or settings.pipeline is None:
+        return Scope()
+    if (path := find_scope_file(settings.pipeline)) is None:
+        return Scope()
+    natural = NaturalMaps.load(path)
+    natural.check(inverter.spec, weights_sha256({"": backbone_of(inverter).model}))
+    return Scope(natural, uses_cosines=natural.sampling == sampling_of(inverter))
+
+
+def sampling_of(inverter: Inverter) -> dict[str, Any]:
+    """Returns the settings that cosines of reconstructions depend on; none where it has none."""
+    if not isinstance(inverter, DiffusionInverter):
+        return {}
+    return {
+        "steps": inverter.num_inference_steps,
+        "scheduler": scheduler_name(inverter.pipeline.scheduler),
+        "guidance_scale": inverter.guidance_scale,
+        "guidance": inverter.guidance,
+        "strength": inverter.strength,
+    }
+
+
+def caption(axes: Axes, words: str, p_value: float | None) -> None:
+    """Writes a line below a tile, and marks it where the map is out of scope."""
+    if p_value is not None and p_value < LEVEL:
+        figures.caption(axes, words + MARK, color=figures.ORANGE)
+    else:
+        figures.caption(axes, words)
+
+
+def scope_line(
+    p_values: float | Sequence[float] | None, basis: str | None, *, deterministic: bool = False
+) -> str:
+    """Returns what the terminal says of one map or of several.
+
+    Args:
+        deterministic: whether a deterministic inverter was used, which has no statistics.
+    """
+    if p_values is None:
+        return UNKNOWN_DETERMINISTIC if deterministic else UNKNOWN
+    if isinstance(p_values, int | float):
+        verdict = "out of scope" if p_values < LEVEL else "like a natural map"
+        return f"Scope: {verdict}, p = {p_values:.3f} ({basis})."
+    n_out = sum(value < LEVEL for value in p_values)
+    values = f"{min(p_values):.3f} … {max(p_values):.3f}"
+    if len(p_values) <= _MAX_LISTED:
+        values = ", ".join(f"{value:.3f}" for value in p_values)
+    return (
+        f"Scope: {n_out} of {len(p_values)} maps out of scope (p < {LEVEL:g}), "
+        f"p = {values} ({basis})."
+    )
+
+
+# ---- Fits the statistics of natural maps that tell whether a map is in scope ---------------------
+
+Advance = Callable[[float], None]
+"""Called with the number of images that are done."""
+
+_CALIBRATION_SHARE = 5  # one of so many images, where none are held back by class
+
+
+@dataclass(frozen=True)
+class ScopeSplit:
+    """Which images the density is fitted on, and which calibrate it; in random order."""
+
+    fitted: list[int]
+    held_out: list[int]
+
+
+def split_images(
+    images: ImageSet, held_back_per_class: int = 0, n_images: int | None = None
+) -> ScopeSplit:
+    """Draws the images of both parts with a fixed seed.
+
+    Args:
+        held_back_per_class: the last k images of each class are held out, as in training: what a
+            backbone was trained on is no measure of what it makes of other images. 0 holds out a
+            fifth of all.
+        n_images: at most so many to fit on.
+
+    Raises:
+        InputError: images without classes where some of each are to be held out, or too few.
+    """
+    if held_back_per_class < 0 or (n_images is not None and n_images < 1):
+        raise InputError(
+            "held_back_per_class must be at least 0 and n_images at least 1, "
+            f"but {held_back_per_class} and {n_images} came."
+        )
+    generator = torch.Generator().manual_seed(derive_seed("scope"))
+    order = torch.randperm(len(images), generator=generator).tolist()
+    if held_back_per_class:
+        if images.labels is None:
+            raise InputError(
+                "Images must have classes where some of each are held back, but these have none. "
+                "Leave --held-back-per-class out, or give a folder with a folder for each class."
+            )
+        held = set(split_held_back(images.labels, held_back_per_class)[1])
+    else:
+        held = set(order[: len(order) // _CALIBRATION_SHARE])
+    fitted, held_out = ([i for i in order if (i in held) == side] for side in (False, True))
+    if len(held_out) < MIN_CALIBRATION:
+        raise InputError(
+            f"At least {MIN_CALIBRATION} images must be held out to calibrate p-values, but "
+            f"{len(held_out)} of {len(images)} are. Give more images."
+        )
+    return ScopeSplit(fitted[:n_images], held_out)
+
+
+def fit_scope(
+    inverter: Inverter,
+    images: ImageSet,
+    split: ScopeSplit,
+    n_reconstructions: int = 256,
+    batch_size: int = 8,
+    advance: Advance = lambda n: None,
+) -> NaturalMaps:
+    """Fits the natural maps of a pipeline's backbone, and calibrates them on held-out images.
+
+    Args:
+        n_reconstructions: held-out images that are sampled once each, with the inverter's settings,
+            to know how well natural maps come back; 0 leaves reconstructions out of the score.
+
+    Raises:
+        InputError: too few images, one that cannot be read, or maps that are not finite.
+    """
+    if n_reconstructions < 0 or 0 < n_reconstructions < MIN_CALIBRATION:
+        raise InputError(
+            f"There must be no reconstructions or at least {MIN_CALIBRATION}, but "
+            f"{n_reconstructions} were asked for."
+        )
+    looked = _look(inverter, images, split.fitted, batch_size, advance)
+    density = fit_density(maps for _, maps in looked)
+    distances: list[Tensor] = []
+    cosines: list[Tensor] = []
+    for indices, maps in _look(inverter, images, split.held_out, batch_size, advance):
+        distances.append(density.distance(maps))
+        n_left = n_reconstructions - sum(map(len, cosines))
+        if n_left > 0:
+            seeds = [derive_seed(0, images.ids[i], 0) for i in indices[:n_left]]
+            cosines.append(_self_consistency(inverter, maps[:n_left], seeds))
+    return NaturalMaps(
+        inverter.spec,
+        weights_sha256({"": backbone_of(inverter).model}),
+        density,
+        Calibration(torch.cat(distances), torch.cat([torch.zeros(0), *cosines])),
+        sampling_of(inverter) if n_reconstructions else None,
+        len(split.fitted),
+    )
+
+
+@torch.no_grad()
+def _look(
+    inverter: Inverter, images: ImageSet, indices: Iterable[int], size: int, advance: Advance
+) -> Iterator[tuple[list[int], Features]]:
+    backbone = backbone_of(inverter)
+    for chosen in batched(indices, size):
+        squares = [center_square(images.read(i), max(backbone.input_size)) for i in chosen]
+        maps = backbone.features(to_tensor(squares).to(backbone.device))
+        backbone.spec.check_features(maps)
+        yield chosen, maps
+        advance(len(chosen))
+
+
+@torch.no_grad()
+def _self_consistency(inverter: Inverter, maps: Features, seeds: Sequence[int]) -> Tensor:
+    """Cosine of each map to the features of one sample of it, of 8-bit pixels."""
+    backbone = backbone_of(inverter)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    pictures = to_pil(inverter.invert(maps, generator=generators))
+    return feature_cosine(maps, backbone.features(to_tensor(pictures).to(backbone.device))).cpu()

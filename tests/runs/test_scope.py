@@ -1,0 +1,81 @@
+"""What the scope says of maps: words, marks, and None where nothing is known."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from featinv_diffusion.data.sets import ImageSet
+from featinv_diffusion.errors import InputError
+from featinv_diffusion.features.natural_maps import Calibration, NaturalMaps, fit_density
+from featinv_diffusion.figures.board import ORANGE
+from featinv_diffusion.runs.scope import UNKNOWN, Scope, caption, scope_line, split_images
+from featinv_diffusion.types import FeatureSpec
+from tests.features.natural import CHANNELS, GRID, make_maps
+
+
+@pytest.fixture(scope="module")
+def natural() -> NaturalMaps:
+    density = fit_density(make_maps(300, 1).split(50))
+    calibration = Calibration(density.distance(make_maps(199, 2)), torch.linspace(0.4, 0.8, 199))
+    return NaturalMaps(FeatureSpec("t", "last", CHANNELS, GRID), "", density, calibration, {}, 300)
+
+
+def make_set(labels: list[int] | None, n: int) -> ImageSet:
+    return ImageSet([str(i) for i in range(n)], labels, None, read=lambda index: None)  # type: ignore
+
+
+def test_nothing_is_known_without_statistics():
+    scope = Scope()
+    assert scope.p_value(make_maps(1, 3), 0.5) is None
+    assert scope.p_values(make_maps(2, 3), [0.5, 0.5]) is None
+    assert (scope.basis, scope.notes) == (None, [])
+    assert scope_line(None, None) == UNKNOWN
+    assert "featinv scope" in UNKNOWN
+    assert "featinv scope" not in scope_line(None, None, deterministic=True)
+
+
+def test_cosines_count_where_they_are_comparable(natural: NaturalMaps):
+    maps, cosines = make_maps(3, 3), [0.1, 0.6, 0.9]
+    alone, both = Scope(natural), Scope(natural, uses_cosines=True)
+    assert (alone.basis, both.basis) == ("map", "map and reconstruction")
+    assert alone.p_values(maps, cosines) == natural.p_values(maps)
+    assert both.p_values(maps, cosines) == natural.p_values(maps, cosines)
+    assert both.p_value(maps[:1], 0.1) == natural.p_values(maps[:1], [0.1])[0]
+    with pytest.raises(InputError, match="3 maps and 1 cosines"):
+        both.p_values(maps, [0.5])
+
+
+def test_lines_of_the_terminal():
+    assert scope_line(0.4, "map") == "Scope: like a natural map, p = 0.400 (map)."
+    assert scope_line(0.049, "map") == "Scope: out of scope, p = 0.049 (map)."
+    assert scope_line([0.5, 0.01], "map") == (
+        "Scope: 1 of 2 maps out of scope (p < 0.05), p = 0.500, 0.010 (map)."
+    )
+    assert "9 maps out of scope (p < 0.05), p = 0.100 … 0.900 (map)" in scope_line(
+        [i / 10 for i in range(1, 10)], "map"
+    )
+
+
+@pytest.mark.parametrize(("p_value", "marked"), [(None, False), (0.05, False), (0.0499, True)])
+def test_captions_mark_what_is_out_of_scope(p_value: float | None, marked: bool):
+    axes = Figure().add_subplot()
+    caption(axes, "0.83", p_value)
+    (text,) = axes.texts
+    assert text.get_text() == ("0.83 · out" if marked else "0.83")
+    assert (text.get_color() == ORANGE) == marked
+
+
+def test_images_are_split_by_class_or_by_chance():
+    labels = [i % 4 for i in range(400)]
+    split = split_images(make_set(labels, 400), held_back_per_class=25, n_images=50)
+    assert sorted(split.held_out) == list(range(300, 400))  # the last 25 of each class
+    assert len(split.fitted) == 50
+    assert max(split.fitted) < 300
+    assert split == split_images(make_set(labels, 400), held_back_per_class=25, n_images=50)
+    chance = split_images(make_set(None, 500))
+    assert len(chance.held_out) == 100
+    assert sorted(chance.fitted + chance.held_out) == list(range(500))
+    with pytest.raises(InputError, match="must have classes"):
+        split_images(make_set(None, 500), held_back_per_class=5)

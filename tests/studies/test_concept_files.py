@@ -1,0 +1,164 @@
+"""Classes by name, directions from files, and concepts that are bound to their features."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from featinv_diffusion.backbones import Backbone, wrap_model
+from featinv_diffusion.concepts import ConceptDictionary, DirectionConcepts
+from featinv_diffusion.concepts.base import read_directions
+from featinv_diffusion.errors import InputError
+from featinv_diffusion.runs.shards import weights_sha256
+from featinv_diffusion.studies.concepts import find_class, load_concepts
+
+LABELS = ("goldfish, Carassius auratus", "Crane", "crane", *map(str, range(100, 107)))
+
+
+@pytest.fixture
+def backbone(timm_wrapper) -> Backbone:
+    return wrap_model(timm_wrapper, name="convnext")
+
+
+def scores(*classes: int) -> torch.Tensor:
+    return torch.eye(10)[list(classes)]
+
+
+# ---- the class -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", ["GOLDFISH", "carassius auratus", "0", LABELS[0]])
+def test_a_class_by_any_of_its_names(backbone, given):
+    backbone.labels = LABELS
+    target = find_class(backbone, given, scores(0, 1, 0))
+    assert (target.index, target.name, target.n_predicted) == (0, LABELS[0], 2)
+
+
+def test_the_majority_and_its_direction(backbone):
+    target = find_class(backbone, None, scores(7, 4, 4, 7, 9))
+    assert (target.index, target.name, target.n_predicted) == (4, "class 4", 2)
+    linear, norm = backbone.model.get_classifier(), backbone.model.head.norm
+    weight = linear.weight[4] * norm.weight
+    torch.testing.assert_close(target.direction, weight - weight.mean())
+    assert target.note is None
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("crane", "classes 1, 2 are all named 'crane'"),
+        ("goldfsh", "did you mean 'goldfish'"),
+        ("10", "0 … 9, but 10 came"),
+        ("-1", "No class is named '-1'"),
+    ],
+)
+def test_a_class_that_there_is_not(backbone, given, words):
+    backbone.labels = LABELS
+    with pytest.raises(InputError, match=words):
+        find_class(backbone, given, scores(0))
+
+
+def test_without_a_head_there_is_no_class(backbone):
+    assert find_class(backbone, None, None) is None
+    with pytest.raises(InputError, match="has no head"):
+        find_class(backbone, "goldfish", None)
+
+
+def test_at_an_earlier_layer_there_is_a_class_but_no_relevance(timm_wrapper):
+    backbone = wrap_model(timm_wrapper, name="convnext", layer="stages.2")
+    target = find_class(backbone, None, scores(3))
+    assert target.index == 3
+    assert target.direction is None
+    assert "not defined here" in target.note
+
+
+# ---- directions from files -----------------------------------------------------------------------
+
+
+def test_directions_of_each_format(tmp_path):
+    rows = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+    np.save(tmp_path / "a.npy", rows.double().numpy())
+    save_file({"W_dec": rows, "b": torch.ones(5)}, tmp_path / "b.safetensors")
+    both = {"directions": rows, "W_enc": rows.T.contiguous(), "offset": torch.ones(5).half()}
+    save_file(both, tmp_path / "c.safetensors")
+    for name in ("a.npy", "b.safetensors"):
+        found, offset = read_directions(tmp_path / name)
+        assert torch.equal(found, rows)
+        assert offset is None
+    found, offset = read_directions(tmp_path / "c.safetensors")
+    assert torch.equal(found, rows)
+    assert torch.equal(offset, torch.ones(5))
+
+
+def test_files_without_directions(tmp_path):
+    np.save(tmp_path / "object.npy", np.array([{}]), allow_pickle=True)
+    np.save(tmp_path / "vector.npy", np.ones(3))
+    save_file({"a": torch.ones(2, 2), "b": torch.ones(2, 2)}, tmp_path / "two.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes(b"abc")
+    (tmp_path / "d.pt").write_bytes(b"abc")
+    for name, words in [
+        ("none.npy", "must be there"),
+        ("object.npy", "cannot be read"),
+        ("two.safetensors", "holds a, b"),
+        ("cut.safetensors", "cannot be read"),
+        ("d.pt", ".npy or .safetensors"),
+        ("vector.npy", "one matrix"),
+    ]:
+        with pytest.raises(InputError, match=words):
+            read_directions(tmp_path / name)
+
+
+# ---- concepts and their features -----------------------------------------------------------------
+
+
+def save(path, backbone: Backbone, **origin) -> ConceptDictionary:
+    concepts = DirectionConcepts(torch.eye(32)[:2], spec=backbone.spec)
+    concepts.origin = origin
+    concepts.save(path)
+    return concepts
+
+
+def test_what_is_known_of_a_fit_is_saved(tmp_path, backbone):
+    digest = weights_sha256({"backbone": backbone.model})
+    concepts = save(tmp_path / "c.safetensors", backbone, class_index=3, weights_sha256=digest)
+    loaded = load_concepts(tmp_path / "c.safetensors", backbone)
+    assert loaded.origin == concepts.origin
+    assert loaded.spec == backbone.spec
+    assert torch.equal(loaded.directions, concepts.directions)
+
+
+def test_concepts_of_the_same_weights_fit_whatever_the_backbone_is_called(tmp_path, timm_wrapper):
+    one, other = (wrap_model(timm_wrapper, name=name) for name in ("convnext", "tiny/convnext"))
+    path = tmp_path / "c.safetensors"
+    save(path, one, weights_sha256=weights_sha256({"backbone": one.model}))
+    assert load_concepts(path, other).n_concepts == 2
+    save(path, one)
+    assert load_concepts(path, one).n_concepts == 2
+    with pytest.raises(InputError, match=r"those of a map of convnext.*inverts a map of tiny/"):
+        load_concepts(path, other)
+
+
+def test_concepts_of_other_features_are_refused_and_both_are_named(tmp_path, timm_wrapper):
+    path = tmp_path / "c.safetensors"
+    last = wrap_model(timm_wrapper, name="convnext")
+    save(path, last, weights_sha256=weights_sha256({"backbone": last.model}))
+    earlier = wrap_model(timm_wrapper, name="convnext", layer="stages.2")
+    words = r"layer 'last', 32×8×8, but .* layer 'stages.2', 24×8×8.*--layer stages.2"
+    with pytest.raises(InputError, match=words):
+        load_concepts(path, earlier)
+
+
+def test_concepts_of_other_weights_are_refused(tmp_path, backbone):
+    path = tmp_path / "c.safetensors"
+    save(path, backbone, weights_sha256="0" * 64)
+    with pytest.raises(InputError, match="other weights"):
+        load_concepts(path, backbone)
+
+
+def test_concepts_of_unknown_features_are_refused(tmp_path, backbone):
+    path = tmp_path / "c.safetensors"
+    DirectionConcepts(torch.eye(32)[:2]).save(path)
+    with pytest.raises(InputError, match="which features they are of"):
+        load_concepts(path, backbone)
