@@ -33,10 +33,11 @@ from featinv_diffusion.evaluation.report import to_cell
 from featinv_diffusion.evaluation.settings import EvaluationSettings
 from featinv_diffusion.figures.grid import GridRow, make_grid
 from featinv_diffusion.images import builtin_photo, center_square, read_image, to_tensor, write_png
-from featinv_diffusion.inverters.open import SampleSettings, open_inverter
+from featinv_diffusion.inverters.open import open_inverter
 from featinv_diffusion.metrics import feature_cosine, top_k_match
 from featinv_diffusion.metrics.statistics import bootstrap_difference
 from featinv_diffusion.seeds import make_generator
+from featinv_diffusion.settings import SampleSettings
 
 ROOT = Path("outputs/tiny-results")
 PAGE, FIGURES = Path("docs/tiny-results.md"), Path("docs/figures")

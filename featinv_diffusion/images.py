@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import struct
+import unicodedata
 import warnings
 import zlib
 from collections.abc import Sequence
 from importlib.resources import as_file, files
 from io import BytesIO
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.files import replacing
-from featinv_diffusion.types import Images
+from featinv_diffusion.types import Images, Source
 
 logger = logging.getLogger(__name__)
 
@@ -196,3 +198,79 @@ def _over_white(image: Image.Image, name: str) -> Image.Image:
         logger.warning("%s is transparent in parts; it is laid over white.", name)
     white = Image.new("RGBA", rgba.size, "white")
     return Image.alpha_composite(white, rgba).convert("RGB")
+
+
+Picture: TypeAlias = "str | Path | Image.Image | np.ndarray | Tensor"
+"""A picture: a path, a PIL image, an array `[h, w, 3]` or a tensor `[3, h, w]` in [0, 1]."""
+
+Pictures: TypeAlias = "Picture | Sequence[Picture]"
+"""One picture or several; arrays `[b, h, w, 3]` and tensors `[b, 3, h, w]` hold several."""
+
+
+def read_batch(pictures: Pictures, size: int) -> tuple[Images, list[Source]]:
+    """Reads pictures of any kind as one batch.
+
+    Paths and PIL images become centre squares of `size` pixels, as in every command. Arrays and
+    tensors of floats are taken as they are, in [0, 1]; those of bytes are divided by 255.
+
+    Raises:
+        InputError: a picture that cannot be read, or of another shape.
+    """
+    if isinstance(pictures, np.ndarray | Tensor):
+        images = _from_array(pictures)
+        return images, [Source("")] * len(images)
+    if isinstance(pictures, str | Path | Image.Image):
+        pictures = [pictures]
+    if not pictures:
+        raise InputError("There must be at least one picture, got none.")
+    parts, sources = zip(*(_read_one(picture, size) for picture in pictures), strict=True)
+    if len({part.shape[2:] for part in parts}) > 1:
+        shapes = ", ".join(str(list(part.shape)) for part in parts)
+        raise InputError(f"Pictures of one batch must have one size, got {shapes}.")
+    return torch.cat(parts), [source for part in sources for source in part]
+
+
+def _read_one(picture: Picture, size: int) -> tuple[Images, list[Source]]:
+    if isinstance(picture, np.ndarray | Tensor):
+        images = _from_array(picture)
+        return images, [Source("")] * len(images)
+    if isinstance(picture, Image.Image):
+        whole, name, location = _to_rgb(_upright(picture), "the picture"), "", None
+    elif isinstance(picture, str | Path):
+        whole = read_image(picture)
+        name, location = picture_id(Path(picture).name), str(Path(picture).absolute())
+    else:
+        raise InputError(
+            "A picture must be a path, a PIL image, an array or a tensor, got "
+            f"{type(picture).__name__}."
+        )
+    square = center_square(whole, size)
+    return to_tensor(square), [Source(name, location, square, whole.size)]
+
+
+def _from_array(values: np.ndarray | Tensor) -> Images:
+    tensor = torch.as_tensor(values)
+    tensor = tensor[None] if tensor.ndim == 3 else tensor
+    if isinstance(values, np.ndarray) and tensor.ndim == 4 and tensor.shape[-1] == 3:
+        tensor = tensor.permute(0, 3, 1, 2)
+    if tensor.ndim != 4 or tensor.shape[1] != 3:
+        raise InputError(
+            "Pictures must be arrays [b, h, w, 3] or tensors [b, 3, h, w], got the shape "
+            f"{list(values.shape)}."
+        )
+    if tensor.dtype == torch.uint8:
+        return tensor.float() / 255
+    if not tensor.is_floating_point():
+        raise InputError(f"Pictures must be floats in [0, 1] or bytes, got {tensor.dtype}.")
+    if not bool(tensor.isfinite().all()) or tensor.min() < -0.001 or tensor.max() > 1.001:
+        raise InputError(
+            "Pictures of floats must lie in [0, 1], got values from "
+            f"{tensor.min().item():g} to {tensor.max().item():g}. Divide bytes by 255."
+        )
+    return tensor if isinstance(values, Tensor) else tensor.float()
+
+
+def picture_id(name: str) -> str:
+    """Returns a file name in one spelling of accents; bytes that are no UTF-8 stay distinct."""
+    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return unicodedata.normalize("NFC", text)

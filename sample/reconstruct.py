@@ -28,12 +28,13 @@ from featinv_diffusion.cli.run import (
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.figures.grid import GridRow
 from featinv_diffusion.images import center_square, read_image, write_png
-from featinv_diffusion.inverters.open import SampleSettings, choose_inverter, open_chosen
+from featinv_diffusion.inverters.open import choose_inverter, open_chosen
 from featinv_diffusion.processes import device_name, make_accelerator
 from featinv_diffusion.runs.record import Manifest, to_jobs
 from featinv_diffusion.runs.sampling import find_images, make_jobs
 from featinv_diffusion.runs.scope import open_scope
 from featinv_diffusion.runs.shards import Shard, begin_run, make_shards, merge_shards, run_shard
+from featinv_diffusion.settings import SampleSettings
 
 N_GRID_ROWS = 24
 

@@ -10,14 +10,15 @@ import torch
 from safetensors import safe_open
 
 from featinv_diffusion import load_backbone
+from featinv_diffusion.backbones.base import weights_sha256
 from featinv_diffusion.diffusion.folders import ASSETS, SCOPE_FILE, list_bundled
 from featinv_diffusion.features.operators import open_operator
 from featinv_diffusion.features.pixel_operations import make_operation
 from featinv_diffusion.images import builtin_photo, center_square, read_image, to_tensor
-from featinv_diffusion.inverters.open import SampleSettings, open_chosen, open_inverter
+from featinv_diffusion.inverters.open import open_chosen, open_inverter
 from featinv_diffusion.metrics.features import feature_cosine, psnr, shuffled_cosine
-from featinv_diffusion.runs.shards import weights_sha256
 from featinv_diffusion.seeds import make_generator
+from featinv_diffusion.settings import SampleSettings
 
 TINY = ASSETS / "tiny"
 PHOTOS = ("flower.jpg", "china.jpg")

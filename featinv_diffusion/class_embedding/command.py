@@ -47,9 +47,10 @@ from featinv_diffusion.files import replacing, write_text
 from featinv_diffusion.images import builtin_photo, read_image, to_pil
 from featinv_diffusion.inverters.base import Inverter
 from featinv_diffusion.inverters.chain import MapChain
-from featinv_diffusion.inverters.open import BUNDLED, SampleSettings, find_device, open_chosen
+from featinv_diffusion.inverters.open import BUNDLED, find_device, open_chosen
 from featinv_diffusion.runs.record import read_environment
 from featinv_diffusion.seeds import make_generator
+from featinv_diffusion.settings import SampleSettings
 from featinv_diffusion.types import FeatureSpec, Images
 
 # ---- What a block shows: images that inverters make of its patches -------------------------------

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from featinv_diffusion.features.operators import Operator
     from featinv_diffusion.features.pixel_operations import PixelOperation
     from featinv_diffusion.inverters.base import Inverter
-    from featinv_diffusion.inverters.open import SampleSettings
+    from featinv_diffusion.settings import SampleSettings
 
 
 # ---- `featinv operator analyze`: what an operator is, and what it does to other images -----------
@@ -72,7 +72,7 @@ def analyze(
     from featinv_diffusion.cli.run import progress_bar, quiet_libraries
     from featinv_diffusion.data.sets import open_images
     from featinv_diffusion.features.operators import open_operator
-    from featinv_diffusion.inverters.open import SampleSettings
+    from featinv_diffusion.settings import SampleSettings
     from featinv_diffusion.studies.operator_measures import draw_images
     from featinv_diffusion.studies.operators import default_powers, operation_of, study_operator
 
@@ -211,10 +211,11 @@ def apply(
     from featinv_diffusion.cli.run import progress_bar, quiet_libraries
     from featinv_diffusion.features.operators import open_operator
     from featinv_diffusion.images import builtin_photo
-    from featinv_diffusion.inverters.open import DIFFUSION, SampleSettings, open_chosen
+    from featinv_diffusion.inverters.open import open_chosen
     from featinv_diffusion.runs.record import MANIFEST
     from featinv_diffusion.runs.sampling import Job, find_images, make_jobs
     from featinv_diffusion.runs.scope import open_scope, scope_line
+    from featinv_diffusion.settings import DIFFUSION, SampleSettings
     from featinv_diffusion.studies.operators import (
         GRID,
         apply_operator,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from featinv_diffusion.inverters.open import SampleSettings
+    from featinv_diffusion.settings import SampleSettings
     from featinv_diffusion.studies.concepts import ConceptFit
     from featinv_diffusion.studies.study import Study
 

@@ -44,8 +44,9 @@ def scope(
     from featinv_diffusion.cli.run import progress_bar, quiet_libraries
     from featinv_diffusion.data.sets import open_images
     from featinv_diffusion.diffusion.folders import SCOPE_FILE, check_pipeline_folder
-    from featinv_diffusion.inverters.open import SampleSettings, open_inverter
+    from featinv_diffusion.inverters.open import open_inverter
     from featinv_diffusion.runs.scope import fit_scope, split_images
+    from featinv_diffusion.settings import SampleSettings
 
     quiet_libraries()
     check_pipeline_folder(pipeline)

@@ -11,7 +11,7 @@ from featinv_diffusion.cli import options
 from featinv_diffusion.errors import InputError
 
 if TYPE_CHECKING:
-    from featinv_diffusion.inverters.open import SampleSettings
+    from featinv_diffusion.settings import SampleSettings
     from featinv_diffusion.studies.study import Study
 
 
@@ -95,16 +95,17 @@ def compose(
     run(study, settings, output)
 
 
-@options.with_sampling(n_samples=4)
+@options.with_settings(SampleSettings)
 def interpolate(
-    a: PictureA,
-    b: PictureB,
+    a: options.PictureA,
+    b: options.PictureB,
     weights: Annotated[
-        str, typer.Option(metavar="W,W,…", help="Of A's features; B's have 1 − W.")
+        str,
+        typer.Option(metavar="W,W,…", help="Weights of A's features; B's have 1 − W."),
     ] = "0,.25,.5,.75,1",
     *,
     settings: SampleSettings,
-    figure: FigureName = "figure.png",
+    figure: options.FigureName = "figure.png",
     output: options.Output = Path("outputs/interpolate"),
 ) -> None:
     """Mix the features of two pictures by several weights, and see each mixture.
@@ -113,17 +114,12 @@ def interpolate(
     interpolate.json and .parquet (numbers of each sample) and manifest.json. At weight 1 they are
     the samples that `featinv sample A` makes.
     """
-    from featinv_diffusion.studies import Interpolation
-    from featinv_diffusion.studies.study import seeds_of
+    from featinv_diffusion.cli.run import run_study
+    from featinv_diffusion.studies.interpolation import check_weights
+    from featinv_diffusion.studies.interpolation import interpolate as study
 
-    study = Interpolation(
-        a=str(a.absolute()),
-        b=str(b.absolute()),
-        weights=to_numbers("--weights", weights),
-        seeds=seeds_of(a, settings.seed, settings.n_samples),
-        figure=figure,
-    )
-    run(study, settings, output)
+    values = check_weights(options.to_numbers("--weights", weights))
+    run_study(study, settings, output, figure, a, b, weights=values)
 
 
 # ---- `featinv variability`: what a picture's features fix, and what they leave open --------------

@@ -11,8 +11,8 @@ import numpy as np
 
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.evaluation.evaluator import CEILINGS, NULLS, OTHER_IMAGE, VAE_ROUND_TRIP
-from featinv_diffusion.inverters.open import DIFFUSION
 from featinv_diffusion.metrics.statistics import bootstrap_mean, bootstrap_statistic
+from featinv_diffusion.settings import DIFFUSION
 
 # ---- Rows of per-image figures → means with intervals, nulls, ceilings ---------------------------
 

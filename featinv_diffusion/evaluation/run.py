@@ -50,7 +50,8 @@ from featinv_diffusion.metrics.reference import check_reference, load_reference
 from featinv_diffusion.metrics.statistics import FeatureMoments
 from featinv_diffusion.processes import device_name
 from featinv_diffusion.runs.record import read_environment
-from featinv_diffusion.runs.shards import RUN, check_run, describe_inverter, weights_sha256
+from featinv_diffusion.backbones.base import weights_sha256
+from featinv_diffusion.runs.shards import RUN, check_run, describe_inverter
 
 # ---- What an evaluation keeps on disk while it runs, and reads back at its end -------------------
 

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields
 
 from featinv_diffusion.errors import InputError, choices_hint
-from featinv_diffusion.inverters.open import SampleSettings
+from featinv_diffusion.settings import SampleSettings
 
 SELECTIONS = ("random", "first")
 FID_CONVENTIONS = ("torch-fidelity", "clean", "adm")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from featinv_diffusion.backbones.base import Backbone
 from featinv_diffusion.errors import InputError
-from featinv_diffusion.inverters.base import Generators
+from featinv_diffusion.inverters.base import Generators, Inverter
 from featinv_diffusion.inverters.blocks import InverseModule
 from featinv_diffusion.inverters.path import ForwardPath
 from featinv_diffusion.inverters.vit import VitPath
@@ -41,7 +41,7 @@ class StageBackbone(Backbone):
         model: Any = self.path.model
         return isinstance(self.path, VitPath) and bool(model.num_classes > 0)
 
-    def features(self, images: Images) -> Features:
+    def _features(self, images: Images) -> Features:
         """Returns the stage as a map."""
         return self._to_map(self.path.embeddings(images, [self.stage])[self.stage])
 
@@ -137,34 +137,43 @@ class Chain:
         return embedding
 
 
-class MapChain:
+class MapChain(Inverter):
     """A `Chain` whose features are always maps: n tokens or queries are n×1 cells.
 
     This is the form in which metrics, edits and commands know features.
 
     Args:
         chain: with its path.
-        on_progress: called after each batch with its number of images.
+
+    Raises:
+        InputError: a chain without its path.
     """
 
-    def __init__(self, chain: Chain, on_progress: Callable[[float], None] | None = None):
-        if chain.backbone is None:
+    def __init__(self, chain: Chain):
+        backbone = chain.backbone
+        if backbone is None:
             raise InputError("A chain must know its forward path to read images, but has none.")
-        self.chain, self.backbone, self.on_progress = chain, chain.backbone, on_progress
-        self.spec = self.backbone.spec
+        self.chain, self._backbone = chain, backbone
+
+    @property
+    def spec(self) -> FeatureSpec:
+        """The stage that it inverts, as a map."""
+        return self._backbone.spec
+
+    @property
+    def backbone(self) -> StageBackbone:
+        """The model up to the stage that is inverted."""
+        return self._backbone
 
     @property
     def networks(self) -> dict[str, nn.Module]:
         """The modules of the chain by the stage that each reads."""
         return {module.reads.layer: module for module in self.chain.modules}
 
-    def invert(self, features: Float[Tensor, "b c h w"], *, generator: Generators = None) -> Images:
-        """Returns one image in [0, 1] per map; see `Chain.invert`."""
-        self.spec.check_features(features)
+    def _invert(self, features: Features, generator: Generators) -> Images:
         is_map = self.chain.spec.kind == "map"
         images = self.chain.invert(features if is_map else map_to_sequence(features))
-        if self.on_progress is not None:
-            self.on_progress(len(images))
+        self._advance(len(images))
         return images
 
 

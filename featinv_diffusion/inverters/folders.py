@@ -27,18 +27,6 @@ UNREADABLE = (
 """What the libraries raise where a file is absent or damaged, or its settings make no network."""
 
 
-def expand_path(name: str | Path) -> Path:
-    """Returns a path whose `~` is the home folder.
-
-    Raises:
-        InputError: `~name` of a user that this machine does not have.
-    """
-    try:
-        return Path(name).expanduser()
-    except RuntimeError as error:
-        raise InputError(f"The path {str(name)!r} leads nowhere: {error}") from error
-
-
 def class_name(folder: Path) -> str | None:
     """Returns the class of diffusers that a folder holds; None where it says of none.
 

@@ -8,11 +8,10 @@ that diffusers documents: `nyu-visionx/RAE-dinov2-wReg-base-ViTXL-n08` (also `sm
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 import transformers
 from diffusers import AutoencoderRAE
 from jaxtyping import Float
@@ -22,11 +21,11 @@ from transformers import SiglipVisionModel
 from featinv_diffusion.backbones.base import LAST, Backbone
 from featinv_diffusion.backbones.preprocessing import Preprocessing
 from featinv_diffusion.errors import InputError
-from featinv_diffusion.inverters.base import Generators
+from featinv_diffusion.files import expand_path
+from featinv_diffusion.inverters.base import Generators, Inverter
 from featinv_diffusion.inverters.folders import (
     UNREADABLE,
     class_name,
-    expand_path,
     first_line,
     load_network,
 )
@@ -60,7 +59,7 @@ class RaeBackbone(Backbone):
         """None classifies."""
         return False
 
-    def features(self, images: Images) -> Features:
+    def _features(self, images: Images) -> Features:
         """Returns the latents of images, which are resized with antialiasing."""
         return self._run(self.preprocess(images))
 
@@ -83,12 +82,11 @@ class RaeBackbone(Backbone):
         return None
 
 
-class RaeInverter:
+class RaeInverter(Inverter):
     """A representation autoencoder as an `Inverter` of its encoder's features, without noise.
 
     Args:
         name: what specs and messages call it.
-        on_progress: called after each batch with its number of images.
     """
 
     def __init__(
@@ -96,40 +94,35 @@ class RaeInverter:
         autoencoder: AutoencoderRAE,
         *,
         name: str = NAME,
-        on_progress: Callable[[float], None] | None = None,
     ):
         self.autoencoder: Any = autoencoder.eval()
-        self.backbone = RaeBackbone(autoencoder, name=name)
-        self.on_progress = on_progress
+        self._backbone = RaeBackbone(autoencoder, name=name)
 
     @property
     def spec(self) -> FeatureSpec:
         """The latents that it reads."""
-        return self.backbone.spec
+        return self._backbone.spec
 
     @property
     def networks(self) -> dict[str, nn.Module]:
         """The weights that decide its pictures; the encoder is among the backbone's."""
         return {"decoder": self.autoencoder.decoder}
 
-    @torch.no_grad()
-    def invert(self, features: Features, *, generator: Generators = None) -> Images:
-        """Returns one image in [0, 1] per map, of the decoder's size; generators are ignored.
+    @property
+    def backbone(self) -> RaeBackbone:
+        """The encoder."""
+        return self._backbone
 
-        Raises:
-            InputError: features of another shape, or not finite.
-        """
-        self.spec.check_features(features)
-        latents = features.to(self.backbone.dtype)
+    def _invert(self, features: Features, generator: Generators) -> Images:
+        latents = features.to(self._backbone.dtype)
         if not self.autoencoder.reshape_to_2d:
             latents = latents.flatten(2).transpose(1, 2)
         images = self.autoencoder.decode(latents).sample.float().clamp(0, 1)
-        if self.on_progress is not None:
-            self.on_progress(len(images))
+        self._advance(len(images))
         return images
 
 
-def load_rae(name_or_path: str, on_progress: Callable[[float], None] | None = None) -> RaeInverter:
+def load_rae(name_or_path: str) -> RaeInverter:
     """Loads a representation autoencoder from a folder or Hub repository, in float32.
 
     Raises:
@@ -145,7 +138,7 @@ def load_rae(name_or_path: str, on_progress: Callable[[float], None] | None = No
     with _nested_siglip():
         autoencoder = load_network(_Autoencoder, source, wanted=wanted)
     name = folder.resolve().name if is_folder else name_or_path
-    return RaeInverter(autoencoder, name=f"{NAME}/{name}", on_progress=on_progress)
+    return RaeInverter(autoencoder, name=f"{NAME}/{name}")
 
 
 def _class_on_hub(name: str, wanted: str) -> Any:

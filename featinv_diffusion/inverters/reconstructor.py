@@ -5,7 +5,7 @@ Source: "Image Reconstruction as a Tool for Feature Analysis", section 3; its si
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,10 @@ from torch.nn import functional as F
 
 from featinv_diffusion.backbones import Backbone, load_backbone, wrap_model
 from featinv_diffusion.errors import InputError, choices_hint
-from featinv_diffusion.inverters.base import Generators
+from featinv_diffusion.files import expand_path
+from featinv_diffusion.inverters.base import Generators, Inverter
 from featinv_diffusion.inverters.blocks import spec_of
-from featinv_diffusion.inverters.folders import CONFIG, class_name, expand_path, load_network
+from featinv_diffusion.inverters.folders import CONFIG, class_name, load_network
 from featinv_diffusion.types import Features, FeatureSpec, Images
 
 # ---- The convolutional half of a reconstructor: from a map to normalised pixels ------------------
@@ -194,11 +195,8 @@ class Reconstructor(ModelMixin, ConfigMixin):
         return self.decoder(tokens.transpose(1, 2).unflatten(2, features.shape[2:]))
 
 
-class ReconstructorInverter:
+class ReconstructorInverter(Inverter):
     """A reconstructor with the encoder whose features it reads; an `Inverter` without noise.
-
-    Args:
-        on_progress: called after each batch with its number of images.
 
     Raises:
         InputError: an encoder with other features or another input size.
@@ -208,7 +206,6 @@ class ReconstructorInverter:
         self,
         reconstructor: Reconstructor,
         backbone: Backbone,
-        on_progress: Callable[[float], None] | None = None,
     ):
         reconstructor.spec.check_matches(backbone.spec)
         if reconstructor.image_size != backbone.input_size:
@@ -217,7 +214,7 @@ class ReconstructorInverter:
                 f"{backbone.name!r} reads {_times(backbone.input_size)}. Load it at that size."
             )
         self.reconstructor = reconstructor.eval()
-        self.backbone, self.on_progress = backbone, on_progress
+        self._backbone = backbone
 
     @property
     def spec(self) -> FeatureSpec:
@@ -229,17 +226,14 @@ class ReconstructorInverter:
         """The weights that decide its pictures, beside the encoder's."""
         return {FOLDER: self.reconstructor}
 
-    @torch.no_grad()
-    def invert(self, features: Features, *, generator: Generators = None) -> Images:
-        """Returns one image in [0, 1] per map; generators are ignored.
+    @property
+    def backbone(self) -> Backbone:
+        """The encoder."""
+        return self._backbone
 
-        Raises:
-            InputError: features of another shape, or not finite.
-        """
-        self.spec.check_features(features)
+    def _invert(self, features: Features, generator: Generators) -> Images:
         images = self.reconstructor(features).float().clamp(0, 1)
-        if self.on_progress is not None:
-            self.on_progress(len(images))
+        self._advance(len(images))
         return images
 
 
@@ -259,9 +253,7 @@ def find_reconstructor(name: str) -> Path | None:
     return None
 
 
-def load_reconstructor(
-    name: str, on_progress: Callable[[float], None] | None = None
-) -> ReconstructorInverter:
+def load_reconstructor(name: str) -> ReconstructorInverter:
     """Loads a bundled reconstructor by its name, or one from a folder, with its encoder.
 
     The encoder is the one beside it, in a folder `backbone`, or what its name leads to.
@@ -280,7 +272,7 @@ def load_reconstructor(
     beside = folder.parent / BACKBONE
     weights = beside if beside.is_dir() else None
     backbone = load_encoder(spec.backbone, spec.layer, weights=weights, input_size=size)
-    return ReconstructorInverter(reconstructor, backbone, on_progress)
+    return ReconstructorInverter(reconstructor, backbone)
 
 
 def load_encoder(

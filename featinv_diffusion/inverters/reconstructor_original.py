@@ -18,8 +18,8 @@ from torch import Tensor
 
 from featinv_diffusion.backbones.base import LAST
 from featinv_diffusion.errors import InputError
-from featinv_diffusion.files import new_folder
-from featinv_diffusion.inverters.folders import expand_path, first_line
+from featinv_diffusion.files import expand_path, new_folder
+from featinv_diffusion.inverters.folders import first_line
 from featinv_diffusion.inverters.reconstructor import (
     FOLDER,
     PUBLISHED_STAGES,

@@ -10,6 +10,7 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor
 
+from featinv_diffusion.backbones.base import weights_sha256
 from featinv_diffusion.data.crops import split_held_back
 from featinv_diffusion.data.sets import ImageSet
 from featinv_diffusion.diffusion.hub import find_scope_file
@@ -23,13 +24,11 @@ from featinv_diffusion.features.natural_maps import (
     fit_density,
 )
 from featinv_diffusion.figures import board as figures
-from featinv_diffusion.images import center_square, to_pil, to_tensor
+from featinv_diffusion.images import center_square, to_tensor
 from featinv_diffusion.inverters.base import Inverter
 from featinv_diffusion.inverters.diffusion import DiffusionInverter
-from featinv_diffusion.inverters.open import DIFFUSION, SampleSettings
 from featinv_diffusion.metrics import feature_cosine
-from featinv_diffusion.runs.sampling import backbone_of, batched
-from featinv_diffusion.runs.shards import weights_sha256
+from featinv_diffusion.runs.sampling import batched, not_finite, sample_maps
 from featinv_diffusion.seeds import derive_seed
 from featinv_diffusion.types import Features
 
@@ -65,14 +64,6 @@ class Scope:
             return None
         return RECONSTRUCTION if self.uses_cosines else MAP
 
-    @property
-    def notes(self) -> list[str]:
-        """A line for a figure's heading that explains the mark."""
-        if self.natural is None:
-            return []
-        what = "out of scope, unlike the maps of images"
-        return [f"Marked “out”: {what}, p < {LEVEL:g} ({self.basis})."]
-
     def p_value(self, features: Features, cosine: float) -> float | None:
         """Returns how often a natural map looks less natural than this one; None if not known.
 
@@ -99,18 +90,19 @@ class Scope:
         return self.natural.p_values(features, cosines if self.uses_cosines else None)
 
 
-def open_scope(inverter: Inverter, settings: SampleSettings) -> Scope:
-    """Reads the statistics of the pipeline that the resolved settings name.
+def open_scope(inverter: Inverter) -> Scope:
+    """Reads the statistics that the inverter's pipeline comes with.
 
     Raises:
         InputError: statistics that are damaged, or of other features or weights.
     """
-    if settings.inverter != DIFFUSION or settings.pipeline is None:
+    settings = inverter.settings
+    if settings is None or settings.is_deterministic or settings.pipeline is None:
         return Scope()
     if (path := find_scope_file(settings.pipeline)) is None:
         return Scope()
     natural = NaturalMaps.load(path)
-    natural.check(inverter.spec, weights_sha256({"": backbone_of(inverter).model}))
+    natural.check(inverter.spec, weights_sha256({"": inverter.require_backbone().model}))
     return Scope(natural, uses_cosines=natural.sampling == sampling_of(inverter))
 
 
@@ -125,6 +117,13 @@ def sampling_of(inverter: Inverter) -> dict[str, Any]:
         "guidance": inverter.guidance,
         "strength": inverter.strength,
     }
+
+
+def scope_notes(basis: str | None) -> list[str]:
+    """Returns a line for a figure's heading that explains the mark; none without statistics."""
+    if basis is None:
+        return []
+    return [f"Marked “out”: out of scope, unlike the maps of images, p < {LEVEL:g} ({basis})."]
 
 
 def caption(axes: Axes, words: str, p_value: float | None) -> None:
@@ -247,7 +246,7 @@ def fit_scope(
             cosines.append(_self_consistency(inverter, maps[:n_left], seeds))
     return NaturalMaps(
         inverter.spec,
-        weights_sha256({"": backbone_of(inverter).model}),
+        weights_sha256({"": inverter.require_backbone().model}),
         density,
         Calibration(torch.cat(distances), torch.cat([torch.zeros(0), *cosines])),
         sampling_of(inverter) if n_reconstructions else None,
@@ -259,7 +258,7 @@ def fit_scope(
 def _look(
     inverter: Inverter, images: ImageSet, indices: Iterable[int], size: int, advance: Advance
 ) -> Iterator[tuple[list[int], Features]]:
-    backbone = backbone_of(inverter)
+    backbone = inverter.require_backbone()
     for chosen in batched(indices, size):
         squares = [center_square(images.read(i), max(backbone.input_size)) for i in chosen]
         maps = backbone.features(to_tensor(squares).to(backbone.device))
@@ -268,10 +267,9 @@ def _look(
         advance(len(chosen))
 
 
-@torch.no_grad()
 def _self_consistency(inverter: Inverter, maps: Features, seeds: Sequence[int]) -> Tensor:
     """Cosine of each map to the features of one sample of it, of 8-bit pixels."""
-    backbone = backbone_of(inverter)
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    pictures = to_pil(inverter.invert(maps, generator=generators))
-    return feature_cosine(maps, backbone.features(to_tensor(pictures).to(backbone.device))).cpu()
+    (batch,) = sample_maps(inverter, zip(maps, seeds, strict=True), len(maps))
+    if not all(batch.finite):
+        raise InputError(not_finite("The features", inverter))
+    return feature_cosine(maps, batch.features).cpu()

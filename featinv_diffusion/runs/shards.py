@@ -19,17 +19,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from featinv_diffusion.backbones import Backbone
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.files import write_text
 from featinv_diffusion.inverters.base import Inverter
 from featinv_diffusion.inverters.diffusion import DiffusionInverter
-from featinv_diffusion.inverters.open import DeterministicInverter, SampleSettings
-from featinv_diffusion.runs.record import Manifest, read_environment
-from featinv_diffusion.runs.sampling import Job, Score, reconstruct, write_samples
+from featinv_diffusion.runs.record import read_environment
+from featinv_diffusion.runs.samples import Manifest
+from featinv_diffusion.runs.sampling import Job, Score, reconstruct
+from featinv_diffusion.settings import SampleSettings
 
 RUN, RECORDS, SHARDS = "run.json", "records.jsonl", "shards"
 
@@ -125,23 +125,9 @@ def _identity(settings: SampleSettings, shards: Sequence[Shard]) -> dict[str, An
 # ---- What tells one set of weights from another, whatever file they came from --------------------
 
 
-def weights_sha256(modules: Mapping[str, nn.Module]) -> str:
-    """Returns one digest of names, types, shapes and values of all parameters and buffers."""
-    digest = hashlib.sha256()
-    for part in sorted(modules):
-        for name, value in sorted(modules[part].state_dict().items()):
-            if not isinstance(value, Tensor):
-                digest.update(f"{part}.{name} {value!r}\n".encode())
-                continue
-            digest.update(f"{part}.{name} {value.dtype} {list(value.shape)}\n".encode())
-            flat = value.detach().cpu().contiguous().reshape(-1)
-            digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def describe_inverter(inverter: Inverter, own: Backbone) -> dict[str, Any]:
     """Returns what decides samples beside the settings: weights as loaded, prompt and schedule."""
-    if isinstance(inverter, DeterministicInverter):
+    if inverter.is_deterministic:
         return {"modules_sha256": weights_sha256({**inverter.networks, "backbone": own.model})}
     if not isinstance(inverter, DiffusionInverter):
         raise TypeError(f"No fingerprint is known of a {type(inverter).__name__}.")

@@ -25,10 +25,10 @@ from featinv_diffusion.figures import board as figures
 from featinv_diffusion.figures.board import Board
 from featinv_diffusion.images import to_pil, to_tensor
 from featinv_diffusion.inverters.base import Inverter
-from featinv_diffusion.inverters.open import SampleSettings
 from featinv_diffusion.runs.sampling import backbone_of, encode_picture, sample_all, to_list
 from featinv_diffusion.runs.scope import Scope, caption
 from featinv_diffusion.seeds import make_generator
+from featinv_diffusion.settings import SampleSettings
 from featinv_diffusion.studies.concepts import load_concepts
 from featinv_diffusion.studies.study import Outcome, Study, settings_line
 from featinv_diffusion.types import Features, Images

@@ -29,7 +29,7 @@ from featinv_diffusion.metrics.statistics import (
     bootstrap_statistic,
 )
 from featinv_diffusion.runs.sampling import batched
-from featinv_diffusion.runs.shards import weights_sha256
+from featinv_diffusion.backbones.base import weights_sha256
 from featinv_diffusion.seeds import derive_seed, make_generator
 from featinv_diffusion.types import Features, Images
 

@@ -34,7 +34,6 @@ from featinv_diffusion.figures.grid import GridRow, make_grid
 from featinv_diffusion.files import write_text
 from featinv_diffusion.images import center_square, read_image, to_pil, to_tensor, write_png
 from featinv_diffusion.inverters.base import Inverter
-from featinv_diffusion.inverters.open import SampleSettings
 from featinv_diffusion.metrics.statistics import Interval
 from featinv_diffusion.runs.record import MANIFEST, read_environment
 from featinv_diffusion.runs.sampling import (
@@ -46,7 +45,8 @@ from featinv_diffusion.runs.sampling import (
     sample_all,
 )
 from featinv_diffusion.runs.scope import Scope
-from featinv_diffusion.runs.shards import weights_sha256
+from featinv_diffusion.backbones.base import weights_sha256
+from featinv_diffusion.settings import SampleSettings
 from featinv_diffusion.studies.operator_measures import (
     CEILING,
     FLOOR,

@@ -17,9 +17,9 @@ from featinv_diffusion.figures import board as figures
 from featinv_diffusion.figures.board import Board
 from featinv_diffusion.images import to_pil
 from featinv_diffusion.inverters.base import Inverter
-from featinv_diffusion.inverters.open import SampleSettings
 from featinv_diffusion.runs.sampling import Encoded, encode_picture, sample_map, to_list
 from featinv_diffusion.runs.scope import Scope, caption
+from featinv_diffusion.settings import SampleSettings
 from featinv_diffusion.studies.study import Outcome, Study, settings_line
 from featinv_diffusion.types import Features, Images
 

@@ -12,8 +12,8 @@ from PIL import Image
 from pyarrow import parquet
 
 from featinv_diffusion.images import read_image
-from featinv_diffusion.inverters.open import SampleSettings
 from featinv_diffusion.seeds import derive_seed
+from featinv_diffusion.settings import SampleSettings
 from tests.cli.conftest import Featinv, Outcome
 
 

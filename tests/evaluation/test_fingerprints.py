@@ -9,8 +9,9 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from torch import nn
 
+from featinv_diffusion.backbones.base import weights_sha256
 from featinv_diffusion.inverters import DiffusionInverter
-from featinv_diffusion.runs.shards import describe_inverter, weights_sha256
+from featinv_diffusion.runs.shards import describe_inverter
 from tests import tiny
 
 

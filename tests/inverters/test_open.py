@@ -10,7 +10,8 @@ import torch
 from featinv_diffusion.backbones import wrap_model
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.inverters import open as sampling
-from featinv_diffusion.inverters.open import SampleSettings, find_device, open_inverter
+from featinv_diffusion.inverters.open import find_device, open_inverter
+from featinv_diffusion.settings import SampleSettings
 from tests import tiny
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from featinv_diffusion.inverters.open import SampleSettings
 from featinv_diffusion.runs.record import Manifest, read_manifest, to_jobs
 from featinv_diffusion.runs.sampling import Job, Reconstruction
+from featinv_diffusion.settings import SampleSettings
 
 
 def make_done(cosine: list[float], match: list[bool | None]) -> Reconstruction:

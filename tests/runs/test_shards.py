@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from featinv_diffusion.errors import InputError
-from featinv_diffusion.inverters.open import SampleSettings
 from featinv_diffusion.runs.sampling import make_jobs
 from featinv_diffusion.runs.shards import RECORDS, begin_run, make_shards, merge_shards
+from featinv_diffusion.settings import SampleSettings
 
 
 def make_some(n: int = 5, size: int = 2):

@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import save_file
 
 from featinv_diffusion.backbones import Backbone, wrap_model
+from featinv_diffusion.backbones.base import weights_sha256
 from featinv_diffusion.concepts import ConceptDictionary, DirectionConcepts
 from featinv_diffusion.concepts.base import read_directions
 from featinv_diffusion.errors import InputError
-from featinv_diffusion.runs.shards import weights_sha256
 from featinv_diffusion.studies.concepts import find_class, load_concepts
 
 LABELS = ("goldfish, Carassius auratus", "Crane", "crane", *map(str, range(100, 107)))

@@ -57,7 +57,7 @@ class PixelBackbone(Backbone):
     def has_head(self) -> bool:
         return False
 
-    def features(self, images: Images) -> Features:
+    def _features(self, images: Images) -> Features:
         return self.preprocess(images)
 
     def features_and_logits(self, images: Images) -> tuple[Features, None]:

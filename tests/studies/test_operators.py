@@ -58,7 +58,7 @@ class PatchBackbone(Backbone):
     def has_head(self) -> bool:
         return False
 
-    def features(self, images):
+    def _features(self, images):
         return F.pixel_unshuffle(images, PATCH)
 
     def features_and_logits(self, images):
