@@ -201,7 +201,10 @@ def study_cases() -> list[Case]:
         case("concepts:auto", f"{concepts} --n-concepts auto --max-cells 200 --class goldfish"),
         case("concepts:pca", f"{concepts} --method pca --backbone tiny/resnet --class 1"),
         case("concepts:kmeans", f"{concepts} --method kmeans --layer stages.1"),
-        case("concepts:nmf", f"{concepts} --method nmf --n-concepts 2 --figure seen.svg"),
+        case(
+            "concepts:nmf",
+            f"{concepts} --method nmf --n-concepts 2 --backbone tiny/resnet --figure seen.svg",
+        ),
         case(
             "concepts:directions",
             f"{concepts} --directions {{data}}/directions.npy --encoding projection",
@@ -212,7 +215,11 @@ def study_cases() -> list[Case]:
             "--n-samples 2 --steps 2 --output {out}",
             "concepts:mcd",
         ),
-        case("replay:concepts", "replay {done}/concepts/mcd --output {out}", "concepts:mcd"),
+        case(
+            "replay:concepts",
+            "replay {done}/concepts/mcd/concepts.manifest.json --output {out}",
+            "concepts:mcd",
+        ),
         case(
             "replay:interpolate",
             "replay {done}/interpolate/mixed --output {out}",
@@ -295,7 +302,7 @@ def evaluation_cases() -> list[Case]:
             "analyze:tradeoff",
             f"analyze tradeoff --inverter detr,{tuned} --split train "
             "--data {run}/.data/tiny-imagenet-200 --classes {data}/classes.txt "
-            "--held-back-per-class 2 --output {out}",
+            "--held-back-per-class 1 --output {out}",
             "train:inverter-tuned",
         ),
         case(
@@ -685,8 +692,16 @@ def choose(cases: Sequence[Case], parts: Sequence[str]) -> list[Case]:
 
 # ---- inputs ------------------------------------------------------------------------------------
 
-WORDNET = {"n01443537": "goldfish", "n01641577": "bullfrog"}
-"""Two classes of the tiny family."""
+WORDNET = {
+    "n01443537": "goldfish",
+    "n01641577": "bullfrog",
+    "n01644900": "tailed frog",
+    "n01629819": "European fire salamander",
+    "n01698640": "American alligator",
+}
+"""Five classes of the tiny family: a ControlNet's validation asks for the first five of a head."""
+TWO = ("goldfish", "bullfrog")
+"""Of the class folders that are no Tiny-ImageNet."""
 
 
 def make_inputs(data: Path, tiny_imagenet: Path) -> None:
@@ -749,9 +764,9 @@ def copy_photos(folder: Path) -> None:
 
 
 def make_class_folders(data: Path) -> list[tuple[Path, int]]:
-    """Two folders of six pictures of several sizes, masks for one, and a list of the classes."""
+    """Two folders of six pictures of several sizes, masks for one, and a list of all classes."""
     made = []
-    for label, name in enumerate(WORDNET.values()):
+    for label, name in enumerate(TWO):
         for i in range(6):
             size = (64 + 8 * (i % 4), 64 + 8 * (i % 3))
             path = data / f"classes/{name}/{i}.{'jpg' if i % 2 else 'png'}"
@@ -761,15 +776,15 @@ def make_class_folders(data: Path) -> list[tuple[Path, int]]:
         ImageDraw.Draw(mask).rectangle((8 * i, 8, 40, 48), fill=255)
         save(mask, data / f"masks/goldfish/{i}.png")
     lines = [f"{folder} {name}" for folder, name in WORDNET.items()]
-    (data / "classes.txt").write_text("# Two classes.\n" + "\n".join(lines) + "\n")
+    (data / "classes.txt").write_text("# Five classes.\n" + "\n".join(lines) + "\n")
     return made
 
 
 def make_tiny_imagenet(root: Path) -> None:
-    """The training part of Tiny-ImageNet-200 with boxes: two classes of six pictures."""
+    """The training part of Tiny-ImageNet-200 with boxes: five classes of four pictures."""
     for label, name in enumerate(WORDNET):
         rows = []
-        for i in range(6):
+        for i in range(4):
             file = f"{name}_{i}.JPEG"
             picture = draw_picture(200 + 10 * label + i, (64, 64), label)
             save(picture, root / f"train/{name}/images/{file}", format="JPEG")
@@ -805,7 +820,7 @@ def make_tables(data: Path, pictures: Sequence[tuple[Path, int]]) -> None:
     plain = pa.table({"image": pa.array(images, kind), "label": labels})
     features = {
         "image": {"_type": "Image"},
-        "label": {"names": list(WORDNET.values()), "_type": "ClassLabel"},
+        "label": {"names": list(TWO), "_type": "ClassLabel"},
     }
     named = plain.replace_schema_metadata(
         {"huggingface": json.dumps({"info": {"features": features}})}
@@ -917,6 +932,15 @@ def make_models(folder: Path) -> None:
         set_alpha_to_one=False,
         steps_offset=1,
     ).save_pretrained(folder / "sd/scheduler")
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    (folder / "sd/model_index.json").write_text(json.dumps(index))
     AutoencoderRAE(
         encoder_type="mae",
         encoder_hidden_size=64,

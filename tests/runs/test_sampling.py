@@ -11,29 +11,32 @@ import torch
 from PIL import Image
 
 from featinv_diffusion.errors import InputError
-from featinv_diffusion.images import center_square, read_image, to_tensor
-from featinv_diffusion.inverters import DiffusionInverter
+from featinv_diffusion.images import center_square, read_image, to_tensor, write_png
+from featinv_diffusion.inverters import DiffusionInverter, Inverter
 from featinv_diffusion.runs.sampling import (
     Job,
     Reconstruction,
     find_images,
     make_jobs,
     reconstruct,
-    write_samples,
 )
 from featinv_diffusion.seeds import derive_seed
+from featinv_diffusion.settings import SampleSettings
 from tests import tiny
 
 
-class EchoInverter:
+class EchoInverter(Inverter):
     """Returns images that the test gives, whatever the features; remembers what it was asked."""
 
-    def __init__(self, images: list[torch.Tensor], backbone):
+    spec = backbone = networks = None
+
+    def __init__(self, images: list[torch.Tensor], backbone, settings=None):
         self.images, self.backbone, self.spec = iter(images), backbone, backbone.spec
+        self.settings = settings
         self.features: list[torch.Tensor] = []
         self.seeds: list[int] = []
 
-    def invert(self, features, *, generator=None):
+    def _invert(self, features, generator):
         self.features += list(features)
         self.seeds += [g.initial_seed() for g in generator]
         return torch.stack([next(self.images) for _ in features])
@@ -57,7 +60,7 @@ def photos(tmp_path) -> Path:
 def run(inverter, jobs, batch_size=4) -> tuple[list[Reconstruction], dict[str, str]]:
     failures: dict[str, str] = {}
     done = reconstruct(
-        inverter, jobs, batch_size, lambda job, error: failures.update({job.input.name: error})
+        inverter, jobs, batch_size, lambda job, error: failures.update({job.name: error})
     )
     return list(done), failures
 
@@ -137,7 +140,8 @@ def test_metrics_are_those_of_the_written_picture_by_an_own_formula(inverter, ph
     done, _ = run(inverter, jobs)
     backbone = inverter.backbone
     for one in done:
-        write_samples(one, tmp_path / "out")
+        for name, picture in zip(one.job.outputs, one.samples, strict=True):
+            write_png(picture, tmp_path / "out" / name)
         original = to_tensor(center_square(read_image(one.job.input), 64))
         f, scores = backbone.features(original)[0].double(), backbone.classify(original)[0]
         for j, name in enumerate(one.job.outputs):
@@ -215,7 +219,7 @@ def test_the_same_jobs_make_the_same_bits(inverter, photos):
 def test_a_broken_picture_is_reported_and_the_rest_is_finished(inverter, photos):
     (photos / "photo2.png").write_bytes(b"no picture")
     done, failures = run(inverter, make_jobs(find_images([photos]), 0, 2))
-    assert [one.job.input.name for one in done] == [f"photo{i}.png" for i in (0, 1, 3, 4)]
+    assert [one.job.name for one in done] == [f"photo{i}.png" for i in (0, 1, 3, 4)]
     assert list(failures) == ["photo2.png"]
     assert "not a picture that can be read" in failures["photo2.png"]
 
@@ -241,10 +245,12 @@ def test_features_with_nan_fail_one_image_only(inverter, photos, monkeypatch):
 def test_samples_with_nan_are_no_black_pictures(inverter, photos):
     images = [torch.rand(3, 64, 64) for _ in range(4)]
     images[2][0, 5, 5] = float("nan")
-    echo = EchoInverter(images, inverter.backbone)
-    done, failures = run(echo, make_jobs(find_images([photos])[:2], 0, 2))
-    assert [one.job.input.name for one in done] == ["photo0.png"]
-    assert "--dtype float32" in failures["photo1.png"]
+    jobs = make_jobs(find_images([photos])[:2], 0, 2)
+    for dtype, advice in (("float16", "Use --dtype float32"), ("float32", "Look for overflow")):
+        echo = EchoInverter(images, inverter.backbone, SampleSettings(dtype=dtype))
+        done, failures = run(echo, jobs)
+        assert [one.job.name for one in done] == ["photo0.png"]
+        assert advice in failures["photo1.png"]
 
 
 def test_an_inverter_without_backbone_cannot_read_pictures(photos):
@@ -257,7 +263,7 @@ def test_originals_are_read_at_the_size_of_the_backbone(inverter, tmp_path):
     fine = np.zeros((640, 640, 3), dtype=np.uint8)
     fine[:, ::2] = 255  # a pattern that only antialiasing averages to grey
     Image.fromarray(fine).save(tmp_path / "a.png")
-    job = Job(tmp_path / "a.png", ("a_0.png",), (1,))
+    job = Job(str(tmp_path / "a.png"), ("a_0.png",), (1,))
     done, _ = run(inverter, [job])
     assert done[0].original.size == (64, 64)
     grey = to_tensor(done[0].original)
