@@ -230,7 +230,7 @@ def read_batch(pictures: Pictures, size: int) -> tuple[Images, list[Source]]:
     return torch.cat(parts), [source for part in sources for source in part]
 
 
-def _read_one(picture: Picture, size: int) -> tuple[Images, list[Source]]:
+def _read_one(picture: object, size: int) -> tuple[Images, list[Source]]:
     if isinstance(picture, np.ndarray | Tensor):
         images = _from_array(picture)
         return images, [Source("")] * len(images)

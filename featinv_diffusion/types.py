@@ -124,6 +124,12 @@ class FeatureMaps(Tensor):
             return result
         return result.as_subclass(Tensor)
 
+    def __deepcopy__(self, memo: Any) -> FeatureMaps:
+        return FeatureMaps.of(self.as_subclass(Tensor).clone(), self.sources)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return FeatureMaps.of, (self.as_subclass(Tensor), self.sources)
+
     def __repr__(self, **_: Any) -> str:
         names = ", ".join(source.name or "unnamed" for source in self.sources[:3])
         more = ", …" if len(self.sources) > 3 else ""
