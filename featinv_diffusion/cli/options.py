@@ -88,7 +88,9 @@ Images = Annotated[
 ]
 Backbone = Annotated[
     str | None,
-    typer.Option(help="Whose features to invert; must be the pipeline's.", show_default="convnext"),
+    typer.Option(
+        help="Whose features to invert; must be the pipeline's.", show_default="tiny/convnext"
+    ),
 ]
 Pipeline = Annotated[
     str | None,

@@ -25,7 +25,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from featinv_diffusion.backbones import SHORT_NAMES, wrap_model
+from featinv_diffusion.backbones import resolve_backbone, wrap_model
+from featinv_diffusion.backbones.names import read_spec
 from featinv_diffusion.backbones.timm import create_timm
 from featinv_diffusion.backbones.transformers import load_transformers
 from featinv_diffusion.diffusion.featinv_controlnet import FeatureControlNet
@@ -472,7 +473,7 @@ def load_controlnet(folder: Path, torch_dtype: torch.dtype = torch.float32) -> F
 def feature_spec_of(controlnet: Any) -> FeatureSpec | None:
     """Returns the features that a ControlNet declares to read, None where it declares none."""
     declared = controlnet.config.get("feature_spec")
-    return FeatureSpec(**{**declared, "grid": tuple(declared["grid"])}) if declared else None
+    return read_spec(declared) if declared else None
 
 
 def check_backbone(model: PreTrainedModel, spec: FeatureSpec) -> None:
@@ -487,17 +488,16 @@ def load_backbone_component(name: str) -> PreTrainedModel | None:
     travel in a pipeline: None is returned, and the pipeline reads features only.
 
     Args:
-        name: as for `load_backbone`; timm weights are downloaded.
+        name: as for `load_backbone`; the weights of timm are downloaded.
 
     Raises:
         InputError: unknown name, or weights that cannot be loaded.
     """
-    if name in list_bundled():
-        return load_transformers(str(bundled_folder(name) / "backbone"), pretrained=True)[0]
-    if name.startswith("hf/"):
-        model, _ = load_transformers(name.removeprefix("hf/"), pretrained=True)
-        return model if hasattr(model, "timm_model") else None
-    return make_timm_wrapper(SHORT_NAMES.get(name, name).removeprefix("timm/"))
+    found = resolve_backbone(name)
+    if found.source == "timm":
+        return make_timm_wrapper(found.target)
+    model, _ = load_transformers(found.target, pretrained=True)
+    return model if hasattr(model, "timm_model") else None
 
 
 def make_timm_wrapper(timm_id: str) -> PreTrainedModel:

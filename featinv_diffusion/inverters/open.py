@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import nn
 
-from featinv_diffusion.backbones import SHORT_NAMES, load_backbone
+from featinv_diffusion.backbones import load_backbone, resolve_backbone, same_backbone
 from featinv_diffusion.diffusion.featinv_pipeline import GUIDANCE, FeatInvPipeline
 from featinv_diffusion.diffusion.folders import without_progress_bars
 from featinv_diffusion.diffusion.hub import list_bundled, load_pipeline
@@ -158,8 +158,7 @@ def open_deterministic(source: Source) -> DeterministicInverter:
     return kind.open(source)
 
 
-DEFAULT_BACKBONE = "convnext"
-BUNDLED = "tiny/"
+DEFAULT_BACKBONE = "tiny/convnext"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CHOICES: dict[str, Collection[str]] = {
     "scheduler": SCHEDULERS,
@@ -186,7 +185,7 @@ class SampleSettings:
     Args:
         pipeline: bundled name, folder or Hub repo; None is the bundled one of `backbone`. Of the
             inverter `rae`, the folder or Hub repo of its autoencoder.
-        backbone: must be the pipeline's; None takes it, or `convnext` without a pipeline.
+        backbone: must be the pipeline's; None takes it, or `tiny/convnext` without a pipeline.
         layer: must be the pipeline's; None takes it.
         steps, guidance_scale, guidance: see `DiffusionInverter`; None is the pipeline's default.
         scheduler: a name of `schedulers.SCHEDULERS`; None is the pipeline's own.
@@ -331,15 +330,15 @@ def pipeline_name(settings: SampleSettings) -> str:
     if settings.pipeline is not None:
         return settings.pipeline
     backbone = settings.backbone or DEFAULT_BACKBONE
-    name = BUNDLED + backbone.removeprefix(BUNDLED)
+    name = resolve_backbone(backbone).name
     of_layer = f"{name}-{settings.layer}"
     if of_layer in list_bundled():
         return of_layer
     if name not in list_bundled():
-        known = [bundled.removeprefix(BUNDLED) for bundled in list_bundled()]
         raise InputError(
             f"No bundled pipeline inverts the backbone {backbone!r}; "
-            f"{choices_hint(backbone, known)} For others pass a pipeline: a folder or a Hub repo."
+            f"{choices_hint(name, list_bundled())} For others pass a pipeline: a folder or a Hub "
+            "repository."
         )
     return name
 
@@ -364,7 +363,7 @@ def find_device(name: str) -> torch.device:
 
 def _check_fits(name: str, spec: FeatureSpec, settings: SampleSettings) -> None:
     asked, has = settings.backbone, spec.backbone
-    if asked is not None and _full_name(asked) != _full_name(has):
+    if asked is not None and not same_backbone(asked, has):
         raise InputError(
             f"The pipeline {name} inverts the backbone {has!r}, but the backbone {asked!r} was "
             "asked for. Use the pipeline of that backbone, or leave the backbone out."
@@ -383,12 +382,6 @@ def _check_steps(inverter: DiffusionInverter) -> None:
             f"There can be at most {n_train} steps, as many as the pipeline was trained with, but "
             f"{inverter.num_inference_steps} came."
         )
-
-
-def _full_name(backbone: str) -> str:
-    """A tiny model stands for the backbone it is named after; short names stand for timm ids."""
-    name = backbone.removeprefix(BUNDLED)
-    return SHORT_NAMES.get(name, name).removeprefix("timm/")
 
 
 def _prepare(pipeline: FeatInvPipeline, settings: SampleSettings, device: torch.device) -> None:
@@ -436,7 +429,8 @@ def _check_own(spec: FeatureSpec, settings: SampleSettings) -> None:
     """Of a deterministic inverter that is open: what was given must be its own."""
     for name, own in (("backbone", spec.backbone), ("layer", spec.layer)):
         asked = getattr(settings, name)
-        if asked not in (None, own):
+        same = same_backbone if name == "backbone" else str.__eq__
+        if asked is not None and not same(asked, own):
             raise InputError(
                 f"The inverter {settings.inverter!r} reads the {name} {own!r}, but the {name} "
                 f"{asked!r} was asked for. Leave that out."
