@@ -365,8 +365,9 @@ def _check_fits(name: str, spec: FeatureSpec, settings: SampleSettings) -> None:
     asked, has = settings.backbone, spec.backbone
     if asked is not None and not same_backbone(asked, has):
         raise InputError(
-            f"The pipeline {name} inverts the backbone {has!r}, but the backbone {asked!r} was "
-            "asked for. Use the pipeline of that backbone, or leave the backbone out."
+            f"The pipeline {name} inverts the backbone {has!r}, but the backbone "
+            f"{resolve_backbone(asked).name!r} was asked for. Use the pipeline of that backbone, "
+            "or leave the backbone out."
         )
     if settings.layer not in (None, spec.layer):
         raise InputError(

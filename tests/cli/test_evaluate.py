@@ -152,12 +152,12 @@ def test_a_config_and_options_beside_it(featinv: Featinv, table: Path):
     assert metrics["cosine"]["nulls"]["prior_only"] is None
 
 
-@pytest.mark.parametrize("name", ["imagenet", "tiny", "tiny-held-back"])
+@pytest.mark.parametrize("name", ["evaluation/imagenet", "evaluation/tiny", "tiny/held-back"])
 def test_the_configs_of_the_repository_can_be_read(name: str):
     from featinv_diffusion.config import load_config
     from featinv_diffusion.evaluation.settings import EvaluationSettings
 
-    load_config(EvaluationSettings, ROOT / "configs" / "evaluation" / f"{name}.yaml")
+    load_config(EvaluationSettings, ROOT / "configs" / f"{name}.yaml")
 
 
 # ---- bad input -----------------------------------------------------------------------------------

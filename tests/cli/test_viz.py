@@ -119,7 +119,7 @@ def test_concepts_of_another_backbone(featinv: Featinv, photos: Path, concepts: 
     done = run(featinv, photos, "--backbone", "convnext")
     assert done.code == 2
     assert "tiny/resnet" in done.err
-    assert "map of convnext" in done.err
+    assert "map of tiny/convnext" in done.err
 
 
 @pytest.mark.parametrize(

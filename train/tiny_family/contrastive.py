@@ -27,13 +27,14 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from featinv_diffusion.cli.train import run_recipe
 from featinv_diffusion.config import to_yaml
 from featinv_diffusion.data.crops import DataConfig, load_records, read_class_titles, to_images
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.files import read_tensors, write_tensors
 from featinv_diffusion.seeds import derive_seed
 from featinv_diffusion.training.config import OptimConfig, RunConfig
-from featinv_diffusion.training.entry import make_datasets, run_script, stack_images
+from featinv_diffusion.training.entry import make_datasets, stack_images
 from featinv_diffusion.training.latents import SampleNoise
 from featinv_diffusion.training.loop import fit, make_accelerator
 from train.tiny_family.tokenizer import make_tokenizer
@@ -493,4 +494,4 @@ def train_contrastive(config: ContrastiveConfig) -> Path:
 
 
 if __name__ == "__main__":
-    run_script(ContrastiveConfig, train_contrastive, __doc__)
+    run_recipe(ContrastiveConfig, train_contrastive, __doc__)
