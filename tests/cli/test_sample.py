@@ -252,7 +252,7 @@ def test_a_folder_without_pictures(featinv: Featinv, tmp_path):
     ("options", "words"),
     [
         (["--backbone", "convnxt"], ["'convnxt'", "did you mean 'convnext'"]),
-        (["--backbone", "resnet"], ["No bundled pipeline", "'resnet'"]),
+        (["--backbone", "tiny/resnet"], ["No bundled pipeline", "'tiny/resnet'"]),
         (["--layer", "stages.2"], ["'last'", "'stages.2'"]),
         (["--pipeline", "tiny/convnet"], ["tiny/convnext"]),
         (["--pipeline", "./none"], ["none"]),
@@ -288,7 +288,7 @@ def test_a_pipeline_of_another_backbone_is_refused_and_both_are_named(
     featinv: Featinv, photos, saved_pipeline
 ):
     done = featinv(
-        "sample", photos, "--pipeline", saved_pipeline, "--backbone", "swin", "-o", "out"
+        "sample", photos, "--pipeline", saved_pipeline, "--backbone", "tiny/swin", "-o", "out"
     )
     refused(done, "'tiny/convnext'", "'tiny/swin'")
 

@@ -19,7 +19,7 @@ LABELS = ("goldfish, Carassius auratus", "Crane", "crane", *map(str, range(100, 
 
 @pytest.fixture
 def backbone(timm_wrapper) -> Backbone:
-    return wrap_model(timm_wrapper, name="convnext")
+    return wrap_model(timm_wrapper, name="tiny/convnext")
 
 
 def scores(*classes: int) -> torch.Tensor:
@@ -67,7 +67,7 @@ def test_without_a_head_there_is_no_class(backbone):
 
 
 def test_at_an_earlier_layer_there_is_a_class_but_no_relevance(timm_wrapper):
-    backbone = wrap_model(timm_wrapper, name="convnext", layer="stages.2")
+    backbone = wrap_model(timm_wrapper, name="tiny/convnext", layer="stages.2")
     target = find_class(backbone, None, scores(3))
     assert target.index == 3
     assert target.direction is None
@@ -142,9 +142,9 @@ def test_concepts_of_the_same_weights_fit_whatever_the_backbone_is_called(tmp_pa
 
 def test_concepts_of_other_features_are_refused_and_both_are_named(tmp_path, timm_wrapper):
     path = tmp_path / "c.safetensors"
-    last = wrap_model(timm_wrapper, name="convnext")
+    last = wrap_model(timm_wrapper, name="tiny/convnext")
     save(path, last, weights_sha256=weights_sha256({"backbone": last.model}))
-    earlier = wrap_model(timm_wrapper, name="convnext", layer="stages.2")
+    earlier = wrap_model(timm_wrapper, name="tiny/convnext", layer="stages.2")
     words = r"layer 'last', 32×8×8, but .* layer 'stages.2', 24×8×8.*--layer stages.2"
     with pytest.raises(InputError, match=words):
         load_concepts(path, earlier)

@@ -39,7 +39,7 @@ from featinv_diffusion.training.latents import SampleNoise
 from featinv_diffusion.training.loop import fit, make_accelerator
 from train.tiny_family.tokenizer import make_tokenizer
 
-# ---- Masked prediction and local-to-global self-distillation of a vision tower from its own average ----
+# ---- Masked prediction and local-to-global self-distillation from the tower's own average -------
 
 
 @dataclass(frozen=True)
