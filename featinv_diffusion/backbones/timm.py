@@ -191,7 +191,7 @@ def read_preprocessing(
 
 
 def wrapper_settings(wrapper: Any) -> dict[str, Any]:
-    """Returns what a timm wrapper of transformers knows beside its `timm_model`."""
+    """Returns the weights' configuration and labels that a timm wrapper of transformers holds."""
     config = wrapper.config
     return {
         "pretrained_cfg": getattr(config, "pretrained_cfg", None),
@@ -200,6 +200,6 @@ def wrapper_settings(wrapper: Any) -> dict[str, Any]:
 
 
 def class_names(config: Any) -> tuple[str, ...] | None:
-    """Returns the class names of a configuration of transformers, None where it only numbers."""
+    """Returns the class names of a transformers configuration; None where it only has numbers."""
     names = tuple(str(config.id2label[i]) for i in range(config.num_labels))
     return None if names and names[0] == "LABEL_0" else names

@@ -10,8 +10,7 @@ import pytest
 import torch
 from pyarrow import parquet
 
-from featinv_diffusion.backbones import names
-from featinv_diffusion.backbones import load_backbone
+from featinv_diffusion.backbones import load_backbone, names
 from featinv_diffusion.concepts import MCD, ConceptDictionary, read_head
 from featinv_diffusion.images import center_square, read_image, to_tensor
 from tests.cli.conftest import Featinv, Outcome
