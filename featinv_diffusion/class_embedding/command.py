@@ -17,7 +17,7 @@ from pyarrow import parquet
 from torch import Tensor
 
 from featinv_diffusion import __version__
-from featinv_diffusion.backbones import SHORT_NAMES, list_backbones, load_backbone, wrap_model
+from featinv_diffusion.backbones import load_backbone, same_backbone, wrap_model
 from featinv_diffusion.backbones.base import LAST, Backbone
 from featinv_diffusion.class_embedding.anatomy import Anatomy, read_anatomy
 from featinv_diffusion.class_embedding.pictures import (
@@ -47,7 +47,7 @@ from featinv_diffusion.files import replacing, write_text
 from featinv_diffusion.images import builtin_photo, read_image, to_pil
 from featinv_diffusion.inverters.base import Inverter
 from featinv_diffusion.inverters.chain import MapChain
-from featinv_diffusion.inverters.open import BUNDLED, find_device, open_chosen
+from featinv_diffusion.inverters.open import find_device, open_chosen
 from featinv_diffusion.runs.record import read_environment
 from featinv_diffusion.seeds import make_generator
 from featinv_diffusion.settings import SampleSettings
@@ -95,7 +95,7 @@ def match_inverters(anatomy: Anatomy, inverters: Sequence[Inverter]) -> dict[int
 
 def _match(anatomy: Anatomy, inverter: Inverter) -> BlockInverter:
     own, spec = anatomy.backbone, inverter.spec
-    if _plain(spec.backbone) != _plain(own.name):
+    if not same_backbone(spec.backbone, own.name):
         raise InputError(
             f"The inverter reads a {spec}, but the tokens are those of {own.name!r}. Use an "
             "inverter that was trained on this backbone."
@@ -129,10 +129,6 @@ def _block_of_stage(anatomy: Anatomy, spec: FeatureSpec) -> int:
     return stages[spec.layer]
 
 
-def _plain(name: str) -> str:
-    return name.removeprefix("tiny/").removeprefix("timm/")
-
-
 logger = logging.getLogger(__name__)
 
 ProgressBar = Callable[[int], AbstractContextManager[Callable[[float], None]]]
@@ -144,7 +140,7 @@ class TokenCommand:
 
     Args:
         data: a picture, or what `open_token_images` reads; None is the built-in photo.
-        backbone: a short name stands for the bundled tiny model of that name, where there is one.
+        backbone: a name of `load_backbone`.
         pipelines: diffusion inverters of its blocks; without one and a modular inverter, that
             which the backbone is bundled with.
         inverter: modular inverter of the backbone: the name of a bundled one, or its folder.
@@ -155,7 +151,7 @@ class TokenCommand:
     """
 
     data: str | None = None
-    backbone: str = "vit"
+    backbone: str = "tiny/vit"
     pipelines: tuple[str, ...] = ()
     inverter: str | None = None
     stages: tuple[str, ...] = ()
@@ -211,11 +207,8 @@ def load_anatomy(command: TokenCommand) -> Anatomy:
     Raises:
         InputError: unknown names, or no vision transformer.
     """
-    name = command.backbone
-    if name in SHORT_NAMES and BUNDLED + name in list_backbones():
-        name = BUNDLED + name
     with without_progress_bars():
-        backbone = load_backbone(name).to(find_device(command.device))
+        backbone = load_backbone(command.backbone).to(find_device(command.device))
     if command.interpolation is not None:
         if command.interpolation not in RESAMPLING:
             hint = choices_hint(command.interpolation, list(RESAMPLING))

@@ -69,9 +69,12 @@ def analyze(
         ),
     ] = None,
     config: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            metavar="YAML", help="For encoders: settings; options beside it win.", show_default=""
+            metavar="NAME_OR_FILE",
+            help="For encoders: settings from a YAML file or a config of the package such as "
+            "evaluation/siglip-coco; options win.",
+            show_default="",
         ),
     ] = None,
     scorers: Annotated[

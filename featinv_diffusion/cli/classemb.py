@@ -21,8 +21,8 @@ def classemb(
         ),
     ] = None,
     backbone: Annotated[
-        str, typer.Option(help="vit (the bundled tiny/vit), any timm ViT, or hf/FOLDER_OR_REPO.")
-    ] = "vit",
+        str, typer.Option(help="The bundled tiny/vit, any timm ViT, or hf/FOLDER_OR_REPOSITORY.")
+    ] = "tiny/vit",
     pipeline: Annotated[
         list[str] | None,
         typer.Option(

@@ -21,8 +21,8 @@ def concepts(
         Path, typer.Argument(metavar="FOLDER", help="Pictures of one class, also in folders below.")
     ],
     backbone: Annotated[
-        str, typer.Option(help="A bundled one such as convnext, a timm id, or hf/FOLDER_OR_REPO.")
-    ] = "convnext",
+        str, typer.Option(help="Bundled (tiny/convnext), a timm id, or hf/FOLDER_OR_REPOSITORY.")
+    ] = "tiny/convnext",
     layer: Annotated[str, typer.Option(help="Layer of the features.")] = "last",
     target: Annotated[
         str | None,
@@ -83,8 +83,9 @@ def concepts(
     concept most, with activation maps), a JSON file, a parquet table (one row per picture and
     concept) and a manifest for `featinv replay`. Needs no pipeline.
     """
+    from featinv_diffusion.backbones import resolve_backbone
     from featinv_diffusion.images import list_images
-    from featinv_diffusion.studies.concepts import ConceptFit, backbone_name
+    from featinv_diffusion.studies.concepts import ConceptFit
 
     method = method or ("mcd" if directions is None else "directions")
     drawn = figure or f"{output.stem}.png"
@@ -93,7 +94,7 @@ def concepts(
     fit = ConceptFit(
         folder=str(folder.absolute()),
         images=[path.relative_to(folder).as_posix() for path in pictures],
-        backbone=backbone_name(backbone),
+        backbone=resolve_backbone(backbone).name,
         layer=layer,
         target=target,
         method=method,

@@ -23,9 +23,11 @@ def evaluate(
         ),
     ] = None,
     config: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            metavar="YAML", help="Settings; options beside it win. See configs/evaluation."
+            metavar="NAME_OR_FILE",
+            help="Settings: a YAML file or a config of the package such as evaluation/imagenet; "
+            "options win.",
         ),
     ] = None,
     backbone: options.Backbone = None,
@@ -147,7 +149,7 @@ def evaluate(
     _run(settings, output)
 
 
-def _read_settings(config: Path | None, given: dict[str, Any]) -> EvaluationSettings:
+def _read_settings(config: str | None, given: dict[str, Any]) -> EvaluationSettings:
     from dataclasses import replace
 
     from featinv_diffusion.config import load_config

@@ -53,7 +53,8 @@ def convert(
         typer.Option("--no-tokenizer", help="Leave it out: the pipeline takes prompt_embeds only."),
     ] = False,
     backbone: Annotated[
-        str | None, typer.Option(help="Whose features the ControlNet reads. [default: convnext]")
+        str | None,
+        typer.Option(help="Backbone whose features it reads. [default: the paper's ConvNeXt]"),
     ] = None,
     layer: Annotated[
         str | None, typer.Option(help="Layer of the features. [default: last]")
@@ -135,7 +136,7 @@ def export(
     backbone: Annotated[
         str | None,
         typer.Option(
-            help="Alone: the bundled pipeline of this backbone. [default: convnext] "
+            help="Alone: the bundled pipeline of this backbone. [default: tiny/convnext] "
             "With --controlnet: the backbone, where it is not the one that the ControlNet names."
         ),
     ] = None,
@@ -172,6 +173,7 @@ def _load(
     from featinv_diffusion.diffusion.folders import assemble
     from featinv_diffusion.diffusion.hub import find_scope_file, load_pipeline, origin_of
     from featinv_diffusion.errors import InputError
+    from featinv_diffusion.inverters.open import SampleSettings, pipeline_name
 
     command = command_line()
     if (controlnet is None) != (base is None):
@@ -185,8 +187,7 @@ def _load(
     if controlnet is not None and base is not None:
         loaded = assemble(controlnet, base, backbone)
         return loaded, replace(origin_of(base, command, loaded), notes=""), None
-    bundled = backbone or "convnext"
-    name = pipeline or (bundled if bundled.startswith("tiny/") else f"tiny/{bundled}")
+    name = pipeline or pipeline_name(SampleSettings(backbone=backbone))
     loaded = load_pipeline(name)
     return loaded, origin_of(name, command, loaded), find_scope_file(name)
 

@@ -24,7 +24,6 @@ from featinv_diffusion.diffusion.folders import (
     load_bundled,
     read_card_info,
     without_progress_bars,
-    write_bundled,
     write_model_card,
 )
 from featinv_diffusion.errors import InputError, choices_hint
@@ -39,7 +38,6 @@ __all__ = [
     "load_pipeline",
     "origin_of",
     "push_folder",
-    "write_bundled",
     "write_model_card",
 ]
 

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from featinv_diffusion import __version__
-from featinv_diffusion.backbones import SHORT_NAMES, Backbone, list_backbones, load_backbone
+from featinv_diffusion.backbones import Backbone, load_backbone, same_backbone
 from featinv_diffusion.backbones.base import LAST
 from featinv_diffusion.data.crops import to_images
 from featinv_diffusion.data.selection import Item, digest, select_items
@@ -32,7 +32,7 @@ from featinv_diffusion.evaluation.report import summarise, to_markdown
 from featinv_diffusion.evaluation.settings import EvaluationSettings
 from featinv_diffusion.files import replacing, write_text
 from featinv_diffusion.images import to_pil, write_png
-from featinv_diffusion.inverters.open import BUNDLED, open_chosen
+from featinv_diffusion.inverters.open import open_chosen
 from featinv_diffusion.metrics.distribution import (
     FeatureSample,
     frechet_distance,
@@ -415,13 +415,8 @@ def _without_own(
     if own.spec.layer != LAST:
         return settings, ()
 
-    def identify(name: str) -> str:
-        full = _full_name(name, settings.pipeline).removeprefix("timm/")
-        return SHORT_NAMES.get(full, full).removeprefix("timm/")
-
-    is_own = [identify(name) == identify(own.name) for name in settings.evaluated_by]
-    left_out = [name for name, same in zip(settings.evaluated_by, is_own, strict=True) if same]
-    others = tuple(n for n, same in zip(settings.evaluated_by, is_own, strict=True) if not same)
+    left_out = [name for name in settings.evaluated_by if same_backbone(name, own.name)]
+    others = tuple(name for name in settings.evaluated_by if name not in left_out)
     notes = tuple(
         f"{name} is the backbone that is inverted and is left out of those that evaluate."
         for name in left_out
@@ -433,20 +428,13 @@ def _load_others(settings: EvaluationSettings, device: torch.device) -> dict[str
     others: dict[str, Backbone] = {}
     for name in settings.evaluated_by:
         with without_progress_bars():
-            others[name] = load_backbone(_full_name(name, settings.pipeline)).to(device)
+            others[name] = load_backbone(name).to(device)
         if others[name].input_size[0] != others[name].input_size[1]:
             raise InputError(
                 f"A backbone that evaluates must read squares, but {name!r} reads "
                 f"{'×'.join(map(str, others[name].input_size))} pixels."
             )
     return others
-
-
-def _full_name(name: str, pipeline: str | None) -> str:
-    """Beside a bundled pipeline, a short name means the bundled backbone, as in `--backbone`."""
-    bundled = BUNDLED + name
-    is_bundled = (pipeline or "").startswith(BUNDLED) and bundled in list_backbones()
-    return bundled if is_bundled else name
 
 
 logger = logging.getLogger(__name__)

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from featinv_diffusion.backbones.names import read_spec
 from featinv_diffusion.errors import InputError, choices_hint
 from featinv_diffusion.features.edits import FeatureEdit
 from featinv_diffusion.files import read_tensors, write_tensors
@@ -156,7 +157,7 @@ class Operator:
             raise InputError(f"An operator must be a file, but there is none at {path}. {_ADVICE}")
         tensors, header = read_tensors(path, FORMAT, _ADVICE)
         try:
-            spec = FeatureSpec(**{**header["spec"], "grid": tuple(header["spec"]["grid"])})
+            spec = read_spec(header["spec"])
             held = header["record"]
             record = FitRecord(**{**held, "image_digests": tuple(held["image_digests"])})
             return cls(tensors["matrix"], spec, record)

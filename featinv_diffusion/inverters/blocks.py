@@ -12,6 +12,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from featinv_diffusion.backbones.names import read_spec
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.inverters.path import IMAGE
 from featinv_diffusion.types import FeatureSpec
@@ -191,7 +192,7 @@ def published_layers(name: str) -> dict[str, list[int]]:
 
 def spec_of(spec: Mapping[str, Any]) -> FeatureSpec:
     """Reads a spec from the dict of a config."""
-    return FeatureSpec(**{**spec, "grid": tuple(spec["grid"])})
+    return read_spec(spec)
 
 
 def _upsample(n_in: int, n_out: int, kernel: int, stride: int) -> nn.ConvTranspose2d:

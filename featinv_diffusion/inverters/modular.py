@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from featinv_diffusion.backbones import Backbone, load_backbone
+from featinv_diffusion.backbones.names import recorded_name
 from featinv_diffusion.errors import InputError, choices_hint
 from featinv_diffusion.files import write_text
 from featinv_diffusion.inverters.blocks import ConvInverse, InverseModule
@@ -151,7 +152,8 @@ class InverseSet(nn.Module):
             index = json.loads((folder / INDEX).read_text())
             modules = {stage: _load_module(folder / stage) for stage in index["stages"]}
             size = index.get("input_size")
-            info = PathInfo(index["family"], index["model"], size and tuple(size))
+            model = recorded_name(index["model"])
+            info = PathInfo(index["family"], model, size and tuple(size))
         except (OSError, KeyError, ValueError) as error:
             raise InputError(
                 f"{folder} must hold a modular inverter ({INDEX} and a folder per stage), but it "

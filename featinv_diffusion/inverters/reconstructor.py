@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from featinv_diffusion.backbones import Backbone, load_backbone, wrap_model
+from featinv_diffusion.backbones.names import canonical_name
 from featinv_diffusion.errors import InputError, choices_hint
 from featinv_diffusion.files import expand_path
 from featinv_diffusion.inverters.base import Generators, Inverter
@@ -294,7 +295,13 @@ def load_encoder(
     if not Path(weights).is_dir():
         raise InputError(f"The weights of {name!r} must be in a folder, but {weights} is none.")
     model, processor = load_transformers(str(weights), pretrained=True)
-    return wrap_model(model, name=name, layer=layer, input_size=input_size, processor=processor)
+    return wrap_model(
+        model,
+        name=canonical_name(name),
+        layer=layer,
+        input_size=input_size,
+        processor=processor,
+    )
 
 
 def _make_block(width: int, n_heads: int | None, feedforward: int | None) -> nn.Module:

@@ -18,7 +18,7 @@ from pyarrow import parquet
 from torch import Tensor
 
 from featinv_diffusion import __version__
-from featinv_diffusion.backbones import Backbone, list_backbones, load_backbone
+from featinv_diffusion.backbones import Backbone, load_backbone, same_backbone
 from featinv_diffusion.concepts import (
     MCD,
     ConceptDictionary,
@@ -37,7 +37,7 @@ from featinv_diffusion.figures import board as figures
 from featinv_diffusion.figures.board import Board, write_figure
 from featinv_diffusion.files import replacing, write_text
 from featinv_diffusion.images import center_square, read_image, to_tensor
-from featinv_diffusion.inverters.open import BUNDLED, find_device
+from featinv_diffusion.inverters.open import find_device
 from featinv_diffusion.runs.record import from_values, path_of, read_content, read_environment
 from featinv_diffusion.runs.sampling import batched, to_list
 from featinv_diffusion.backbones.base import weights_sha256
@@ -250,12 +250,6 @@ def fit_concepts(fit: ConceptFit, *, progress: bool = False) -> Fitted:
         predicted=None if logits is None else logits.argmax(dim=1),
         notes=() if target is None or target.note is None else (target.note,),
     )
-
-
-def backbone_name(name: str) -> str:
-    """Returns the bundled model that stands for a name, as in all commands, or the name itself."""
-    bundled = BUNDLED + name.removeprefix(BUNDLED)
-    return bundled if bundled in list_backbones() else name
 
 
 @torch.no_grad()
@@ -579,7 +573,9 @@ def load_concepts(path: str | Path, backbone: Backbone) -> ConceptDictionary:
         )
     digest = concepts.origin.get("weights_sha256")
     layers = [(s.layer, s.kind, s.channels) for s in (mine, spec)]
-    if layers[0] != layers[1] or (digest is None and mine.backbone != spec.backbone):
+    if layers[0] != layers[1] or (
+        digest is None and not same_backbone(mine.backbone, spec.backbone)
+    ):
         raise InputError(
             f"The concepts in {path} are those of a {mine}, but the pipeline inverts a {spec}. "
             "Use the pipeline of that backbone and layer, or fit concepts of this one with "

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from featinv_diffusion.backbones import Backbone, load_backbone
+from featinv_diffusion.backbones.names import canonical_name
 from featinv_diffusion.backbones.timm import TimmBackbone
 from featinv_diffusion.backbones.transformers import TransformersBackbone
 from featinv_diffusion.data.crops import to_images
@@ -35,7 +36,7 @@ from featinv_diffusion.features.pixel_operations import to_grey
 from featinv_diffusion.files import expand_path
 from featinv_diffusion.images import center_square, to_tensor
 from featinv_diffusion.inverters.base import Inverter
-from featinv_diffusion.inverters.open import BUNDLED, open_chosen
+from featinv_diffusion.inverters.open import open_chosen
 from featinv_diffusion.metrics.colour import delta_e_2000
 from featinv_diffusion.metrics.features import psnr, ssim
 from featinv_diffusion.runs.sampling import batched
@@ -112,15 +113,15 @@ def open_scorers(names: Sequence[str], compared: Collection[str], grey: bool) ->
     Raises:
         InputError: a scorer that is compared itself, is named twice, or cannot be loaded.
     """
-    taken = {_plain(name) for name in compared}
-    free = [name for name in BUNDLED_SCORERS if _plain(name) not in taken]
+    taken = {canonical_name(name) for name in compared}
+    free = [name for name in BUNDLED_SCORERS if canonical_name(name) not in taken]
     if not names and not free:
         raise InputError("All bundled classifiers are compared: name another one with --scorers.")
     names = names or free[:1]
-    if len({_plain(name) for name in names}) < len(names):
+    if len({canonical_name(name) for name in names}) < len(names):
         raise InputError(f"--scorers names a backbone twice: {', '.join(names)}")
     for name in names:
-        if _plain(name) in taken:
+        if canonical_name(name) in taken:
             raise InputError(
                 f"A scorer must be none of the compared encoders, but {name!r} is. Name another "
                 "one, or leave --scorers out."
@@ -128,10 +129,6 @@ def open_scorers(names: Sequence[str], compared: Collection[str], grey: bool) ->
     backbones = [load_backbone(name) for name in names]
     colours = (False, True) if grey else (False,)
     return [Scorer(backbone, colour) for colour in colours for backbone in backbones]
-
-
-def _plain(name: str) -> str:
-    return name.removeprefix(BUNDLED)
 
 
 # ---- Which encoders are compared, on which images, and the inverters that turn them back ---------

@@ -121,10 +121,18 @@ def environment(n_processes: int) -> dict[str, Any]:
     """Library versions, the commit and the number of processes."""
     names = ("torch", "diffusers", "transformers", "accelerate", "timm", "datasets")
     return {
-        "versions": {name: importlib.metadata.version(name) for name in names},
+        "versions": {name: _version(name) for name in names},
         "commit": _commit(),
         "n_processes": n_processes,
     }
+
+
+def _version(package: str) -> str | None:
+    """The installed version of a package; None where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _commit() -> str | None:

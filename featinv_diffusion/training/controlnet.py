@@ -19,6 +19,7 @@ from torchvision.utils import make_grid
 from transformers import CLIPTextModel, CLIPTokenizer, TimmWrapperForImageClassification
 
 from featinv_diffusion.backbones import Backbone, load_backbone, wrap_model
+from featinv_diffusion.backbones.names import PUBLISHED, canonical_name
 from featinv_diffusion.config import to_yaml
 from featinv_diffusion.data.crops import (
     CropDataset,
@@ -68,7 +69,7 @@ class ControlNetModelConfig:
     """
 
     base: str = "lambdalabs/miniSD-diffusers"
-    backbone: str = "convnext"
+    backbone: str = PUBLISHED["convnext"]
     backbone_name: str | None = None
     layer: str = "last"
     feature_hidden_channels: int = 512
@@ -289,7 +290,7 @@ def load_training_backbone(config: ControlNetModelConfig) -> Backbone:
     if not Path(config.backbone).is_dir():
         return load_backbone(config.backbone, config.layer)
     wrapper = load_component(TimmWrapperForImageClassification, config.backbone)
-    name = config.backbone_name or wrapper.config.architecture
+    name = canonical_name(config.backbone_name or wrapper.config.architecture)
     return wrap_model(wrapper, name=name, layer=config.layer)
 
 

@@ -1,17 +1,13 @@
-"""What the scripts in `train/` share: arguments, bad-input sentences, validation images."""
+"""What trainings share: data sets of crops, validation images, frozen components."""
 
 from __future__ import annotations
 
-import argparse
-import sys
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeAlias, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from featinv_diffusion.config import load_config, read_setting
 from featinv_diffusion.data.crops import (
     CropDataset,
     DataConfig,
@@ -19,50 +15,7 @@ from featinv_diffusion.data.crops import (
     split_held_back,
     to_images,
 )
-from featinv_diffusion.errors import InputError, choices_hint
-
-Config = TypeVar("Config")
-Recipe: TypeAlias = tuple[type[Any], Callable[[Any], object]]
-"""A config class and the function that trains what such a config describes."""
-
-
-def run_script(
-    config_class: type[Config], train: Callable[[Config], object], doc: str | None
-) -> None:
-    """Parses `--config FILE key=value ... [--dry-run]`, trains, and exits 2 on bad input."""
-    _run(lambda _path, _overrides: (config_class, train), doc)
-
-
-def run_family_script(families: Mapping[str, Recipe], doc: str | None) -> None:
-    """As `run_script`, where `model.family` chooses the config and what trains it.
-
-    Args:
-        families: by the value of `model.family`; the first is that of a config without one.
-    """
-
-    def choose(path: str | None, overrides: Sequence[str]) -> Recipe:
-        family = str(read_setting("model.family", path, overrides) or next(iter(families)))
-        if family not in families:
-            hint = choices_hint(family, list(families))
-            raise InputError(f"No model.family is named {family!r}; {hint}")
-        return families[family]
-
-    _run(choose, doc)
-
-
-def _run(choose: Callable[[str | None, Sequence[str]], Recipe], doc: str | None) -> None:
-    parser = argparse.ArgumentParser(description=doc)
-    parser.add_argument("--config", help="YAML file, e.g. configs/controlnet/convnext.yaml")
-    parser.add_argument("--dry-run", action="store_true", help="print what would run, then stop")
-    parser.add_argument("overrides", nargs="*", help="settings such as optim.lr=1e-4")
-    arguments = parser.parse_intermixed_args()
-    extra = ["run.dry_run=true"] if arguments.dry_run else []
-    try:
-        config_class, train = choose(arguments.config, arguments.overrides)
-        train(load_config(config_class, arguments.config, [*arguments.overrides, *extra]))
-    except InputError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        sys.exit(2)
+from featinv_diffusion.errors import InputError
 
 
 def make_datasets(

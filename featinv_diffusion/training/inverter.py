@@ -18,6 +18,7 @@ from transformers import TimmWrapperForImageClassification
 from transformers.loss.loss_for_object_detection import HungarianMatcher, ImageLoss
 
 from featinv_diffusion.backbones import wrap_model
+from featinv_diffusion.backbones.names import canonical_name
 from featinv_diffusion.config import to_yaml
 from featinv_diffusion.data.boxes import BoxDataset, coco_annotations, load_box_records, targets_of
 from featinv_diffusion.data.crops import (
@@ -154,12 +155,12 @@ def load_training_path(config: InverterModelConfig) -> ForwardPath:
         size = config.input_size or PUBLISHED_SIZE
         return DetrPath(load_detr(config.weights), name=config.model, input_size=size)
     wrapper = load_component(TimmWrapperForImageClassification, config.weights)
-    return vit_path(wrap_model(wrapper, name=config.model))
+    return vit_path(wrap_model(wrapper, name=info.model))
 
 
 def info_of(config: InverterModelConfig) -> PathInfo:
     """Returns what the saved inverter says of its model."""
-    return PathInfo(config.family, config.model, config.input_size)
+    return PathInfo(config.family, canonical_name(config.model), config.input_size)
 
 
 def make_inverses(config: InverterModelConfig, path: ForwardPath) -> InverseSet:

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import (
     DataLoaderConfiguration,
     ProjectConfiguration,
+    is_tensorboard_available,
     is_wandb_available,
 )
 from diffusers.training_utils import EMAModel
@@ -74,12 +75,19 @@ def make_accelerator(optim: OptimConfig, run: RunConfig, seed: int) -> Accelerat
         mixed_precision="no" if run.mixed_precision == "fp32" else run.mixed_precision,
         gradient_accumulation_steps=optim.gradient_accumulation_steps,
         cpu=run.cpu,
-        log_with=None if run.tracker == "none" else run.tracker,
+        log_with=find_tracker(run),
         project_config=ProjectConfiguration(project_dir=run.output),
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed),
     )
     check_process_group(accelerator)
     return accelerator
+
+
+def find_tracker(run: RunConfig) -> str | None:
+    """Returns the tracker that a run writes to; None without one."""
+    if run.tracker == "auto":
+        return "tensorboard" if is_tensorboard_available() else None
+    return None if run.tracker == "none" else run.tracker
 
 
 def _check_settings(optim: OptimConfig, run: RunConfig) -> None:
@@ -98,6 +106,11 @@ def _check_settings(optim: OptimConfig, run: RunConfig) -> None:
         )
     if run.tracker == "wandb" and not is_wandb_available():
         raise InputError("run.tracker=wandb needs its package: pip install wandb.")
+    if run.tracker == "tensorboard" and not is_tensorboard_available():
+        raise InputError(
+            "run.tracker=tensorboard needs its package: pip install 'featinv-diffusion[train]'. "
+            "Or set run.tracker=none."
+        )
 
 
 def fit(
@@ -149,6 +162,7 @@ class _Run:
         config_text: str,
     ):
         self.task, self.dataset, self.optim, self.run = task, dataset, optim, run
+        self.tracker = find_tracker(run)
         self.config_text, self.output, self.progress = config_text, Path(run.output), Progress()
         self.accelerator = accelerator
         task.to(self.accelerator.device, _frozen_dtype(run))
@@ -334,12 +348,14 @@ class _Run:
         self.accelerator.print(f"Resumed from {checkpoints[-1]}")
 
     def _start_tracker(self) -> None:
-        if self.run.tracker == "none":
+        if self.tracker is None:
+            if self.run.tracker == "auto":
+                self.accelerator.print("No tracker: tensorboard is not installed.")
             return
         # What is logged beyond the checkpoint is logged again.
         options = {"tensorboard": {"purge_step": self.progress.step + 1}}
         self.accelerator.init_trackers(
-            "tracker", init_kwargs=options if self.run.tracker == "tensorboard" else {}
+            "tracker", init_kwargs=options if self.tracker == "tensorboard" else {}
         )
 
     def _averaged_weights(self):
@@ -368,9 +384,9 @@ class _Run:
         folder = self.output / "validation"
         folder.mkdir(exist_ok=True)
         picture.save(folder / f"{name}-{self.progress.step:08d}.png")
-        if self.run.tracker != "none":
-            tracker: Any = self.accelerator.get_tracker(self.run.tracker)
-            layout = {"dataformats": "NHWC"} if self.run.tracker == "tensorboard" else {}
+        if self.tracker is not None:
+            tracker: Any = self.accelerator.get_tracker(self.tracker)
+            layout = {"dataformats": "NHWC"} if self.tracker == "tensorboard" else {}
             tracker.log_images({name: np.asarray(picture)[None]}, step=self.progress.step, **layout)
 
     def _dry_run(self) -> Path:

@@ -66,12 +66,12 @@ def test_both_ways(featinv, made, tmp_path):
         (["{made}/control.ckpt", "out", "--backbone", "test_vit"], "as --original-config"),
         (WITH_YAML, "'openai/clip-vit-large-patch14' cannot be had"),
         (
-            [*WITH_YAML, "--no-tokenizer", "--backbone", "resnet"],
-            "64 channels, but the features are a map of resnet at layer 'last', 2048×7×7",
+            [*WITH_YAML, "--no-tokenizer", "--backbone", "resnet50.tv_in1k"],
+            "64 channels, but the features are a map of resnet50.tv_in1k at layer 'last', 2048×7×7",
         ),
         (
             ["{made}/control.ckpt", "out", "--no-tokenizer", "--backbone", "convnect"],
-            "Nearest names: convnext",
+            "did you mean 'convnext'",
         ),
         (["x", "out", "--tokenizer", "a", "--no-tokenizer"], "not both"),
         (["x", "out.ckpt", "--reverse", "--backbone", "convnext"], "leave --backbone out"),

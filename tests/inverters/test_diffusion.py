@@ -24,7 +24,7 @@ def make_inverter(pipeline: FeatInvPipeline, **settings) -> DiffusionInverter:
 def test_it_is_an_inverter_of_the_declared_features(pipeline):
     inverter = make_inverter(pipeline)
     assert isinstance(inverter, Inverter)
-    assert inverter.spec == FeatureSpec("convnext", "last", tiny.CHANNELS, tiny.GRID)
+    assert inverter.spec == FeatureSpec("tiny/convnext", "last", tiny.CHANNELS, tiny.GRID)
     assert inverter.backbone is not None
     assert inverter.backbone.spec == inverter.spec
 

@@ -19,7 +19,7 @@ LABELS = ("goldfish, Carassius auratus", "Crane", "crane", *map(str, range(100, 
 
 @pytest.fixture
 def backbone(timm_wrapper) -> Backbone:
-    return wrap_model(timm_wrapper, name="convnext")
+    return wrap_model(timm_wrapper, name="tiny/convnext")
 
 
 def scores(*classes: int) -> torch.Tensor:
@@ -67,7 +67,7 @@ def test_without_a_head_there_is_no_class(backbone):
 
 
 def test_at_an_earlier_layer_there_is_a_class_but_no_relevance(timm_wrapper):
-    backbone = wrap_model(timm_wrapper, name="convnext", layer="stages.2")
+    backbone = wrap_model(timm_wrapper, name="tiny/convnext", layer="stages.2")
     target = find_class(backbone, None, scores(3))
     assert target.index == 3
     assert target.direction is None
@@ -130,21 +130,21 @@ def test_what_is_known_of_a_fit_is_saved(tmp_path, backbone):
 
 
 def test_concepts_of_the_same_weights_fit_whatever_the_backbone_is_called(tmp_path, timm_wrapper):
-    one, other = (wrap_model(timm_wrapper, name=name) for name in ("convnext", "tiny/convnext"))
+    one, other = (wrap_model(timm_wrapper, name=name) for name in ("mine", "tiny/convnext"))
     path = tmp_path / "c.safetensors"
     save(path, one, weights_sha256=weights_sha256({"backbone": one.model}))
     assert load_concepts(path, other).n_concepts == 2
     save(path, one)
     assert load_concepts(path, one).n_concepts == 2
-    with pytest.raises(InputError, match=r"those of a map of convnext.*inverts a map of tiny/"):
+    with pytest.raises(InputError, match=r"those of a map of mine.*inverts a map of tiny/"):
         load_concepts(path, other)
 
 
 def test_concepts_of_other_features_are_refused_and_both_are_named(tmp_path, timm_wrapper):
     path = tmp_path / "c.safetensors"
-    last = wrap_model(timm_wrapper, name="convnext")
+    last = wrap_model(timm_wrapper, name="tiny/convnext")
     save(path, last, weights_sha256=weights_sha256({"backbone": last.model}))
-    earlier = wrap_model(timm_wrapper, name="convnext", layer="stages.2")
+    earlier = wrap_model(timm_wrapper, name="tiny/convnext", layer="stages.2")
     words = r"layer 'last', 32×8×8, but .* layer 'stages.2', 24×8×8.*--layer stages.2"
     with pytest.raises(InputError, match=words):
         load_concepts(path, earlier)

@@ -18,6 +18,8 @@ from featinv_diffusion.config import load_config
 from featinv_diffusion.diffusion.featinv_controlnet import FeatureControlNet
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.seeds import derive_seed
+from featinv_diffusion.training import loop
+from featinv_diffusion.training.config import OptimConfig, RunConfig
 from featinv_diffusion.training.controlnet import (
     ControlNetConfig,
     load_frozen_parts,
@@ -25,6 +27,7 @@ from featinv_diffusion.training.controlnet import (
     set_feature_statistics,
     train_controlnet,
 )
+from featinv_diffusion.training.loop import find_tracker, make_accelerator
 from tests import tiny
 from train.tiny_family.autoencoder import AutoencoderConfig, train_autoencoder
 from train.tiny_family.classifier import ClassifierConfig, distillation_loss, train_classifier
@@ -376,3 +379,25 @@ def test_diverged_loss_stops_the_run(folder: Path, tmp_path: Path) -> None:
     config = controlnet_config(folder, tmp_path, 50, "optim.lr=1e30", "optim.max_grad_norm=1e30")
     with pytest.raises(InputError, match="loss must be finite"):
         train_controlnet(config)
+
+
+def test_tensorboard_is_used_where_it_is_installed(monkeypatch) -> None:
+    assert [find_tracker(RunConfig(tracker=name)) for name in ("auto", "wandb", "none")] == [
+        "tensorboard",
+        "wandb",
+        None,
+    ]
+    monkeypatch.setattr(loop, "is_tensorboard_available", lambda: False)
+    assert find_tracker(RunConfig()) is None
+    with pytest.raises(InputError, match=r"pip install 'featinv-diffusion\[train\]'"):
+        make_accelerator(OptimConfig(), RunConfig(tracker="tensorboard", cpu=True), 0)
+
+
+def test_a_run_without_tensorboard_says_so(
+    folder: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr(loop, "is_tensorboard_available", lambda: False)
+    overrides = classifier_settings(folder, tmp_path, 1, **{"run.tracker": "auto"})
+    train_classifier(load_config(ClassifierConfig, None, overrides))
+    assert "No tracker: tensorboard is not installed." in capsys.readouterr().out
+    assert not (tmp_path / "tracker").exists()

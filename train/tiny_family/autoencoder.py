@@ -19,10 +19,11 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 from transformers import TimmWrapperForImageClassification
 
+from featinv_diffusion.cli.train import run_recipe
 from featinv_diffusion.config import to_yaml
 from featinv_diffusion.data.crops import DataConfig, load_records, to_images
 from featinv_diffusion.training.config import OptimConfig, RunConfig
-from featinv_diffusion.training.entry import load_component, make_datasets, run_script, stack_images
+from featinv_diffusion.training.entry import load_component, make_datasets, stack_images
 from featinv_diffusion.training.latents import SampleNoise
 from featinv_diffusion.training.loop import fit, make_accelerator
 
@@ -203,4 +204,4 @@ def train_autoencoder(config: AutoencoderConfig) -> Path:
 
 
 if __name__ == "__main__":
-    run_script(AutoencoderConfig, train_autoencoder, __doc__)
+    run_recipe(AutoencoderConfig, train_autoencoder, __doc__)

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
+from featinv_diffusion.cli.train import run_recipe
 from featinv_diffusion.config import to_yaml
 from featinv_diffusion.data.crops import DataConfig, load_records, read_class_titles, to_images
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.training.config import OptimConfig, RunConfig
-from featinv_diffusion.training.entry import load_component, make_datasets, run_script, stack_images
+from featinv_diffusion.training.entry import load_component, make_datasets, stack_images
 from featinv_diffusion.training.loop import fit, make_accelerator
 
 
@@ -189,4 +190,4 @@ def train_classifier(config: ClassifierConfig) -> Path:
 
 
 if __name__ == "__main__":
-    run_script(ClassifierConfig, train_classifier, __doc__)
+    run_recipe(ClassifierConfig, train_classifier, __doc__)

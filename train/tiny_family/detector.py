@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import DetrForObjectDetection, TimmWrapperForImageClassification
 
+from featinv_diffusion.cli.train import run_recipe
 from featinv_diffusion.config import to_yaml
 from featinv_diffusion.data.boxes import BoxDataset, load_box_records, targets_of
 from featinv_diffusion.data.crops import DataConfig, read_class_titles, split_held_back, to_images
@@ -22,7 +23,7 @@ from featinv_diffusion.inverters.detr import DetrPath, load_detr, make_detr
 from featinv_diffusion.metrics.detection import best_query_scores
 from featinv_diffusion.seeds import derive_seed
 from featinv_diffusion.training.config import OptimConfig, RunConfig
-from featinv_diffusion.training.entry import load_component, run_script
+from featinv_diffusion.training.entry import load_component
 from featinv_diffusion.training.inverter import HungarianLoss, held_back_config, stack_items
 from featinv_diffusion.training.loop import fit, make_accelerator
 
@@ -148,4 +149,4 @@ def train_detector(config: DetectorConfig) -> Path:
 
 
 if __name__ == "__main__":
-    run_script(DetectorConfig, train_detector, __doc__)
+    run_recipe(DetectorConfig, train_detector, __doc__)

@@ -19,6 +19,7 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from featinv_diffusion.cli.train import run_recipe
 from featinv_diffusion.config import to_yaml
 from featinv_diffusion.data.crops import DataConfig, load_records, read_class_titles
 from featinv_diffusion.diffusion.objective import (
@@ -28,7 +29,7 @@ from featinv_diffusion.diffusion.objective import (
     prediction_target,
 )
 from featinv_diffusion.training.config import OptimConfig, RunConfig
-from featinv_diffusion.training.entry import load_component, make_datasets, run_script
+from featinv_diffusion.training.entry import load_component, make_datasets
 from featinv_diffusion.training.latents import (
     CacheConfig,
     CachedCropDataset,
@@ -237,4 +238,4 @@ def train_text_to_image(config: TextToImageConfig) -> Path:
 
 
 if __name__ == "__main__":
-    run_script(TextToImageConfig, train_text_to_image, __doc__)
+    run_recipe(TextToImageConfig, train_text_to_image, __doc__)

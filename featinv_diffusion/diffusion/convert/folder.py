@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel
 
-from featinv_diffusion.backbones import LAST, load_backbone
+from featinv_diffusion.backbones import LAST, load_backbone, resolve_backbone
+from featinv_diffusion.backbones.names import PUBLISHED, read_spec, recorded_name
 from featinv_diffusion.diffusion.convert.config import (
     PIPELINE_SETTINGS,
     OriginalConfig,
@@ -174,7 +175,7 @@ def _not_found(name: str, problem: str) -> InputError:
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_BACKBONE = "convnext"
+DEFAULT_BACKBONE = PUBLISHED["convnext"]
 # Fixed in the original code.
 HINT_WIDTH, LATENT_SIZE = 512, 32
 
@@ -200,8 +201,8 @@ def read_original(
         tokenizer: a folder or Hub repository; None leaves it out, and the pipeline then takes
             `prompt_embeds` only.
         backbone: whose features the ControlNet reads. None takes what a YAML of `write_original`
-            says, else `convnext`; so do `layer` (else `last`) and `pooled` (else False), whether
-            it reads average-pooled maps.
+            says, else the paper's ConvNeXt; so do `layer` (else `last`) and `pooled` (else False),
+            whether it reads average-pooled maps.
 
     Raises:
         InputError: a file that cannot be read, or parts that do not fit each other.
@@ -255,16 +256,16 @@ def write_original(pipeline: FeatInvPipeline, checkpoint: str | Path) -> Path:
 
 def _feature_spec(config: OriginalConfig, backbone: str | None, layer: str | None) -> FeatureSpec:
     declared = config.extras.get("feature_spec") or {}
-    named = declared.get("backbone")
-    if declared and backbone in (None, named):
+    named = recorded_name(declared["backbone"]) if "backbone" in declared else None
+    chosen = resolve_backbone(backbone).name if backbone else named
+    if declared and chosen == named:
         try:
-            spec = FeatureSpec(**{**declared, "grid": tuple(declared["grid"])})
+            spec = read_spec(declared)
         except (TypeError, KeyError) as error:
             raise InputError(f"feature_spec of the YAML must be complete, but: {error}") from error
         if layer in (None, spec.layer):
             return spec
-    name = backbone or named or DEFAULT_BACKBONE
-    return load_backbone(name, layer or LAST, pretrained=False).spec
+    return load_backbone(chosen or DEFAULT_BACKBONE, layer or LAST, pretrained=False).spec
 
 
 def _load_backbone(spec: FeatureSpec) -> PreTrainedModel | None:
