@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
     from featinv_diffusion.diffusion.hub import load_pipeline
     from featinv_diffusion.errors import InputError
-    from featinv_diffusion.evaluation import Evaluation, evaluate
+    from featinv_diffusion.evaluation.run import Evaluation, evaluate
     from featinv_diffusion.features.operators import Operator
     from featinv_diffusion.inverters.base import Inverter
     from featinv_diffusion.inverters.diffusion import DiffusionInverter
@@ -46,7 +46,7 @@ _MODULES = {
     "ConceptDictionary": "concepts",
     "ConceptViz": "studies.featinv_viz",
     "DiffusionInverter": "inverters.diffusion",
-    "Evaluation": "evaluation",
+    "Evaluation": "evaluation.run",
     "FeatInvPipeline": "diffusion.featinv_pipeline",
     "FeatureControlNet": "diffusion.featinv_controlnet",
     "FeatureMaps": "types",
@@ -59,7 +59,7 @@ _MODULES = {
     "TokenReading": "class_embedding",
     "Variability": "studies.variability",
     "compose": "studies.composition",
-    "evaluate": "evaluation",
+    "evaluate": "evaluation.run",
     "find_concepts": "studies.concepts",
     "fit_operator": "studies.operators",
     "interpolate": "studies.interpolation",

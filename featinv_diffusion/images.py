@@ -248,6 +248,15 @@ def _read_one(picture: object, size: int) -> tuple[Images, list[Source]]:
     return to_tensor(square), [Source(name, location, square, whole.size)]
 
 
+def as_picture(picture: Picture) -> Image.Image:
+    """Returns a picture of any kind as `read_image` does, whole; floats are rounded to 8 bits."""
+    if isinstance(picture, str | Path):
+        return read_image(picture)
+    if isinstance(picture, Image.Image):
+        return _to_rgb(_upright(picture), "the picture")
+    return to_pil(_from_array(picture))[0]
+
+
 def _from_array(values: np.ndarray | Tensor) -> Images:
     tensor = torch.as_tensor(values)
     tensor = tensor[None] if tensor.ndim == 3 else tensor

@@ -301,6 +301,16 @@ def write_bars(
     ylabel: str,
     baseline: tuple[str, Interval] | None = None,
 ) -> None:
+    """Writes `draw_bars`."""
+    write_figure(draw_bars(values, title, ylabel, baseline), path)
+
+
+def draw_bars(
+    values: Mapping[str, Interval],
+    title: str,
+    ylabel: str,
+    baseline: tuple[str, Interval] | None = None,
+) -> Figure:
     """Draws a bar with its interval for each name, and a line for the baseline."""
     figure, axes = _plain_figure(1.2 + 0.75 * len(values), 3.0)
     heights = [v.value for v in values.values()]
@@ -316,7 +326,7 @@ def write_bars(
     axes.set_title(title, fontsize=TITLE)
     axes.set_ylabel(ylabel, fontsize=TEXT)
     axes.tick_params(axis="x", labelrotation=30)
-    write_figure(figure, path)
+    return figure
 
 
 def write_tradeoff(

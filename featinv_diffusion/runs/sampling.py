@@ -15,11 +15,12 @@ from statistics import fmean
 from typing import TypeVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from featinv_diffusion.data.crops import to_images
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.images import (
     center_square,
@@ -36,6 +37,8 @@ from featinv_diffusion.types import FeatureMaps, Features, Images, Source
 
 T = TypeVar("T")
 
+Pixels = UInt8[Tensor, "b 3 height width"]
+"""RGB as a PNG holds it."""
 OnFailure = Callable[["Job", str], None]
 Score = Callable[[Features, float], float | None]
 """From a map and the mean cosine of its samples to a p-value, see `runs.scope`."""
@@ -81,11 +84,36 @@ def sample_maps(
     for batch in batched(maps, batch_size):
         features = torch.stack([one.as_subclass(Tensor) for one, _ in batch])
         generators = [torch.Generator().manual_seed(seed) for _, seed in batch]
-        made = inverter.invert(features, generator=generators)
-        finite = made.isfinite().flatten(1).all(dim=1).tolist()
-        images = to_tensor(to_pil(made.nan_to_num()))
+        pixels, finite = decode(inverter, features, generators)
+        # The memory layout of pictures that are read from files; it decides the last bits.
+        images = to_images(pixels).contiguous(memory_format=torch.channels_last)
         seen, logits = backbone.features_and_logits(images.to(backbone.device))
-        yield SampleBatch(features, images, seen, logits, finite)
+        yield SampleBatch(features, images, seen, logits, finite.tolist())
+
+
+def decode(
+    inverter: Inverter, features: Features, generators: Sequence[torch.Generator]
+) -> tuple[Pixels, Bool[Tensor, " b"]]:
+    """Returns one 8-bit picture per map, and whether the inverter gave numbers for it.
+
+    Raises:
+        InputError: maps that do not fit the inverter.
+    """
+    images = inverter.invert(features, generator=generators)
+    return to_pixels(images), finite_rows(images)
+
+
+def to_pixels(images: Images) -> Pixels:
+    """Rounds to 8 bits on the CPU, as a PNG does; values beyond [0, 1] are clamped.
+
+    NaN become 0, so look at `finite_rows` first: a sample of NaN is no black picture.
+    """
+    return (images.float().nan_to_num().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+
+
+def finite_rows(values: Tensor) -> Bool[Tensor, " b"]:
+    """Returns whether each row of a batch holds neither NaN nor infinite values; on the CPU."""
+    return values.flatten(1).isfinite().all(dim=1).cpu()
 
 
 def sample_map(

@@ -30,7 +30,7 @@ from featinv_diffusion.data.crops import to_images
 from featinv_diffusion.data.selection import Item
 from featinv_diffusion.data.sets import ImageSet
 from featinv_diffusion.errors import InputError
-from featinv_diffusion.evaluation.evaluator import find_partners, finite_rows, noise_of, to_pixels
+from featinv_diffusion.evaluation.evaluator import find_partners, noise_of
 from featinv_diffusion.evaluation.settings import EvaluationSettings
 from featinv_diffusion.features.pixel_operations import to_grey
 from featinv_diffusion.files import expand_path
@@ -39,7 +39,7 @@ from featinv_diffusion.inverters.base import Inverter
 from featinv_diffusion.inverters.open import open_chosen
 from featinv_diffusion.metrics.colour import delta_e_2000
 from featinv_diffusion.metrics.features import psnr, ssim
-from featinv_diffusion.runs.sampling import batched
+from featinv_diffusion.runs.sampling import batched, finite_rows, to_pixels
 from featinv_diffusion.settings import SampleSettings
 from featinv_diffusion.types import Images
 
