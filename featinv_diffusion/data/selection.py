@@ -9,9 +9,42 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from featinv_diffusion.data.sets import ImageSet
-from featinv_diffusion.errors import InputError
-from featinv_diffusion.evaluation.settings import EvaluationSettings
+from featinv_diffusion.errors import InputError, choices_hint
 from featinv_diffusion.seeds import derive_seed
+
+SELECTIONS = ("random", "first")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which images are chosen.
+
+    Args:
+        n_images: drawn evenly over classes; None takes all.
+        per_class: at most so many of each class.
+        held_back_per_class: only the last k images of each class, which training holds back.
+        selection: `random` draws by a hash of the image's id, whatever `seed` is; `first` takes
+            the first of each class in the order of ids.
+        seed: of the noise.
+        n_null_images: images, spread evenly, for the nulls that cost a sample each.
+    """
+
+    n_images: int | None = None
+    per_class: int | None = None
+    held_back_per_class: int = 0
+    selection: str = "random"
+    seed: int = 0
+    n_null_images: int = 256
+
+    def __post_init__(self) -> None:
+        least = {"n_images": 1, "per_class": 1, "held_back_per_class": 0, "n_null_images": 0}
+        for name, lowest in least.items():
+            value = getattr(self, name)
+            if value is not None and value < lowest:
+                raise InputError(f"{name} must be at least {lowest}, got {value}.")
+        if self.selection not in SELECTIONS:
+            hint = choices_hint(self.selection, list(SELECTIONS))
+            raise InputError(f"No selection is named {self.selection!r}; {hint}")
 
 
 @dataclass(frozen=True)
@@ -32,7 +65,7 @@ class Item:
     has_null: bool
 
 
-def select_items(images: ImageSet, settings: EvaluationSettings) -> list[Item]:
+def select_items(images: ImageSet, settings: Selection) -> list[Item]:
     """Draws the images evenly over classes: first one of each class, then a second one …
 
     So neighbours are of different classes, and the first n of a larger selection are the
@@ -44,8 +77,8 @@ def select_items(images: ImageSet, settings: EvaluationSettings) -> list[Item]:
     for name in ("per_class", "held_back_per_class"):
         if getattr(settings, name) and images.labels is None:
             raise InputError(
-                f"--{name.replace('_', '-')} needs images with classes, but those of "
-                f"{settings.data} have none: no label column and no folder for each class."
+                f"--{name.replace('_', '-')} needs images with classes, but these have none: no "
+                "label column and no folder for each class."
             )
     drawn = _draw(images, settings)
     n_images = settings.n_images or len(drawn)
@@ -74,7 +107,7 @@ def digest(parts: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _draw(images: ImageSet, settings: EvaluationSettings) -> list[int]:
+def _draw(images: ImageSet, settings: Selection) -> list[int]:
     """Returns indices by (rank within the class, class)."""
     by_class: defaultdict[int, list[int]] = defaultdict(list)
     for index in sorted(range(len(images)), key=images.ids.__getitem__):

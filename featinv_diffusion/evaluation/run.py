@@ -473,7 +473,7 @@ def evaluate(
     settings = replace(settings, device=_choose_device(settings.device, accelerator))
     with accelerator.main_process_first():  # one builds caches, the others find them
         images = open_images(settings.data, settings.split, settings.classes, exclude=output)
-    items = select_items(images, settings)
+    items = select_items(images, settings.chosen)
     shards = make_shards(items, settings.shard_size, output)
     mine = [s for s in shards if not s.is_done][accelerator.process_index :: _n(accelerator)]
     taken = [item for shard in mine for item in shard.items]

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields
 
+from featinv_diffusion.data.selection import SELECTIONS, Selection
 from featinv_diffusion.errors import InputError, choices_hint
 from featinv_diffusion.inverters.open import SampleSettings
 
-SELECTIONS = ("random", "first")
 FID_CONVENTIONS = ("torch-fidelity", "clean", "adm")
 LPIPS_NETS = ("alex", "vgg", "squeeze")
 MAX_SHARD_SIZE = 512
@@ -106,6 +106,11 @@ class EvaluationSettings:
                     f"{_option(name)} does nothing without {options}; give both or neither."
                 )
         _ = self.sampling
+
+    @property
+    def chosen(self) -> Selection:
+        """Which images are evaluated."""
+        return Selection(**{f.name: getattr(self, f.name) for f in fields(Selection)})
 
     @property
     def sampling(self) -> SampleSettings:

@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from featinv_diffusion.backbones.base import Backbone
+from featinv_diffusion.data.places import list_pictures
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.images import (
     center_square,
-    list_images,
     read_image,
     to_pil,
     to_tensor,
@@ -224,7 +224,9 @@ def find_images(paths: Sequence[Path], exclude: Path | None = None) -> list[tupl
     for path in paths:
         if not path.exists():
             raise InputError(f"A picture or a folder must exist at {path}, but nothing is there.")
-        files = list_images(path) if path.is_dir() else [path]
+        files = [path]
+        if path.is_dir():
+            files = [path / name for name in list_pictures(path).names]
         for file in files:
             if exclude is None or exclude.resolve() not in file.resolve().parents:
                 name = file.relative_to(path).as_posix() if path.is_dir() else file.name

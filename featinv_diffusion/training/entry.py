@@ -15,10 +15,10 @@ from featinv_diffusion.config import load_config, read_setting
 from featinv_diffusion.data.crops import (
     CropDataset,
     DataConfig,
-    Records,
     split_held_back,
     to_images,
 )
+from featinv_diffusion.data.sets import ImageSet
 from featinv_diffusion.errors import InputError, choices_hint
 
 Config = TypeVar("Config")
@@ -66,12 +66,12 @@ def _run(choose: Callable[[str | None, Sequence[str]], Recipe], doc: str | None)
 
 
 def make_datasets(
-    records: Records, config: DataConfig, seed: int
+    images: ImageSet, config: DataConfig, seed: int
 ) -> tuple[CropDataset, CropDataset]:
     """Returns random crops for training and central crops of the held-back images."""
-    train, held = split_held_back(records.labels, config.held_back_per_class)
+    train, held = split_held_back(images.labels or [], config.held_back_per_class)
     central = replace(config, crop="center")
-    return CropDataset(records, train, config, seed), CropDataset(records, held, central, seed)
+    return CropDataset(images, train, config, seed), CropDataset(images, held, central, seed)
 
 
 def stack_images(dataset: CropDataset, n: int | None = None) -> tuple[Tensor, Tensor]:

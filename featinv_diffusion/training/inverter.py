@@ -19,15 +19,20 @@ from transformers.loss.loss_for_object_detection import HungarianMatcher, ImageL
 
 from featinv_diffusion.backbones import wrap_model
 from featinv_diffusion.config import to_yaml
-from featinv_diffusion.data.boxes import BoxDataset, coco_annotations, load_box_records, targets_of
+from featinv_diffusion.data.boxes import (
+    BoxDataset,
+    coco_annotations,
+    open_boxed_images,
+    targets_of,
+)
 from featinv_diffusion.data.crops import (
     CropDataset,
     DataConfig,
-    Records,
-    load_records,
+    open_training_images,
     split_held_back,
     to_images,
 )
+from featinv_diffusion.data.sets import ImageSet
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.files import write_text
 from featinv_diffusion.inverters.blocks import ConvInverse, InverseModule, published_layers
@@ -372,10 +377,10 @@ def tune_inverter(config: InverterConfig) -> Path:
     if not isinstance(path, DetrPath):
         raise InputError(f"Fine-tuning is for DETR, but {path.name!r} is of family {path.family}.")
     inverses = InverseSet.from_pretrained(str(config.tuning.inverter))
-    records = load_box_records(config.data)
-    kept, held = split_images(records, config.data)
-    train = BoxDataset(records, kept, config.data, config.seed)
-    validation = BoxDataset(records, held, held_back_config(config.data), config.seed)
+    images = open_boxed_images(config.data)
+    kept, held = split_images(images, config.data)
+    train = BoxDataset(images, kept, config.data, config.seed)
+    validation = BoxDataset(images, held, held_back_config(config.data), config.seed)
     task = TuningTask(
         path, inverses, config.tuning, stack_items(validation, 250), config.run.n_validation_images
     )
@@ -564,10 +569,10 @@ def train_inverter(config: InverterConfig) -> Path:
     torch.manual_seed(derive_seed(config.seed, "initial weights"))
     path = load_training_path(config.model).to(accelerator.device)
     inverses = make_inverses(config.model, path)
-    records = load_images(config.data)
-    kept, held = split_images(records, config.data)
-    train = CropDataset(records, kept, config.data, config.seed)
-    validation = CropDataset(records, held, held_back_config(config.data), config.seed)
+    images = load_images(config.data)
+    kept, held = split_images(images, config.data)
+    train = CropDataset(images, kept, config.data, config.seed)
+    validation = CropDataset(images, held, held_back_config(config.data), config.seed)
     n = 1 if config.run.dry_run else config.model.statistics_images
     statistics = measure_statistics(path, _stages_of(inverses), to_images(stack_pixels(train, n)))
     if config.model.standardise and not config.run.dry_run:
@@ -587,13 +592,13 @@ def refuse_streaming(config: DataConfig) -> None:
         )
 
 
-def split_images(records: Records, config: DataConfig) -> tuple[list[int], list[int]]:
+def split_images(images: ImageSet, config: DataConfig) -> tuple[list[int], list[int]]:
     """Returns (training, held-back) indices.
 
     Raises:
         InputError: one side has none.
     """
-    kept, held = split_held_back(records.labels, config.held_back_per_class)
+    kept, held = split_held_back(images.labels or [], config.held_back_per_class)
     if not held:
         raise InputError("Validation images are needed: set data.held_back_per_class to 1 or more.")
     if not kept:
@@ -604,11 +609,11 @@ def split_images(records: Records, config: DataConfig) -> tuple[list[int], list[
     return kept, held
 
 
-def load_images(config: DataConfig) -> Records:
+def load_images(config: DataConfig) -> ImageSet:
     """Opens any images; COCO's have no folders of classes."""
     root = Path(config.root or "").expanduser()
     is_coco = bool(config.root) and coco_annotations(root, config.split).is_file()
-    return load_box_records(config) if is_coco else load_records(config)
+    return open_boxed_images(config) if is_coco else open_training_images(config)
 
 
 def _stages_of(inverses: InverseSet) -> list[str]:

@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from featinv_diffusion.data.crops import CropDataset, DataConfig, load_records, to_images
+from featinv_diffusion.data.crops import CropDataset, DataConfig, open_training_images, to_images
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.training.latents import CachedCropDataset, encode_posterior, fill_cache
 from tests import tiny
@@ -21,7 +21,7 @@ def dataset(tmp_path: Path) -> CropDataset:
         pixels = random.integers(0, 256, (70, 90, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"images/a/{i}.png")
     config = DataConfig(root=str(tmp_path / "images"), size=48, vflip=True, num_workers=0)
-    return CropDataset(load_records(config), range(5), config, seed=0)
+    return CropDataset(open_training_images(config), range(5), config, seed=0)
 
 
 def fill(dataset: CropDataset, folder: Path, n_crops: int = 3, vae=None) -> CachedCropDataset:
@@ -70,8 +70,8 @@ def test_size_is_announced_and_another_vae_refused(
     dataset: CropDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cached = fill(dataset, tmp_path / "cache")
-    # 5 images × 3 crops × (two maps 4×8×8 of fp16, 4 int32, 2 flips) + 5 marks
-    assert cached.cache.n_bytes == 5 * 3 * (2 * 256 * 2 + 16 + 2) + 5
+    # 5 images × 3 crops × (two maps 4×8×8 of fp16, 4 int32, 2 flips) + 5 marks and attempts
+    assert cached.cache.n_bytes == 5 * 3 * (2 * 256 * 2 + 16 + 2) + 2 * 5
     assert "Latent cache" in capsys.readouterr().out
     other = tiny.make_vae()
     with torch.no_grad():

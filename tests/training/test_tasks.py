@@ -235,13 +235,13 @@ def test_warm_start_takes_all_but_the_feature_encoder(folder: Path, tmp_path: Pa
 
 
 def test_feature_statistics_standardise_the_cells(folder: Path, tmp_path: Path) -> None:
-    from featinv_diffusion.data.crops import load_records
+    from featinv_diffusion.data.crops import open_training_images
     from featinv_diffusion.training.entry import make_datasets, stack_images
 
     config = controlnet_config(folder, tmp_path, 1)
     parts = load_frozen_parts(config.model)
     controlnet = make_controlnet(config.model, parts)
-    train, _ = make_datasets(load_records(config.data), config.data, 0)
+    train, _ = make_datasets(open_training_images(config.data), config.data, 0)
     images = stack_images(train, 16)[0]
     set_feature_statistics(controlnet, parts.backbone, images)
     features = parts.backbone.features(images)
