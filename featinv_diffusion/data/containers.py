@@ -77,9 +77,7 @@ def open_container(files: Sequence[str]) -> Container:
         return _open_parquet(files)
     if all(suffix_of(file) in TAR for file in files):
         return _open_tars(files)
-    raise InputError(
-        f"All files must be parquet, or all tars, but {files[0]} stands beside others."
-    )
+    raise InputError(f"The files must be all parquet or all tars, but {files[0]} is beside others.")
 
 
 def _known_labels(labels: Sequence[Any], column: str, source: str) -> list[int] | None:
@@ -136,9 +134,8 @@ def _open_parquet(files: Sequence[str]) -> Container:
                     labels += table.read([column]).column(0).to_pylist()
         except (pa.ArrowException, OSError) as error:
             raise _cannot_open(file, error) from error
-        for number, size in enumerate(sizes):
-            starts.append(len(locations) + sum(sizes[:number]))
-            groups.append(_Group(file, number, state))
+        starts += [len(locations) + sum(sizes[:i]) for i in range(len(sizes))]
+        groups += [_Group(file, i, state) for i in range(len(sizes))]
         locations += [f"{absolute(file)}:{row}" for row in range(sum(sizes))]
     known = _known_labels(labels, columns[-1], source) if labels else None
     return Container(

@@ -208,6 +208,19 @@ def _random_resized_box(
     return box[0], box[1], box[2], box[3]
 
 
+def _make_item(
+    image: Image.Image, config: DataConfig, seed: int, epoch: int, index: int
+) -> tuple[dict[str, Any], Crop]:
+    generator = make_generator(seed, epoch, index)
+    crop = draw_crop(config, *image.size, generator)
+    item = {
+        "pixels": TF.pil_to_tensor(crop.apply(image, config.size)),
+        "index": index,
+        "seed": int(torch.randint(0, 2**62, (1,), generator=generator)),
+    }
+    return item, crop
+
+
 class CropDataset(Dataset):
     """Crops of the chosen images, drawn afresh in each epoch.
 
@@ -229,18 +242,11 @@ class CropDataset(Dataset):
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         index = self.indices[position]
-        generator = make_generator(self.seed, self.epoch, index)
-        image, n_unreadable = self.read(index)
-        crop = draw_crop(self.config, *image.size, generator)
-        used = self.substitute(index, n_unreadable)
-        return {
-            "pixels": TF.pil_to_tensor(crop.apply(image, self.config.size)),
-            "label": self.labels[used],
-            "index": index,
-            "seed": int(torch.randint(0, 2**62, (1,), generator=generator)),
-            "n_unreadable": n_unreadable,
-            **self.targets(used, crop),
-        }
+        image, attempt = self.read(index)
+        item, crop = _make_item(image, self.config, self.seed, self.epoch, index)
+        used = self.substitute(index, attempt)
+        more = {"label": self.labels[used], "n_unreadable": attempt}
+        return {**item, **more, **self.targets(used, crop)}
 
     def targets(self, index: int, crop: Crop) -> dict[str, Any]:
         """What else an item holds."""
@@ -321,7 +327,6 @@ class StreamedCrops(IterableDataset):
         image_column, label_column = self.columns
         n_unreadable = 0
         for index, row in enumerate(rows):
-            generator = make_generator(self.seed, self.epoch, index)
             try:
                 with without_notes():
                     content = to_content(row[image_column])
@@ -332,14 +337,9 @@ class StreamedCrops(IterableDataset):
                     raise
                 n_unreadable += 1
                 continue
-            crop = draw_crop(config, *image.size, generator)
-            yield {
-                "pixels": TF.pil_to_tensor(crop.apply(image, config.size)),
-                "label": row[label_column] if label_column else 0,
-                "index": index,
-                "seed": int(torch.randint(0, 2**62, (1,), generator=generator)),
-                "n_unreadable": n_unreadable,
-            }
+            item, _ = _make_item(image, config, self.seed, self.epoch, index)
+            label = row[label_column] if label_column else 0
+            yield {**item, "label": label, "n_unreadable": n_unreadable}
             n_unreadable = 0
 
 

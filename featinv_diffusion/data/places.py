@@ -1,4 +1,4 @@
-"""Files behind local paths and fsspec URLs alike: what is there, its bytes, pictures of a folder."""
+"""Files behind local paths and fsspec URLs: what is there, its bytes, a folder's pictures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from glob import glob, has_magic
+from glob import has_magic
 from pathlib import Path
 from typing import Any
 
@@ -50,18 +50,22 @@ def is_hidden(name: str) -> bool:
 
 
 def is_folder(place: str) -> bool:
-    with reaching(place):
-        return _remote(place, "isdir") if is_url(place) else os.path.isdir(place)
+    with reaching(place) as (files, path):
+        return files.isdir(path)
 
 
 def exists(place: str) -> bool:
-    with reaching(place):
-        return _remote(place, "exists") if is_url(place) else os.path.exists(place)
+    with reaching(place) as (files, path):
+        return files.exists(path)
 
 
-def open_binary(place: str) -> Any:
-    """Opens a file for reading, closed by a `with` block."""
-    return fsspec.open(place, "rb").open() if is_url(place) else open(place, "rb")
+@contextmanager
+def open_binary(place: str) -> Iterator[Any]:
+    """Opens a file for reading."""
+    with reaching(place) as (files, path):
+        stream = files.open(path)
+    with stream:
+        yield stream
 
 
 def read_bytes(place: str, start: int | None = None, end: int | None = None) -> bytes:
@@ -70,12 +74,8 @@ def read_bytes(place: str, start: int | None = None, end: int | None = None) -> 
     Raises:
         InputError: the file cannot be read.
     """
-    with reaching(place):
-        if is_url(place):
-            return _remote(place, "cat_file", start=start, end=end)
-        with open(place, "rb") as file:
-            file.seek(start or 0)
-            return file.read(-1 if end is None else end - (start or 0))
+    with reaching(place) as (files, path):
+        return files.cat_file(path, start=start, end=end)
 
 
 def read_picture(place: str) -> Image.Image:
@@ -91,51 +91,38 @@ def fingerprint(places: Iterable[str]) -> str:
     """Hashes names, sizes and times of change, which a file that is replaced does not keep."""
     digest = hashlib.sha256()
     for place in places:
-        name = place.rpartition("/")[2].encode(errors="surrogateescape")
         if is_url(place):
-            with reaching(place):
-                digest.update(name + b"\0" + _remote(place, "ukey").encode() + b"\n")
+            with reaching(place) as (files, path):
+                state = files.ukey(path)
         else:
-            stat = os.stat(place)
-            digest.update(name + f"\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+            found = os.stat(place)
+            state = f"{found.st_size}\0{found.st_mtime_ns}"
+        name = place.rpartition("/")[2]
+        digest.update(f"{name}\0{state}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
 def children(folder: str) -> tuple[list[str], list[str]]:
-    """Returns the names of the folders and of the files in a folder, sorted, without hidden ones."""
-    with reaching(folder):
-        if is_url(folder):
-            entries = [
-                (posixpath.basename(x["name"].rstrip("/")), x["type"] == "directory")
-                for x in _remote(folder, "ls", detail=True)
-            ]
-        else:
-            entries = [(x.name, x.is_dir()) for x in os.scandir(folder)]
-    visible = sorted(entry for entry in entries if not is_hidden(entry[0]))
-    return [n for n, is_dir in visible if is_dir], [n for n, is_dir in visible if not is_dir]
+    """Returns the names of the folders and of the files in a folder, sorted; no hidden ones."""
+    with reaching(folder) as (files, path):
+        found = {
+            posixpath.basename(x["name"]): files.isdir(x["name"])
+            for x in files.ls(path, detail=True)
+        }
+    visible = sorted(name for name in found if not is_hidden(name))
+    return [n for n in visible if found[n]], [n for n in visible if not found[n]]
 
 
 def expand(pattern: str) -> list[str] | None:
-    """Returns the files of a pattern with `{000..003}`, `{a,b}`, `*` or `?`; None without any.
-
-    Raises:
-        InputError: no file has such a name.
-    """
+    """Returns the files of a pattern with `{000..003}`, `{a,b}`, `*` or `?`; None without any."""
     names = _expand_braces(pattern)
     if names == [pattern] and not has_magic(pattern):
         return None
     found: list[str] = []
     for name in names:
-        if not has_magic(name):
-            found.append(name)
-        elif is_url(name):
-            with reaching(name):
-                fs, path = fsspec.core.url_to_fs(name)
-                found += sorted(fs.unstrip_protocol(x) for x in fs.glob(path))
-        else:
-            found += sorted(glob(name, recursive=True))
-    if not found:
-        raise InputError(f"Files must exist for the pattern {pattern}, but there are none.")
+        with reaching(name) as (files, path):
+            matching = sorted(files.glob(path)) if has_magic(name) else []
+        found += [files.unstrip_protocol(x) if is_url(name) else x for x in matching] or [name]
     return found
 
 
@@ -227,10 +214,9 @@ def _walk(folder: str) -> Iterator[tuple[str, bool]]:
     if not is_url(folder):
         yield from _walk_local(folder, "", False, ())
         return
-    with reaching(folder):
-        fs, root = fsspec.core.url_to_fs(folder)
-        names = [name.removeprefix(root).lstrip("/") for name in fs.find(root)]
-    yield from ((name, False) for name in names)
+    with reaching(folder) as (files, root):
+        found = files.find(root)
+    yield from ((name.removeprefix(root).lstrip("/"), False) for name in found)
 
 
 def _walk_local(
@@ -252,18 +238,15 @@ def _walk_local(
             yield from _walk_local(root, f"{inner}/", linked, (*above, here))
 
 
-def _remote(place: str, method: str, **options: Any) -> Any:
-    fs, path = fsspec.core.url_to_fs(place)
-    return getattr(fs, method)(path, **options)
-
-
 @contextmanager
-def reaching(place: str) -> Iterator[None]:
-    """Turns whatever a file system raises into an `InputError`."""
+def reaching(place: str) -> Iterator[tuple[Any, str]]:
+    """Yields the file system of a place and its path there.
+
+    Raises:
+        InputError: whatever the file system raises.
+    """
     try:
-        yield
-    except InputError:
-        raise
+        yield fsspec.core.url_to_fs(place)
     except Exception as error:  # each remote file system has errors of its own
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{place} cannot be read: {reason}") from error

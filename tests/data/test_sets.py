@@ -186,6 +186,6 @@ def test_tables_without_usable_columns_are_refused(tmp_path: Path):
     with pytest.raises(InputError, match="must hold class numbers from 0"):
         open_images(str(path), "x")
     (tmp_path / "classes.txt").write_text("n1\n")
+    table = write_table(tmp_path / "c.parquet", content)
     with pytest.raises(InputError, match="--classes selects folders"):
-        table = write_table(tmp_path / "c.parquet", content)
         open_images(str(table), "x", str(tmp_path / "classes.txt"))
