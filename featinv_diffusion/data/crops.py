@@ -75,7 +75,7 @@ class DataConfig:
 def open_training_images(config: DataConfig) -> ImageSet:
     """Opens the images that `config.root` names, which all have labels: 0 where they have none.
 
-    Images of class folders are in the order of classes and, within a class, of folders, which
+    Pictures are in the order of their top folder, then their whole folder, then their name, which
     decides their crops.
 
     Raises:
@@ -91,9 +91,8 @@ def open_training_images(config: DataConfig) -> ImageSet:
     names = images.class_names or [str(i) for i in range(max(labels) + 1)]
     images = replace(images, labels=labels, class_names=names)
     if images.locations[0].endswith(f"/{images.ids[0]}"):
-        places = [image_id.rpartition("/") for image_id in images.ids]
-        order = sorted(range(len(images)), key=lambda i: (labels[i], places[i][0], places[i][2]))
-        images = images.pick(order)
+        parts = [(i.partition("/")[0], *i.rpartition("/")[::2]) for i in images.ids]
+        images = images.pick(sorted(range(len(images)), key=parts.__getitem__))
     return in_memory(images) if config.in_memory else images
 
 

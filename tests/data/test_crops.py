@@ -36,7 +36,7 @@ def test_folder_classes_are_sorted_or_in_the_order_asked_for(tmp_path: Path) -> 
     listed.write_text("b\na\n")
     chosen = open_training_images(DataConfig(root=str(tmp_path), classes=str(listed)))
     assert chosen.class_names == ["b", "a"]
-    assert (chosen.labels, chosen.ids[0]) == ([0] * 4 + [1] * 4, "b/images/0.png")
+    assert (chosen.labels, chosen.ids[0]) == ([1] * 4 + [0] * 4, "a/images/0.png")
     listed.write_text("a\nc\n")
     with pytest.raises(InputError, match="'c'"):
         open_training_images(DataConfig(root=str(tmp_path), classes=str(listed)))

@@ -339,7 +339,7 @@ def test_dry_run_writes_nothing_and_names_the_shapes(
     [
         ("model.base=absent", "Stable Diffusion"),
         ("data.held_back_per_class=0", "held_back_per_class"),
-        ("optim.batch_size=64", "16 images came"),
+        ("optim.batch_size=64", "got 16 images"),
     ],
 )
 def test_bad_settings_are_one_sentence(
@@ -376,3 +376,33 @@ def test_diverged_loss_stops_the_run(folder: Path, tmp_path: Path) -> None:
     config = controlnet_config(folder, tmp_path, 50, "optim.lr=1e30", "optim.max_grad_norm=1e30")
     with pytest.raises(InputError, match="loss must be finite"):
         train_controlnet(config)
+
+
+def test_images_that_cannot_be_read_are_replaced_and_listed(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same with workers, and in a run that was resumed."""
+    shutil.copytree(folder / "images", tmp_path / "images")
+    broken = [tmp_path / "images" / name for name in ("blue/3.png", "red/0.png", "red/9.png")]
+    for path in broken:
+        path.write_bytes(b"broken")  # the last one is held back
+
+    def train(name: str, steps: int, **more: Any) -> Path:
+        output = tmp_path / name
+        values = classifier_settings(tmp_path, output, steps, **{"run.log_every": 1, **more})
+        train_classifier(load_config(ClassifierConfig, None, values))
+        return output
+
+    whole = train("whole", 6)
+    listed = (whole / "unreadable.txt").read_text().splitlines()
+    assert listed == [str(path) for path in broken[:2]]
+    assert "2 images could not be read and were replaced" in capsys.readouterr().out
+    train("resumed", 3, **{"data.num_workers": 2})
+    assert (tmp_path / "resumed/unreadable.txt").read_text()
+    (tmp_path / "resumed/unreadable.txt").unlink()
+    changed = {"data.num_workers": 2, "run.allow_changed_config": True}
+    resumed = train("resumed", 6, **changed)
+    assert (resumed / "unreadable.txt").read_text().splitlines() == listed
+    assert losses(resumed) == losses(whole)
+    with pytest.raises(InputError, match=r"\d\.png is not a picture"):
+        train("error", 6, **{"data.on_bad_image": "error"})
