@@ -6,6 +6,7 @@ processes does not matter and a resumed run sees the same pixels.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,6 +25,8 @@ from featinv_diffusion.data.sets import ImageSet, open_images
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.images import decode_image, without_notes
 from featinv_diffusion.seeds import derive_seed, make_generator
+
+logger = logging.getLogger(__name__)
 
 TF: Any = functional  # torchvision annotates tensors only, and takes pictures too
 AnySet = TypeVar("AnySet", bound=ImageSet)
@@ -87,6 +90,8 @@ def open_training_images(config: DataConfig) -> ImageSet:
         images = open_images(config.root, config.split, config.classes)
     except InputError as error:
         raise InputError(f"data.root cannot be opened. {error}") from error
+    for note in images.notes:
+        logger.warning("%s", note)
     labels = images.labels or [0] * len(images)
     names = images.class_names or [str(i) for i in range(max(labels) + 1)]
     images = replace(images, labels=labels, class_names=names)

@@ -30,6 +30,11 @@ def to_place(given: str | Path) -> str:
     return text if is_url(text) else str(Path(text).expanduser())
 
 
+def join(folder: str, name: str) -> str:
+    """Returns the place of a relative path, as `pathlib` spells it."""
+    return name if folder == "." else posixpath.join(folder, name)
+
+
 def is_url(place: str) -> bool:
     return "://" in place
 
@@ -105,10 +110,8 @@ def fingerprint(places: Iterable[str]) -> str:
 def children(folder: str) -> tuple[list[str], list[str]]:
     """Returns the names of the folders and of the files in a folder, sorted; no hidden ones."""
     with reaching(folder) as (files, path):
-        found = {
-            posixpath.basename(x["name"]): files.isdir(x["name"])
-            for x in files.ls(path, detail=True)
-        }
+        names = [entry["name"] for entry in files.ls(path, detail=True)]
+        found = {posixpath.basename(name): files.isdir(name) for name in names}
     visible = sorted(name for name in found if not is_hidden(name))
     return [n for n in visible if found[n]], [n for n in visible if not found[n]]
 

@@ -26,6 +26,7 @@ from featinv_diffusion.data.places import (
     has_pictures,
     is_folder,
     is_url,
+    join,
     list_pictures,
     read_picture,
     suffix_of,
@@ -142,11 +143,14 @@ def open_pictures(paths: Iterable[str | Path], exclude: str | Path | None = None
 
     def add_container(names: Sequence[str]) -> None:
         files.extend(names)
-        images = _to_set(open_container(names), None, None)
-        for i, location in enumerate(images.locations):
-            add(location, images.ids[i], location, partial(images.read, i))
+        container = open_container(names)
+        left_out.add(container.left_out)
+        for i, location in enumerate(container.locations):
+            add(location, container.ids[i], location, partial(_decode, container, i))
 
-    for place in map(to_place, paths):
+    given = [(place, exists(place)) for place in map(to_place, paths)]
+    places = [x for place, is_there in given for x in (not is_there and expand(place)) or [place]]
+    for place in places:
         if is_folder(place):
             if not has_pictures(place) and (packed := _packed_files(place, children(place)[1])):
                 add_container(packed)
@@ -154,7 +158,7 @@ def open_pictures(paths: Iterable[str | Path], exclude: str | Path | None = None
             listing = list_pictures(place)
             left_out.add(listing.left_out)
             for name in _outside(listing, exclude):
-                add_file(name, posixpath.join(place, name))
+                add_file(name, join(place, name))
         elif not exists(place):
             raise InputError(f"A picture or a folder must exist at {place}, but nothing is there.")
         elif suffix_of(place) in PARQUET + TAR:
@@ -233,7 +237,7 @@ def find_split(folder: str | Path, asked: str) -> SplitPart:
     inner, files = children(place)
     for name in names:
         if name in inner:
-            within = posixpath.join(place, name)
+            within = join(place, name)
             return SplitPart(within, name, _packed_files(within, children(within)[1]))
     packed = _packed_files(place, files)
     of_file = {file: _split_of(posixpath.basename(file), (*names, *SPLITS)) for file in packed}
@@ -262,7 +266,7 @@ def _packed_files(folder: str, names: Sequence[str]) -> tuple[str, ...]:
     tars = [name for name in names if suffix_of(name) in TAR]
     if not packed and tars and not has_pictures(folder):
         packed = tars
-    return tuple(posixpath.join(folder, name) for name in packed)
+    return tuple(join(folder, name) for name in packed)
 
 
 # ---- Folders of pictures, and files that hold many -----------------------------------------------
@@ -274,7 +278,7 @@ def open_folder(
     """Opens `CLASS/**/*.jpg`, or pictures without classes where one lies beside such folders."""
     listing = list_pictures(folder)
     names = _outside(listing, exclude)
-    state = fingerprint(posixpath.join(listing.folder, name) for name in names)
+    state = fingerprint(join(listing.folder, name) for name in names)
     n_loose = sum("/" not in name for name in names)
     notes: tuple[str, ...] = ()
     label_of: dict[str, int] | None = None
@@ -294,12 +298,12 @@ def open_folder(
         names = [name for name in names if _top(name) in label_of]
     if listing.has_links:  # of links to one file the first of each class counts
         once = {
-            (os.path.realpath(posixpath.join(listing.folder, name)), label_of and _top(name)): name
+            (os.path.realpath(join(listing.folder, name)), label_of and _top(name)): name
             for name in reversed(names)
         }
         listing.left_out.repeated += len(names) - len(once)
         names = sorted(once.values())
-    places = [posixpath.join(listing.folder, name) for name in names]
+    places = [join(listing.folder, name) for name in names]
     return ImageSet(
         ids=names,
         labels=None if label_of is None else [label_of[_top(name)] for name in names],

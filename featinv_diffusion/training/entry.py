@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -10,6 +11,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from featinv_diffusion.config import load_config, read_setting
 from featinv_diffusion.data.crops import (
@@ -20,6 +22,8 @@ from featinv_diffusion.data.crops import (
 )
 from featinv_diffusion.data.sets import ImageSet
 from featinv_diffusion.errors import InputError, choices_hint
+
+logger = logging.getLogger(__name__)
 
 Config = TypeVar("Config")
 Recipe: TypeAlias = tuple[type[Any], Callable[[Any], object]]
@@ -74,13 +78,27 @@ def make_datasets(
     return CropDataset(images, train, config, seed), CropDataset(images, held, central, seed)
 
 
-def stack_images(dataset: CropDataset, n: int | None = None) -> tuple[Tensor, Tensor]:
-    """Returns images `[n, 3, s, s]` and labels of n items spread evenly over the data set."""
+def stack_items(dataset: CropDataset, n: int | None = None) -> dict[str, Tensor]:
+    """Stacks n items, or all, that are spread evenly over a data set; notes those replaced.
+
+    Raises:
+        InputError: the data set is empty.
+    """
+    if not len(dataset):
+        raise InputError("Validation images are needed: set data.held_back_per_class to 1 or more.")
     n = min(n or len(dataset), len(dataset))
     positions = torch.linspace(0, len(dataset) - 1, n).round().long().tolist()
     items = [dataset[i] for i in positions]
-    pixels = torch.stack([item["pixels"] for item in items])
-    return to_images(pixels), torch.tensor([item["label"] for item in items])
+    replaced = [x for i in items for x in dataset.unreadable(i["index"], i["n_unreadable"])]
+    for location in dict.fromkeys(replaced):
+        logger.warning("%s cannot be read and is replaced.", location)
+    return default_collate(items)
+
+
+def stack_images(dataset: CropDataset, n: int | None = None) -> tuple[Tensor, Tensor]:
+    """Returns images `[n, 3, s, s]` and labels of n items spread evenly over the data set."""
+    items = stack_items(dataset, n)
+    return to_images(items["pixels"]), items["label"]
 
 
 def load_component(component_class: Any, path: str) -> Any:

@@ -51,7 +51,7 @@ from featinv_diffusion.metrics.detection import best_query_scores
 from featinv_diffusion.metrics.features import psnr
 from featinv_diffusion.seeds import derive_seed
 from featinv_diffusion.training.config import OptimConfig, RunConfig
-from featinv_diffusion.training.entry import load_component
+from featinv_diffusion.training.entry import load_component, stack_items
 from featinv_diffusion.training.loop import fit, make_accelerator
 
 # ---- DETR's set prediction loss, from transformers' matcher and criterion ------------------------
@@ -387,21 +387,6 @@ def tune_inverter(config: InverterConfig) -> Path:
     return fit(task, train, accelerator, config.optim, config.run, to_yaml(config))
 
 
-def stack_items(dataset: BoxDataset, n: int) -> dict[str, Tensor]:
-    """Stacks n items that are spread evenly over a data set, tensors only.
-
-    Raises:
-        InputError: the data set is empty.
-    """
-    if not len(dataset):
-        raise InputError("Validation images are needed: set data.held_back_per_class to 1 or more.")
-    positions = torch.linspace(0, len(dataset) - 1, min(n, len(dataset))).round().long().tolist()
-    items = [dataset[i] for i in positions]
-    return {
-        name: torch.stack([x[name] for x in items]) for name in ("pixels", "boxes", "box_labels")
-    }
-
-
 N_VALIDATION = 250
 """Images, or more pictures if those are asked for, that the figures of validation are of."""
 
@@ -426,7 +411,7 @@ class TuningConfig:
         if not 0 <= self.reconstruction_weight <= 1:
             raise InputError(
                 "tuning.reconstruction_weight (λ) must lie in [0, 1], "
-                f"but {self.reconstruction_weight} came."
+                f"got {self.reconstruction_weight}."
             )
 
 
@@ -553,13 +538,6 @@ def held_back_config(config: DataConfig) -> DataConfig:
     return replace(config, crop=crop, hflip=False, vflip=False)
 
 
-def stack_pixels(dataset: CropDataset, n: int) -> Tensor:
-    """Returns n images, or all, spread evenly over the data: uint8 `[n, 3, s, s]`."""
-    n = min(n, len(dataset))
-    positions = torch.linspace(0, len(dataset) - 1, n).round().long().tolist()
-    return torch.stack([dataset[position]["pixels"] for position in positions])
-
-
 def train_inverter(config: InverterConfig) -> Path:
     """Trains to the end and returns the folder that holds `inverter/`."""
     refuse_streaming(config.data)
@@ -574,11 +552,13 @@ def train_inverter(config: InverterConfig) -> Path:
     train = CropDataset(images, kept, config.data, config.seed)
     validation = CropDataset(images, held, held_back_config(config.data), config.seed)
     n = 1 if config.run.dry_run else config.model.statistics_images
-    statistics = measure_statistics(path, _stages_of(inverses), to_images(stack_pixels(train, n)))
+    statistics = measure_statistics(
+        path, _stages_of(inverses), to_images(stack_items(train, n)["pixels"])
+    )
     if config.model.standardise and not config.run.dry_run:
         set_statistics(inverses, statistics)
     n_pictures = config.run.n_validation_images
-    pixels = stack_pixels(validation, max(N_VALIDATION, n_pictures))
+    pixels = stack_items(validation, max(N_VALIDATION, n_pictures))["pixels"]
     task = InverterTask(inverses, path, pixels, statistics, n_pictures, config.optim.batch_size)
     return fit(task, train, accelerator, config.optim, config.run, to_yaml(config))
 

@@ -278,6 +278,24 @@ def test_any_mix_of_pictures_is_taken_once(tmp_path: Path) -> None:
         open_pictures([photos / "none.png"])
 
 
+def test_pictures_of_a_pattern_of_tars(tmp_path: Path) -> None:
+    write_tars(str(tmp_path))
+    images = open_pictures([f"{tmp_path}/shard-{{000..001}}.tar"])
+    assert images.ids == [f"shard-{i // 4:03d}:{i:04d}" for i in range(N)]
+    assert images.notes == ("Left out 2 files: 2 hidden.",)
+    assert open_pictures([tmp_path]).ids == images.ids
+
+
+def test_names_in_the_working_directory_stay_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.png").write_bytes(b"broken")
+    for images in (open_pictures(["."]), open_images(".", "x")):
+        with pytest.raises(InputError, match=r"^a\.png is not a picture"):
+            images.read(0)
+
+
 def test_links_to_one_file_count_once_in_a_class(tmp_path: Path) -> None:
     for name in ("a/1.png", "b/2.png"):
         write(str(tmp_path / name), PICTURES[0])

@@ -379,7 +379,10 @@ def test_diverged_loss_stops_the_run(folder: Path, tmp_path: Path) -> None:
 
 
 def test_images_that_cannot_be_read_are_replaced_and_listed(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """The same with workers, and in a run that was resumed."""
     shutil.copytree(folder / "images", tmp_path / "images")
@@ -396,6 +399,7 @@ def test_images_that_cannot_be_read_are_replaced_and_listed(
     whole = train("whole", 6)
     listed = (whole / "unreadable.txt").read_text().splitlines()
     assert listed == [str(path) for path in broken[:2]]
+    assert f"{broken[2]} cannot be read and is replaced." in caplog.text
     assert "2 images could not be read and were replaced" in capsys.readouterr().out
     train("resumed", 3, **{"data.num_workers": 2})
     assert (tmp_path / "resumed/unreadable.txt").read_text()

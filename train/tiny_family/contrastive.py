@@ -39,7 +39,7 @@ from featinv_diffusion.training.latents import SampleNoise
 from featinv_diffusion.training.loop import fit, make_accelerator
 from train.tiny_family.tokenizer import make_tokenizer
 
-# ---- Masked prediction and local-to-global self-distillation of a vision tower from its own average ----
+# ---- Self-distillation of a vision tower from its own average: masked and local-to-global ----
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class SelfDistillationConfig:
             if not 0 < getattr(self, name) < 1:
                 raise InputError(
                     f"model.self_distillation.{name} must lie between 0 and 1, "
-                    f"but {getattr(self, name)} came."
+                    f"got {getattr(self, name)}."
                 )
 
 
@@ -193,7 +193,7 @@ class ContrastiveModelConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.patch_drop_rate < 1:
             raise InputError(
-                f"model.patch_drop_rate must be in [0, 1), but {self.patch_drop_rate} came."
+                f"model.patch_drop_rate must be in [0, 1), got {self.patch_drop_rate}."
             )
 
 
@@ -265,7 +265,7 @@ def make_siglip(
     if image_size % config.patch_size:
         raise InputError(
             f"data.size must be a multiple of model.patch_size ({config.patch_size}), "
-            f"but {image_size} came."
+            f"got {image_size}."
         )
     make_config: Any = SiglipConfig
     model = SiglipModel(
@@ -451,7 +451,7 @@ def make_networks(
     if settings is not None and not _fits(settings.crop_size, image_size, config.patch_size):
         raise InputError(
             "model.self_distillation.crop_size must be a multiple of model.patch_size "
-            f"({config.patch_size}) below data.size ({image_size}), but {settings.crop_size} came."
+            f"({config.patch_size}) below data.size ({image_size}), got {settings.crop_size}."
         )
     texts = [f"a photo of a {title}" for title in titles]
     tokenizer = make_tokenizer(texts, config.text_length)

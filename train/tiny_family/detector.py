@@ -22,8 +22,8 @@ from featinv_diffusion.inverters.detr import DetrPath, load_detr, make_detr
 from featinv_diffusion.metrics.detection import best_query_scores
 from featinv_diffusion.seeds import derive_seed
 from featinv_diffusion.training.config import OptimConfig, RunConfig
-from featinv_diffusion.training.entry import load_component, run_script
-from featinv_diffusion.training.inverter import HungarianLoss, held_back_config, stack_items
+from featinv_diffusion.training.entry import load_component, run_script, stack_items
+from featinv_diffusion.training.inverter import HungarianLoss, held_back_config
 from featinv_diffusion.training.loop import fit, make_accelerator
 
 
