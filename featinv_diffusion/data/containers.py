@@ -118,7 +118,7 @@ class _Group:
 
 def _open_parquet(files: Sequence[str]) -> Container:
     source = files[0]
-    columns: tuple[str, ...] = ()
+    columns: list[str] = []
     names, labels, starts, groups, locations = None, [], [], [], []
     for file in files:
         try:
@@ -149,14 +149,14 @@ def _open_parquet(files: Sequence[str]) -> Container:
     )
 
 
-def _find_columns(schema: pa.Schema, file: str) -> tuple[str, ...]:
+def _find_columns(schema: pa.Schema, file: str) -> list[str]:
     """Returns the column of pictures and, where there is one, that of labels."""
     found = [name for name in IMAGE_COLUMNS if name in schema.names][:1]
     for name in found:
         kind = schema.field(name).type
         is_struct = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
         if is_struct or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-            return (name, *[label for label in LABEL_COLUMNS if label in schema.names][:1])
+            return [name, *[label for label in LABEL_COLUMNS if label in schema.names][:1]]
     raise InputError(
         f"{file} must have a column of encoded pictures named `image`, but has "
         f"{', '.join(f'{column.name} ({column.type})' for column in schema)}."

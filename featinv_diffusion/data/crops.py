@@ -107,7 +107,8 @@ def in_memory(images: AnySet) -> AnySet:
     Raises:
         InputError: the images are not of one size.
     """
-    pixels, first, reasons = np.empty(0, np.uint8), 0, {}
+    pixels: np.ndarray | None = None
+    first, reasons = 0, {}
     for i, image_id in enumerate(images.ids):
         try:
             with without_notes():
@@ -115,7 +116,7 @@ def in_memory(images: AnySet) -> AnySet:
         except InputError as error:
             reasons[i] = str(error)
             continue
-        if not pixels.size:
+        if pixels is None:
             pixels, first = np.empty((len(images), *image.shape), np.uint8), i
         if image.shape != pixels.shape[1:]:
             raise InputError(
@@ -127,8 +128,8 @@ def in_memory(images: AnySet) -> AnySet:
     return replace(images, read=partial(_from_memory, pixels, reasons))
 
 
-def _from_memory(pixels: np.ndarray, reasons: Mapping[int, str], index: int) -> Image.Image:
-    if index in reasons:
+def _from_memory(pixels: np.ndarray | None, reasons: Mapping[int, str], index: int) -> Image.Image:
+    if pixels is None or index in reasons:
         raise InputError(reasons[index])
     return Image.fromarray(pixels[index])
 

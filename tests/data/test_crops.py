@@ -49,6 +49,7 @@ def test_parquet_and_webdataset_read_as_a_folder_does(tmp_path: Path) -> None:
 
     write_images(tmp_path / "folder")
     folder = open_training_images(DataConfig(root=str(tmp_path / "folder")))
+    assert folder.labels == [0] * 4 + [1] * 4
     table = {"image": [folder.read(i) for i in range(8)], "label": folder.labels}
     Dataset.from_dict(table).to_parquet(tmp_path / "images.parquet")
     with tarfile.open(tmp_path / "shard.tar", "w") as tar:
