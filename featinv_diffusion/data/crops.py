@@ -20,7 +20,7 @@ from torch.utils.data import Dataset, IterableDataset
 from torchvision.transforms import InterpolationMode, RandomResizedCrop, functional
 
 from featinv_diffusion.data.containers import find_columns, load_hub, to_content
-from featinv_diffusion.data.places import suffix_of
+from featinv_diffusion.data.places import expand, suffix_of
 from featinv_diffusion.data.sets import ImageSet, open_images
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.images import decode_image, without_notes
@@ -352,7 +352,8 @@ def _open_stream(config: DataConfig) -> Any:
     root = str(config.root)
     for suffix, builder in ((".parquet", "parquet"), (".tar", "webdataset")):
         if suffix_of(root) == suffix:
-            return load_hub(builder, data_files=root, split="train", streaming=True)
+            files = expand(root) or root
+            return load_hub(builder, data_files=files, split="train", streaming=True)
     return load_hub(root, split=config.split, streaming=True)
 
 

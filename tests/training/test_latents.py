@@ -53,6 +53,21 @@ def test_workers_read_the_same_cache(dataset: CropDataset, tmp_path: Path) -> No
     assert torch.equal(loaded["latent_mean"], expected)
 
 
+def test_latents_of_a_broken_image_are_those_of_its_replacement(
+    dataset: CropDataset, tmp_path: Path
+) -> None:
+    (tmp_path / "images/a/2.png").write_bytes(b"broken")
+    cached = fill(dataset, tmp_path / "cache", n_crops=1)
+    item = cached[2]
+    assert (item["index"], item["n_unreadable"]) == (2, 1)
+    assert cached.unreadable(2, 1) == [str(tmp_path / "images/a/2.png")]
+    mean, _ = encode_posterior(tiny.make_vae(), to_images(item["pixels"][None]), 64)
+    torch.testing.assert_close(item["latent_mean"], mean[0], rtol=1e-3, atol=2e-3)
+    assert cached[1]["n_unreadable"] == 0
+    (tmp_path / "cache/attempt.npy").unlink()  # as in a cache that was written before
+    assert fill(dataset, tmp_path / "cache", n_crops=1)[1]["n_unreadable"] == 0
+
+
 def test_filling_goes_on_where_it_stopped(dataset: CropDataset, tmp_path: Path) -> None:
     first = fill(dataset, tmp_path / "cache")
     whole = {name: array.copy() for name, array in first.cache.open().items()}
