@@ -58,4 +58,4 @@ def find_class(given: str, names: Sequence[str] | None, n_classes: int, owner: s
         )
     near = get_close_matches(given, [part for parts in spellings for part in parts[1:]], n=3)
     hint = f"did you mean {', '.join(map(repr, near))}?" if near else "give its index."
-    raise InputError(f"No class of {owner} is named {given!r}; {hint}")
+    raise InputError(f"No class is named {given!r} in {owner}; {hint}")

@@ -22,7 +22,7 @@ def test_a_class_by_any_of_its_names(given: str) -> None:
     [
         ("3", NAMES, "The classes of vit have the indices 0 to 2, got 3"),
         ("crane", NAMES, "The classes 1, 2 of vit are all named 'crane'"),
-        ("goldfsh", NAMES, "No class of vit is named 'goldfsh'; did you mean 'goldfish'"),
+        ("goldfsh", NAMES, "No class is named 'goldfsh' in vit; did you mean 'goldfish'"),
         ("crane", None, "no names, got 'crane'. Give the index"),
     ],
 )
