@@ -34,12 +34,12 @@ from featinv_diffusion.class_embedding.study import (
     TokenImages,
     TokenSettings,
     class_name,
-    find_class,
     measure_tokens,
     open_token_images,
     to_input,
     token_mask,
 )
+from featinv_diffusion.data.classes import find_class
 from featinv_diffusion.diffusion.folders import list_bundled, without_progress_bars
 from featinv_diffusion.errors import InputError, choices_hint
 from featinv_diffusion.figures.board import write_figure
@@ -187,7 +187,9 @@ def run_command(
     for note in images.notes:
         logger.warning(note)
     if command.target is not None:
-        target = find_class(command.target, anatomy.backbone, anatomy.n_classes)
+        target = find_class(
+            command.target, anatomy.backbone.labels, anatomy.n_classes, anatomy.backbone.name
+        )
         settings = replace(settings, target=target)
     inverters = _open_inverters(command, anatomy, settings.seed)
     with progress_bar(len(images)) as advance:

@@ -41,11 +41,10 @@ from featinv_diffusion.class_embedding.measures import (
 )
 from featinv_diffusion.class_embedding.reading import MEASURES, PointReading, Reading, read_images
 from featinv_diffusion.class_embedding.removal import RemovalTest
-from featinv_diffusion.data.selection import select_items
+from featinv_diffusion.data.selection import Selection, select_items
 from featinv_diffusion.data.sets import ImageSet, open_images
 from featinv_diffusion.errors import InputError, choices_hint
 from featinv_diffusion.evaluation.run import match_labels
-from featinv_diffusion.evaluation.settings import EvaluationSettings
 from featinv_diffusion.features.edits import CellMask
 from featinv_diffusion.images import SUFFIXES, read_image, to_tensor
 from featinv_diffusion.metrics.statistics import bootstrap_mean
@@ -289,8 +288,7 @@ def open_token_images(
         return TokenImages([path.name], None, "predicted", lambda _index: read_image(path))
     images = open_images(data, split, classes, exclude)
     source, class_of_label = match_classes(images, backbone)
-    settings = EvaluationSettings(
-        data=data,
+    settings = Selection(
         n_images=n_images,
         per_class=per_class,
         selection="random" if images.labels is not None else "first",
@@ -347,27 +345,6 @@ def to_input(pictures: Sequence[Image.Image], backbone: Backbone) -> Images:
     filter_ = RESAMPLING[backbone.preprocessing.interpolation]
     squashed = [picture.resize((width, height), filter_) for picture in pictures]
     return to_tensor(squashed).to(backbone.device)
-
-
-def find_class(name: str, backbone: Backbone, n_classes: int) -> int:
-    """Returns the number of a class that is given by number or name.
-
-    Raises:
-        InputError: no such class.
-    """
-    if name.isdecimal():
-        if int(name) >= n_classes:
-            raise InputError(
-                f"Classes of {backbone.name} have the numbers 0 to {n_classes - 1}, but {name} "
-                "came."
-            )
-        return int(name)
-    labels = [label.casefold() for label in backbone.labels or ()]
-    exact = [i for i, label in enumerate(labels) if name.casefold() in (label, *label.split(", "))]
-    if not exact:
-        hint = choices_hint(name, list(backbone.labels or ())[:20])
-        raise InputError(f"{backbone.name} has no class {name!r}; {hint} A number will do too.")
-    return exact[0]
 
 
 def class_name(backbone: Backbone, label: int) -> str:

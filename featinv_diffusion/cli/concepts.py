@@ -84,17 +84,17 @@ def concepts(
     concept) and a manifest for `featinv replay`. Needs no pipeline.
     """
     from featinv_diffusion.backbones import resolve_backbone
-    from featinv_diffusion.images import list_images
+    from featinv_diffusion.data.places import list_pictures
     from featinv_diffusion.studies.concepts import ConceptFit
 
     method = method or ("mcd" if directions is None else "directions")
     drawn = figure or f"{output.stem}.png"
     own = {(output.parent / inner / drawn).resolve() for inner in ("", "replay")}
-    pictures = [path for path in list_images(folder) if path.resolve() not in own]
+    names = list_pictures(folder).names
     fit = ConceptFit(
         folder=str(folder.absolute()),
-        images=[path.relative_to(folder).as_posix() for path in pictures],
         backbone=resolve_backbone(backbone).name,
+        images=[name for name in names if (folder / name).resolve() not in own],
         layer=layer,
         target=target,
         method=method,

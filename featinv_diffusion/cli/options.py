@@ -14,10 +14,10 @@ from featinv_diffusion.errors import InputError
 from featinv_diffusion.settings import flat_fields, flat_types, from_flat
 
 Images = Annotated[
-    list[Path] | None,
+    list[str] | None,
     typer.Argument(
         metavar="IMAGE|FOLDER",
-        help="Pictures, or folders whose pictures to take.",
+        help="Pictures, folders of pictures, parquet files, tars, or URLs of these.",
         show_default="a photo",
     ),
 ]

@@ -143,7 +143,9 @@ def run_evaluation(
     settings = changed(settings, device=_choose_device(settings.sampling.device, accelerator))
     with accelerator.main_process_first():  # one builds caches, the others find them
         images = _open_named(settings, output)
-    select_items(images, settings)  # refuses what it cannot before models are loaded
+    select_items(
+        images, settings.selected, settings.seed
+    )  # refuses what it cannot before models are loaded
     with accelerator.main_process_first():
         inverter = open_inverter(settings.sampling)
     assert inverter.settings is not None
@@ -203,7 +205,7 @@ def _measure(
     command: str = "",
 ) -> Evaluation | None:
     """Does this process's share of the units; returns the result on the main process."""
-    items = select_items(images, settings)
+    items = select_items(images, settings.selected, settings.seed)
     with processes.main_process_first():
         opened = open_evaluator(inverter, images, settings)
     identity = {

@@ -6,7 +6,6 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,6 +29,7 @@ from featinv_diffusion.concepts import (
     read_head,
 )
 from featinv_diffusion.concepts.base import completeness, orthonormal_rows, read_directions
+from featinv_diffusion.data.classes import find_class
 from featinv_diffusion.diffusion.folders import without_progress_bars
 from featinv_diffusion.errors import InputError, choices_hint
 from featinv_diffusion.features.edits import high_cells
@@ -69,7 +69,7 @@ class TargetClass:
         return None if self.head is None else self.head.direction(self.index).float().cpu()
 
 
-def find_class(
+def find_target(
     backbone: Backbone, given: str | None, logits: Float[Tensor, "n k"] | None
 ) -> TargetClass | None:
     """Returns the class that is meant, or without a classification head None.
@@ -89,7 +89,7 @@ def find_class(
     index = (
         int(predicted.bincount().argmax())
         if given is None
-        else _index_of(given, backbone.labels, logits.shape[1])
+        else find_class(given, backbone.labels, logits.shape[1], backbone.name)
     )
     head, note = None, None
     try:
@@ -98,27 +98,6 @@ def find_class(
         note = f"Relevance to the class is not defined here, and concepts are not sorted: {error}"
     name = str(index) if backbone.labels is None else backbone.labels[index]
     return TargetClass(index, name, int((predicted == index).sum()), head, note)
-
-
-def _index_of(given: str, labels: tuple[str, ...] | None, n_classes: int) -> int:
-    if given.isdecimal():
-        if int(given) < n_classes:
-            return int(given)
-        raise InputError(f"The class must lie in 0 … {n_classes - 1}, but {given} came.")
-    if labels is None:
-        raise InputError(f"The backbone knows its classes by index only, but {given!r} came.")
-    wanted = given.strip().casefold()
-    spellings = [[part.strip() for part in [label, *label.split(",")]] for label in labels]
-    found = [i for i, names in enumerate(spellings) if wanted in map(str.casefold, names)]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise InputError(
-            f"The classes {', '.join(map(str, found))} are all named {given!r}. Give the index."
-        )
-    near = get_close_matches(given, [name for names in spellings for name in names[1:]], n=3)
-    hint = f"did you mean {', '.join(map(repr, near))}?" if near else "give its index."
-    raise InputError(f"No class is named {given!r}; {hint}")
 
 
 METHODS = ("mcd", "pca", "nmf", "kmeans", "directions")
@@ -230,7 +209,7 @@ def fit_concepts(fit: ConceptFit, *, progress: bool = False) -> Fitted:
         backbone = load_backbone(fit.backbone, fit.layer).to(device)
     concepts = _make(fit, backbone.spec)
     images, features, logits = _encode(fit, backbone)
-    target = find_class(backbone, fit.target, logits)
+    target = find_target(backbone, fit.target, logits)
     _fit(concepts, features, target, progress)
     _arrange(concepts, fit, target)
     concepts.origin = {

@@ -27,7 +27,7 @@ from featinv_diffusion.backbones.names import canonical_name
 from featinv_diffusion.backbones.timm import TimmBackbone
 from featinv_diffusion.backbones.transformers import TransformersBackbone
 from featinv_diffusion.data.crops import to_images
-from featinv_diffusion.data.selection import Item
+from featinv_diffusion.data.selection import Item, Selection
 from featinv_diffusion.data.sets import ImageSet
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.evaluation.evaluator import find_partners, noise_of
@@ -165,10 +165,10 @@ class EncoderSettings:
         _ = self.selection  # checks what they share
 
     @property
-    def selection(self) -> EvaluationSettings:
-        """The same choice of images for `select_items`."""
+    def selection(self) -> Selection:
+        """Which images are compared, chosen as an evaluation does."""
         shared = {f.name for f in fields(self)} & {f.name for f in fields(EvaluationSettings)}
-        return EvaluationSettings(**{name: getattr(self, name) for name in shared})
+        return EvaluationSettings(**{name: getattr(self, name) for name in shared}).chosen
 
 
 @dataclass(frozen=True, eq=False)

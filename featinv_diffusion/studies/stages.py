@@ -23,11 +23,10 @@ from torch.nn import functional as F
 
 from featinv_diffusion.backbones.traced import to_meta
 from featinv_diffusion.data.boxes import (
-    BoxRecords,
-    CocoRecords,
+    BoxedImages,
     coco_annotations,
     crop_boxes,
-    load_box_records,
+    open_boxed_images,
 )
 from featinv_diffusion.data.crops import Crop, DataConfig, split_held_back
 from featinv_diffusion.data.sets import open_images
@@ -251,32 +250,32 @@ def load_pictures(choice: PictureChoice, size: tuple[int, int]) -> PictureSet:
 
 
 def _load_with_objects(choice: PictureChoice, size: tuple[int, int]) -> PictureSet:
-    records = load_box_records(
+    images = open_boxed_images(
         DataConfig(root=choice.data, split=choice.split, classes=choice.classes)
     )
     held = choice.held_back_per_class
-    members = split_held_back(records.labels, held)[1] if held else range(len(records))
+    members = split_held_back(images.labels or [], held)[1] if held else range(len(images))
     rows = _spread(members, choice.n_images)
     pictures: list[Image.Image] = []
     objects: list[dict[str, Tensor]] = []
     inside: list[Tensor] = []
     for i in rows:
-        picture = records.image(i)
+        picture = images.read(i)
         whole = Crop((0, 0, picture.height, picture.width), hflip=False, vflip=False)
-        seen = crop_boxes(records.boxes(i), whole)
+        seen = crop_boxes(images.boxes(i), whole)
         boxes = torch.tensor([box for box, _ in seen]).reshape(-1, 4)
         labels = torch.tensor([label for _, label in seen], dtype=torch.long)
         pictures.append(picture.resize((size[1], size[0]), Image.Resampling.BILINEAR))
         objects.append({"class_labels": labels, "boxes": boxes})
-        inside.append(_inside(records, i, boxes, size))
-    ids = [records.id(i) for i in rows]
+        inside.append(_inside(images, i, boxes, size))
+    ids = [images.ids[i] for i in rows]
     return PictureSet(ids, to_tensor(pictures), objects, torch.stack(inside))
 
 
-def _inside(records: BoxRecords, index: int, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+def _inside(images: BoxedImages, index: int, boxes: Tensor, size: tuple[int, int]) -> Tensor:
     """The union of the objects: one pixel belongs to it once, however many there are."""
-    if isinstance(records, CocoRecords):
-        mask = torch.from_numpy(records.masks(index).any(0)).float()[None, None]
+    if images.masks is not None:
+        mask = torch.from_numpy(images.masks(index).any(0)).float()[None, None]
         return F.interpolate(mask, size, mode="nearest")[0, 0] > 0.5
     found = np.zeros(size, bool)
     for x, y, width, height in boxes.tolist():

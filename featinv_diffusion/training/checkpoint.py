@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -28,14 +29,15 @@ class Progress:
     """How far a run is.
 
     `batch` counts micro-batches of the current epoch, on each process; `seconds` are those of all
-    sittings that led to the last checkpoint.
+    sittings that led to the last checkpoint; `unreadable` are the images that were replaced.
     """
 
     def __init__(self) -> None:
         self.step = self.epoch = self.batch = self.micro_step = 0
         self.seconds = 0.0
+        self.unreadable: list[str] = []
 
-    def state_dict(self) -> dict[str, float]:
+    def state_dict(self) -> dict[str, Any]:
         return dict(vars(self))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -120,6 +122,7 @@ def check_resumable(
 def environment(n_processes: int) -> dict[str, Any]:
     """Library versions, the commit and the number of processes."""
     names = ("torch", "diffusers", "transformers", "accelerate", "timm", "datasets")
+    installed = {name for name in names if importlib.util.find_spec(name)}  # `datasets` may lack
     return {
         "versions": {name: _version(name) for name in names},
         "commit": _commit(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import timm
 import torch
 from PIL import Image
@@ -10,11 +9,9 @@ from PIL import Image
 from featinv_diffusion.backbones import wrap_model
 from featinv_diffusion.class_embedding.study import (
     class_name,
-    find_class,
     open_token_images,
     to_input,
 )
-from featinv_diffusion.errors import InputError
 from tests.class_embedding.vits import SMALL, make_vit
 
 
@@ -61,18 +58,8 @@ def test_some_folders_of_imagenet_by_their_wordnet_ids(tmp_path):
         "n01440764/b.png": 0,
         "n01443537/a.png": 1,
     }
-    assert find_class("goldfish", backbone, 1000) == 1
     assert class_name(backbone, 1) == "goldfish"
-    with pytest.raises(InputError, match="no class 'goldfisch'"):
-        find_class("goldfisch", backbone, 1000)
-
-
-def test_classes_by_number(tmp_path):
-    backbone = make_vit().backbone
-    assert find_class("6", backbone, 7) == 6
-    assert class_name(backbone, 6) == "class 6"
-    with pytest.raises(InputError, match="0 to 6"):
-        find_class("7", backbone, 7)
+    assert class_name(make_vit().backbone, 6) == "class 6"
 
 
 def test_whole_pictures_are_squashed():

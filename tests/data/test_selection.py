@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from featinv_diffusion.data.crops import split_held_back
-from featinv_diffusion.data.selection import Item, digest, select_items
+from featinv_diffusion.data.selection import Item, Selection, digest, select_items
 from featinv_diffusion.data.sets import ImageSet
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.evaluation.settings import EvaluationSettings
@@ -29,7 +29,7 @@ def make_set(labels: list[int] | None, n: int = 0) -> ImageSet:
 
 
 def select(images: ImageSet, **options) -> list[Item]:
-    return select_items(images, EvaluationSettings(data="data", **options))
+    return select_items(images, Selection(**options))
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=60), st.data())
