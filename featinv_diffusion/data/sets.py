@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import posixpath
 import re
-import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
@@ -33,7 +32,7 @@ from featinv_diffusion.data.places import (
     to_place,
 )
 from featinv_diffusion.errors import InputError
-from featinv_diffusion.images import decode_image
+from featinv_diffusion.images import decode_image, picture_id
 
 EXAMPLE = "e.g. --data validation.parquet, --data photos/ or --data ILSVRC/imagenet-1k"
 
@@ -139,7 +138,7 @@ def open_pictures(paths: Iterable[str | Path], exclude: str | Path | None = None
     def add_file(name: str, place: str) -> None:
         files.append(place)
         key = place if is_url(place) else os.path.realpath(place)
-        add(key, _image_id(name), absolute(place), partial(read_picture, place))
+        add(key, picture_id(name), absolute(place), partial(read_picture, place))
 
     def add_container(names: Sequence[str]) -> None:
         files.extend(names)
@@ -382,9 +381,3 @@ def _read_picked(
 
 def _call(readers: Sequence[Callable[[], Image.Image]], index: int) -> Image.Image:
     return readers[index]()
-
-
-def _image_id(name: str) -> str:
-    # One spelling of accents on every file system; bytes that are no UTF-8 stay distinct.
-    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return unicodedata.normalize("NFC", text)

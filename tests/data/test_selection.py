@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from featinv_diffusion.data.crops import split_held_back
-from featinv_diffusion.data.selection import Item, Selection, digest, select_items
+from featinv_diffusion.data.selection import Item, digest, select_items
 from featinv_diffusion.data.sets import ImageSet
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.evaluation.settings import EvaluationSettings
 from featinv_diffusion.runs.sampling import make_jobs
+from featinv_diffusion.settings import SampleSettings, Selection
 
 
 def make_set(labels: list[int] | None, n: int = 0) -> ImageSet:
@@ -28,8 +29,8 @@ def make_set(labels: list[int] | None, n: int = 0) -> ImageSet:
     return ImageSet([f"data:{i:03d}" for i in range(n)], labels, None, read)
 
 
-def select(images: ImageSet, **options) -> list[Item]:
-    return select_items(images, Selection(**options))
+def select(images: ImageSet, seed: int = 0, **options) -> list[Item]:
+    return select_items(images, Selection(**options), seed)
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=60), st.data())
@@ -67,8 +68,9 @@ def test_held_back_images_are_those_that_training_holds_back():
 
 
 def test_a_picture_of_a_folder_has_the_noise_of_its_first_sample():
-    images = replace(make_set(None, 2), ids=["a/one.png", "b/two.jpg"])
-    jobs = make_jobs([(image_id, Path(image_id)) for image_id in images.ids], seed=5, n_samples=3)
+    ids = ["a/one.png", "b/two.jpg"]
+    images = replace(make_set(None, 2), ids=ids, locations=[f"/{image_id}" for image_id in ids])
+    jobs = make_jobs(images, seed=5, n_samples=3)
     for item in select(images, seed=5):
         assert item.seed == jobs[item.index].seeds[0]
 
@@ -98,21 +100,21 @@ def test_the_digest_tells_the_order():
 
 
 @pytest.mark.parametrize(
-    ("options", "sentence"),
+    ("make", "sentence"),
     [
-        ({"n_images": 0}, "n_images must be at least 1, but 0 came"),
-        ({"shard_size": 1}, "shard_size must be at least 2"),
-        ({"n_null_images": -1}, "n_null_images must be at least 0"),
-        ({"selection": "frist"}, "No selection is named 'frist'; did you mean 'first'"),
-        ({"fid": "legacy"}, "Choices: torch-fidelity, clean, adm"),
-        ({"evaluated_by": ("a", "a")}, "names a backbone twice"),
-        ({"steps": 0}, "steps must be at least 1"),
-        ({"guidance": "both"}, "No guidance is named 'both'"),
+        (lambda: Selection(n_images=0), "n_images must be at least 1, got 0"),
+        (lambda: EvaluationSettings(shard_size=1), "shard_size must be at least 2"),
+        (lambda: Selection(n_null_images=-1), "n_null_images must be at least 0"),
+        (lambda: Selection(selection="frist"), "'frist'; did you mean 'first'"),
+        (lambda: EvaluationSettings(fid="legacy"), "Choices: torch-fidelity, clean, adm"),
+        (lambda: EvaluationSettings(evaluated_by=("a", "a")), "names a backbone twice"),
+        (lambda: SampleSettings(steps=0), "steps must be at least 1"),
+        (lambda: SampleSettings(guidance="both"), "No guidance is named 'both'"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(options, sentence):
+def test_settings_that_cannot_be_are_refused(make: Callable[[], object], sentence: str):
     with pytest.raises(InputError, match=sentence):
-        EvaluationSettings(**options)
+        make()
 
 
 @pytest.mark.parametrize("option", ["per_class", "held_back_per_class"])
