@@ -100,7 +100,8 @@ def attention_rollout_relevance(
     return relevance[:, anatomy.read_tokens].mean(dim=1)
 
 
-MEASURES = frozenset({"states", "attention", "mlp", "memories", "relevance"})
+STATES = frozenset({"states"})
+MEASURES = STATES | {"attention", "mlp", "memories", "relevance"}
 
 
 @dataclass(frozen=True, eq=False)

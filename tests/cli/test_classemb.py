@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from featinv_diffusion.class_embedding import command
+from featinv_diffusion.class_embedding import study
 from tests.class_embedding.vits import make_vit
 from tests.cli.conftest import Featinv
 
@@ -17,9 +17,9 @@ from tests.cli.conftest import Featinv
 @pytest.fixture(autouse=True)
 def _tiny_vit(monkeypatch: pytest.MonkeyPatch) -> None:
     names: list[str] = []
-    monkeypatch.setattr(command, "list_backbones", lambda: ["tiny/vit"])
+    monkeypatch.setattr(study, "list_backbones", lambda: ["tiny/vit"])
     monkeypatch.setattr(
-        command, "load_backbone", lambda name: names.append(name) or make_vit().backbone
+        study, "load_backbone", lambda name: names.append(name) or make_vit().backbone
     )
 
 
