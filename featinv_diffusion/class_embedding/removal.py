@@ -206,7 +206,7 @@ def spread_counts(n: int, n_points: int) -> tuple[int, ...]:
         InputError: fewer than two points or more than n.
     """
     if not 2 <= n_points <= n:
-        raise InputError(f"There must be 2 to {n} points of a removal curve, but {n_points} came.")
+        raise InputError(f"There must be 2 to {n} points of a removal curve, got {n_points}.")
     return tuple(round(float(x)) for x in np.linspace(1, n, n_points))
 
 

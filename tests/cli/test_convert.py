@@ -64,7 +64,7 @@ def test_both_ways(featinv, made, tmp_path):
         (["{made}/control.ckpt", "{made}"], "must be a new or empty folder"),
         (["{made}/control.ckpt", "out"], "Pass the backbone it was trained on as --backbone"),
         (["{made}/control.ckpt", "out", "--backbone", "test_vit"], "as --original-config"),
-        (WITH_YAML, "'openai/clip-vit-large-patch14' cannot be had"),
+        (WITH_YAML, "'openai/clip-vit-large-patch14' cannot be loaded"),
         (
             [*WITH_YAML, "--no-tokenizer", "--backbone", "resnet"],
             "64 channels, but the features are a map of resnet at layer 'last', 2048×7×7",

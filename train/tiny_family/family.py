@@ -24,13 +24,13 @@ from transformers import (
 from featinv_diffusion.backbones.transformers import PROCESSOR_FILE, load_transformers
 from featinv_diffusion.config import load_config
 from featinv_diffusion.data.sets import open_images
+from featinv_diffusion.diffusion.cards import CardInfo
 from featinv_diffusion.diffusion.featinv_controlnet import FeatureControlNet
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
 from featinv_diffusion.diffusion.folders import (
     BASE,
     MAX_FILE_MB,
     SCOPE_FILE,
-    CardInfo,
     load_member,
     to_half,
     without_progress_bars,
