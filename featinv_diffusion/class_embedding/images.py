@@ -52,7 +52,7 @@ class TokenImages:
         label_source: where the labels come from. `name`, `number` or `wordnet`: how the classes of
             the data were matched with the backbone's; `target`: the user; `predicted`: nowhere.
         read: decodes one.
-        notes: what a user may not expect, a sentence each.
+        notes: what a user may not expect, one sentence each.
     """
 
     ids: list[str]
@@ -182,7 +182,7 @@ def _name(picture: Any) -> list[tuple[str, Callable[[], Image.Image]]]:
 def to_input(pictures: Sequence[Image.Image], backbone: Backbone) -> Images:
     """Squashes whole pictures to the backbone's input size.
 
-    So were all published models read but MIIL, which had a central crop of 0.875.
+    All published models were read like this but MIIL, which had a central crop of 0.875.
     """
     height, width = backbone.input_size
     filter_ = RESAMPLING[backbone.preprocessing.interpolation]
@@ -196,8 +196,8 @@ def to_input(pictures: Sequence[Image.Image], backbone: Backbone) -> Images:
 def match_classes(images: ImageSet, backbone: Backbone) -> tuple[str, list[int] | None]:
     """Returns how classes are matched, and the backbone's class of each label.
 
-    Beside the ways of `match_labels`, folders that are named by WordNet ids are those classes of a
-    backbone of ImageNet, also where there are fewer.
+    In addition to `match_labels`, folders that are named by WordNet ids are matched with the
+    classes of an ImageNet backbone, also where there are only some of them.
     """
     source, class_of_label = match_labels(images, backbone)
     if class_of_label is None and images.labels is not None:

@@ -111,7 +111,7 @@ class Difference:
     Args:
         p_value: share of permutations of the token labels with a difference at least as large,
             the observed one counted: one-sided.
-        n_images: that have tokens of both kinds.
+        n_images: images that have tokens of both kinds.
     """
 
     value: float
@@ -137,8 +137,8 @@ def class_context_difference(
     mixed = is_class.any(dim=1) & ~is_class.all(dim=1)
     if not mixed.any():
         raise InputError(
-            "Class and context can be compared only where an image has tokens of both kinds, but "
-            "none has. Look at the masks: the object must not fill or miss the whole image."
+            "Class and context can be compared only in images with tokens of both kinds, but none "
+            "has both. Look at the masks: the object must not fill or miss the whole image."
         )
     values, is_class = values[mixed].double(), is_class[mixed]
     observed = _difference(values, is_class)
@@ -254,7 +254,6 @@ class Tally:
     """Collects readings; tokens are reduced to shares and means of each image.
 
     Attributes:
-        columns: per image, `[n_images]` or `[n_images, blocks]`, after `column`.
         token_identifiability: sum over images, blocks with the embeddings first, `[B + 1, n]`.
     """
 
@@ -265,7 +264,7 @@ class Tally:
         self._columns: defaultdict[str, list[Tensor]] = defaultdict(list)
 
     def add(self, reading: Reading) -> None:
-        """Takes a reading of the states alone, or of all"""
+        """Adds a reading of the states alone, or of all measures."""
         assert reading.states is not None
         states = reading.states
         self._add("label", reading.labels)
@@ -285,6 +284,7 @@ class Tally:
         self._add_layer("mlp", reading.mlp, reading.mlp_memories, reading)
 
     def column(self, name: str) -> Tensor:
+        """Returns the values of all images, `[n_images]` or `[n_images, blocks]`."""
         return torch.cat(self._columns[name])
 
     def __contains__(self, name: str) -> bool:

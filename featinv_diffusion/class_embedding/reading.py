@@ -122,7 +122,7 @@ class PointReading:
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """Numbers of a batch, on the CPU; what was not asked for is None.
+    """The numbers of a batch, on the CPU; what was not asked for is None.
 
     Args:
         labels: the class that is read.
@@ -158,7 +158,7 @@ def read_images(
 
     Args:
         labels: class of each image; None takes the one that the model predicts.
-        measures: of `MEASURES`, what is wanted; the less, the less is computed.
+        measures: which of `MEASURES` to take; the fewer, the less is computed.
         mlp_key: see `record`.
     """
     wanted = measures | ({"values"} if "relevance" in measures else set())

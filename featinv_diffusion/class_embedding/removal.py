@@ -134,7 +134,7 @@ Direction = Literal["negative", "positive"]
 
 @dataclass(frozen=True, eq=False)
 class RemovalCurve:
-    """Whether each image is still classified right with so many image tokens left.
+    """Whether each image is still classified correctly when only some image tokens are kept.
 
     Args:
         n_kept: increasing, the last is all tokens.
@@ -165,7 +165,7 @@ class RemovalCurve:
 
 
 def order_by(relevance: Float[Tensor, "b patches"]) -> Int[Tensor, "b patches"]:
-    """Returns the numbers of the patches, the most relevant first; ties in raster order."""
+    """Returns the indices of the patches, the most relevant first; ties in raster order."""
     return relevance.argsort(dim=1, descending=True, stable=True)
 
 
@@ -178,12 +178,12 @@ def removal_curve(
     direction: Direction,
     n_points: int | None = None,
 ) -> RemovalCurve:
-    """Classifies images whose tokens go, after the position embeddings, in the order of relevance.
+    """Classifies images while tokens are removed, after the position embeddings, by relevance.
 
     Args:
-        order: of `order_by`.
+        order: what `order_by` returns.
         direction: `negative` removes the least relevant tokens first, `positive` the most.
-        n_points: how many counts of kept tokens are run, evenly spread over 1 … n; None is all.
+        n_points: how many numbers of kept tokens to try, evenly spread over 1 … n; None is all.
 
     Raises:
         InputError: fewer than two points or more than tokens.
@@ -228,13 +228,13 @@ DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 
 @dataclass
 class RemovalTest:
-    """Runs batches and sums up.
+    """The perturbation test over many images, batch by batch.
 
     Args:
-        n_points: counts of kept tokens that are run, see `removal_curve`; None is all.
-        n_random: random orders of each image, drawn from (seed, image id, number); none is shared
-            by images.
-        methods: of `METHODS`.
+        n_points: how many numbers of kept tokens to try, see `removal_curve`.
+        n_random: random orders of each image, drawn from (seed, image id, number), so that no two
+            images share one.
+        methods: some of `METHODS`.
     """
 
     anatomy: Anatomy
@@ -245,7 +245,7 @@ class RemovalTest:
     curves: dict[str, list[RemovalCurve]] = field(default_factory=dict)
 
     def add(self, images: Images, reading: Reading, ids: Sequence[str]) -> None:
-        """Takes a batch with its reading, which holds the gradient relevance."""
+        """Adds a batch with its reading, which holds the gradient relevance."""
         for method in self.methods:
             order = order_by(self._relevance(method, images, reading))
             for direction in DIRECTIONS:

@@ -53,7 +53,7 @@ def test_both_ways(featinv, made, tmp_path):
     assert back.code == 0
     expected = f"Wrote {tmp_path / 'back.safetensors'} and {tmp_path / 'back.yaml'}.\n"
     assert back.out == expected
-    assert back.err.startswith("Note: The original code has sizes fixed in it")
+    assert back.err.startswith("Note: Some sizes are fixed in the original code")
     assert OmegaConf.load(tmp_path / "back.yaml") == OmegaConf.load(made / "control.yaml")
 
 
