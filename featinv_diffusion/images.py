@@ -187,6 +187,15 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     return _over_white(image, name) if image.has_transparency_data else image.convert("RGB")
 
 
+def to_upright_rgb(picture: Image.Image) -> Image.Image:
+    """Returns a PIL image as `read_image` gives that of a file: 8-bit RGB, upright.
+
+    Raises:
+        InputError: pixels of 32 bits.
+    """
+    return _to_rgb(_upright(picture), "the picture")
+
+
 def _over_white(image: Image.Image, name: str) -> Image.Image:
     rgba = image.convert("RGBA")
     if rgba.getchannel("A").getextrema() != (255, 255):
@@ -230,7 +239,7 @@ def _read_one(picture: object, size: int) -> tuple[Images, list[Source]]:
         images = _from_array(picture)
         return images, [Source("")] * len(images)
     if isinstance(picture, Image.Image):
-        whole, name, location = _to_rgb(_upright(picture), "the picture"), "", None
+        whole, name, location = to_upright_rgb(picture), "", None
     elif isinstance(picture, str | Path):
         whole = read_image(picture)
         name, location = picture_id(Path(picture).name), str(Path(picture).absolute())

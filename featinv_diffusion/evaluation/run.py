@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from featinv_diffusion import __version__
-from featinv_diffusion.backbones import Backbone, load_backbone
+from featinv_diffusion.backbones import Backbone, load_backbone, same_backbone
 from featinv_diffusion.backbones.base import LAST, weights_sha256
 from featinv_diffusion.data.crops import to_images
 from featinv_diffusion.data.selection import Item, digest, select_items

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from featinv_diffusion import __version__
 from featinv_diffusion.backbones import Backbone, load_backbone, same_backbone
+from featinv_diffusion.backbones.base import weights_sha256
 from featinv_diffusion.concepts import (
     MCD,
     ConceptDictionary,
@@ -40,7 +41,6 @@ from featinv_diffusion.images import center_square, read_image, to_tensor
 from featinv_diffusion.inverters.open import find_device
 from featinv_diffusion.runs.record import from_values, path_of, read_content, read_environment
 from featinv_diffusion.runs.sampling import batched, to_list
-from featinv_diffusion.backbones.base import weights_sha256
 from featinv_diffusion.types import Features, FeatureSpec
 
 # ---- The class that concepts are relevant to: by name, by index, or by majority prediction -------

@@ -12,7 +12,7 @@ from jaxtyping import Complex, Float
 from PIL import Image
 from torch import Tensor
 
-from featinv_diffusion.backbones.base import Backbone
+from featinv_diffusion.backbones.base import Backbone, weights_sha256
 from featinv_diffusion.data.sets import ImageSet
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.features.operator_methods import DEFAULT_RIDGE, PairMoments, solve
@@ -29,7 +29,6 @@ from featinv_diffusion.metrics.statistics import (
     bootstrap_statistic,
 )
 from featinv_diffusion.runs.sampling import batched
-from featinv_diffusion.backbones.base import weights_sha256
 from featinv_diffusion.seeds import derive_seed, make_generator
 from featinv_diffusion.types import Features, Images
 

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from featinv_diffusion import __version__
-from featinv_diffusion.backbones.base import Backbone
+from featinv_diffusion.backbones.base import Backbone, weights_sha256
 from featinv_diffusion.data.selection import digest
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.features.operator_methods import LINEAR
@@ -45,7 +45,6 @@ from featinv_diffusion.runs.sampling import (
     sample_all,
 )
 from featinv_diffusion.runs.scope import Scope
-from featinv_diffusion.backbones.base import weights_sha256
 from featinv_diffusion.settings import SampleSettings
 from featinv_diffusion.studies.operator_measures import (
     CEILING,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -122,7 +121,6 @@ def check_resumable(
 def environment(n_processes: int) -> dict[str, Any]:
     """Library versions, the commit and the number of processes."""
     names = ("torch", "diffusers", "transformers", "accelerate", "timm", "datasets")
-    installed = {name for name in names if importlib.util.find_spec(name)}  # `datasets` may lack
     return {
         "versions": {name: _version(name) for name in names},
         "commit": _commit(),

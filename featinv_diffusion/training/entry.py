@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,10 @@ from featinv_diffusion.data.crops import (
     split_held_back,
     to_images,
 )
+from featinv_diffusion.data.sets import ImageSet
 from featinv_diffusion.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 
 def make_datasets(

@@ -7,11 +7,12 @@ import torch
 from PIL import Image
 
 from featinv_diffusion.backbones import wrap_model
-from featinv_diffusion.class_embedding.study import (
+from featinv_diffusion.class_embedding.images import (
     class_name,
     open_token_images,
     to_input,
 )
+from featinv_diffusion.class_embedding.settings import ImageChoice
 from tests.class_embedding.vits import SMALL, make_vit
 
 
@@ -25,7 +26,9 @@ def write(folder, *names):
 
 def test_folders_are_classes_by_number_where_there_are_as_many(tmp_path):
     names = [f"{c}/{i}.png" for c in range(7) for i in range(2)]
-    images = open_token_images(write(tmp_path, *names), make_vit().backbone, per_class=1)
+    images = open_token_images(
+        write(tmp_path, *names), make_vit().backbone, ImageChoice(per_class=1)
+    )
     assert images.label_source == "number"
     assert sorted(images.labels or []) == list(range(7))
     assert [int(image_id[0]) for image_id in images.ids] == images.labels

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 
@@ -17,7 +16,7 @@ from featinv_diffusion.data.sets import ImageSet
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.evaluation.settings import EvaluationSettings
 from featinv_diffusion.runs.sampling import make_jobs
-from featinv_diffusion.settings import SampleSettings, Selection
+from featinv_diffusion.settings import Selection, from_flat
 
 
 def make_set(labels: list[int] | None, n: int = 0) -> ImageSet:
@@ -68,9 +67,8 @@ def test_held_back_images_are_those_that_training_holds_back():
 
 
 def test_a_picture_of_a_folder_has_the_noise_of_its_first_sample():
-    ids = ["a/one.png", "b/two.jpg"]
-    images = replace(make_set(None, 2), ids=ids, locations=[f"/{image_id}" for image_id in ids])
-    jobs = make_jobs(images, seed=5, n_samples=3)
+    images = replace(make_set(None, 2), ids=["a/one.png", "b/two.jpg"])
+    jobs = make_jobs(replace(images, locations=images.ids), seed=5, n_samples=3)
     for item in select(images, seed=5):
         assert item.seed == jobs[item.index].seeds[0]
 
@@ -100,21 +98,21 @@ def test_the_digest_tells_the_order():
 
 
 @pytest.mark.parametrize(
-    ("make", "sentence"),
+    ("options", "sentence"),
     [
-        (lambda: Selection(n_images=0), "n_images must be at least 1, got 0"),
-        (lambda: EvaluationSettings(shard_size=1), "shard_size must be at least 2"),
-        (lambda: Selection(n_null_images=-1), "n_null_images must be at least 0"),
-        (lambda: Selection(selection="frist"), "'frist'; did you mean 'first'"),
-        (lambda: EvaluationSettings(fid="legacy"), "Choices: torch-fidelity, clean, adm"),
-        (lambda: EvaluationSettings(evaluated_by=("a", "a")), "names a backbone twice"),
-        (lambda: SampleSettings(steps=0), "steps must be at least 1"),
-        (lambda: SampleSettings(guidance="both"), "No guidance is named 'both'"),
+        ({"n_images": 0}, "n_images must be at least 1, got 0"),
+        ({"shard_size": 1}, "shard_size must be at least 2"),
+        ({"n_null_images": -1}, "n_null_images must be at least 0"),
+        ({"selection": "frist"}, "No selection is named 'frist'; did you mean 'first'"),
+        ({"fid": "legacy"}, "Choices: torch-fidelity, clean, adm"),
+        ({"evaluated_by": ("a", "a")}, "names a backbone twice"),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"guidance": "both"}, "No guidance is named 'both'"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(make: Callable[[], object], sentence: str):
+def test_settings_that_cannot_be_are_refused(options, sentence):
     with pytest.raises(InputError, match=sentence):
-        make()
+        from_flat(EvaluationSettings, options)
 
 
 @pytest.mark.parametrize("option", ["per_class", "held_back_per_class"])
