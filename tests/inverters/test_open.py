@@ -20,7 +20,7 @@ def open_saved(folder, **settings):
 
 
 def test_resolved_settings_have_no_gaps(saved_pipeline):
-    _, resolved = open_saved(saved_pipeline)
+    resolved = open_saved(saved_pipeline).settings
     gaps = [f.name for f in fields(resolved) if getattr(resolved, f.name) is None]
     assert gaps == ["stage"]  # which deterministic inverters have
     assert (resolved.backbone, resolved.layer, resolved.scheduler) == ("convnext", "last", "ddim")
@@ -29,16 +29,15 @@ def test_resolved_settings_have_no_gaps(saved_pipeline):
 
 
 def test_resolved_settings_open_the_same_inverter(saved_pipeline):
-    _, resolved = open_saved(saved_pipeline, scheduler="unipc", steps=3, guidance_scale=2.0)
-    _, again = open_inverter(resolved)
-    assert again == resolved
+    resolved = open_saved(saved_pipeline, scheduler="unipc", steps=3, guidance_scale=2.0).settings
+    assert open_inverter(resolved).settings == resolved
 
 
 def test_the_backbone_stays_in_float32_where_the_rest_is_half(saved_pipeline):
-    inverter, _ = open_saved(saved_pipeline, dtype="bfloat16", steps=2)
+    inverter = open_saved(saved_pipeline, dtype="bfloat16", steps=2)
     assert inverter.pipeline.unet.dtype == inverter.pipeline.controlnet.dtype == torch.bfloat16
     assert inverter.backbone.dtype == torch.float32
-    exact, _ = open_saved(saved_pipeline)  # weights that went through bfloat16 would differ
+    exact = open_saved(saved_pipeline)  # weights that went through bfloat16 would differ
     features = [i.backbone.features(tiny.make_images(1)) for i in (inverter, exact)]
     torch.testing.assert_close(*features, rtol=0, atol=0)
     images = inverter.invert(inverter.backbone.features(tiny.make_images(1)))
@@ -48,7 +47,7 @@ def test_the_backbone_stays_in_float32_where_the_rest_is_half(saved_pipeline):
 def test_half_precision_changes_little(saved_pipeline):
     features = tiny.make_features(1)
     images = [
-        open_saved(saved_pipeline, dtype=dtype, steps=2)[0].invert(
+        open_saved(saved_pipeline, dtype=dtype, steps=2).invert(
             features, generator=tiny.make_generators(1)
         )
         for dtype in ("float32", "float16")
@@ -65,7 +64,7 @@ def test_a_pipeline_without_backbone_loads_the_one_it_declares(tmp_path, monkeyp
         return wrap_model(tiny.make_backbone(), name=name, layer=layer)
 
     monkeypatch.setattr(sampling, "load_backbone", load)
-    inverter, _ = open_saved(tmp_path / "bare")
+    inverter = open_saved(tmp_path / "bare")
     assert asked == [("convnext", "last")]
     assert inverter.backbone.input_size == (64, 64)
 
@@ -92,7 +91,7 @@ def test_a_gpu_gives_the_picture_of_the_cpu(saved_pipeline):
     images = []
     for device in ("cpu", "cuda"):
         settings = SampleSettings(pipeline=str(saved_pipeline), device=device, steps=4)
-        inverter, resolved = open_inverter(settings)
-        assert resolved.device == device
+        inverter = open_inverter(settings)
+        assert inverter.settings.device == device
         images.append(inverter.invert(features.to(device), generator=tiny.make_generators(1)).cpu())
     torch.testing.assert_close(images[0], images[1], rtol=0, atol=0.02)

@@ -9,12 +9,7 @@ import pytest
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.inverters import modular, reconstructor
 from featinv_diffusion.inverters.chain import MapChain
-from featinv_diffusion.inverters.open import (
-    DeterministicInverter,
-    Source,
-    list_inverters,
-    open_deterministic,
-)
+from featinv_diffusion.inverters.open import list_inverters, load_inverter
 from featinv_diffusion.inverters.reconstructor import ReconstructorInverter
 from tests.inverters import encoders, small
 from tests.inverters.test_rae import make_rae
@@ -32,39 +27,39 @@ def folders(tmp_path: Path, monkeypatch) -> Path:
 
 def test_names_and_folders_lead_to_their_kind(folders: Path) -> None:
     assert {"rae", "siglip"} <= set(list_inverters())
-    named = open_deterministic(Source("siglip"))
-    beside = open_deterministic(Source(str(folders / "tiny/siglip/reconstructor")))
-    chain = open_deterministic(Source(str(folders / "vit"), stage="blocks.1"))
+    named = load_inverter("siglip")
+    beside = load_inverter(folders / "tiny/siglip/reconstructor")
+    chain = load_inverter(folders / "vit", stage="blocks.1")
     assert isinstance(named, ReconstructorInverter)
     assert isinstance(beside, ReconstructorInverter)
     assert isinstance(chain, MapChain)
     assert chain.spec.layer == "blocks.1"
     for inverter in (named, beside, chain):
-        assert isinstance(inverter, DeterministicInverter)
+        assert inverter.is_deterministic
     assert list(named.networks) == ["reconstructor"]
     assert list(chain.networks) == ["blocks.1", "patches"]
 
 
 @pytest.mark.parametrize(
-    ("source", "words"),
+    ("name", "settings", "words"),
     [
-        (Source("siglop"), "did you mean 'siglip'"),
-        (Source("siglip", stage="encoder"), "reads the layer 'last' and no other"),
-        (Source("siglip", pipeline="tiny/vit"), "takes no pipeline"),
-        (Source("rae"), "give --pipeline"),
-        (Source("~nobody-of-that-name/x"), "leads nowhere"),
+        ("siglop", {}, "did you mean 'siglip'"),
+        ("siglip", {"stage": "encoder"}, "reads the layer 'last' and no other"),
+        ("siglip", {"pipeline": "tiny/vit"}, "takes no pipeline"),
+        ("rae", {}, "give --pipeline"),
+        ("~nobody-of-that-name/x", {}, "leads nowhere"),
     ],
 )
-def test_what_does_not_fit_is_refused(folders: Path, source: Source, words: str) -> None:
+def test_what_does_not_fit_is_refused(folders: Path, name: str, settings: dict, words: str) -> None:
     with pytest.raises(InputError, match=words):
-        open_deterministic(source)
+        load_inverter(name, **settings)
 
 
 def test_its_own_layer_is_a_stage(folders: Path) -> None:
-    assert open_deterministic(Source("siglip", stage="last")).spec == encoders.SPEC
+    assert load_inverter("siglip", stage="last").spec == encoders.SPEC
 
 
 def test_an_autoencoder_is_named_by_the_pipeline(tmp_path: Path) -> None:
     make_rae("mae").save_pretrained(tmp_path)
     with pytest.raises(InputError, match=f"use --inverter rae --pipeline {tmp_path}"):
-        open_deterministic(Source(str(tmp_path)))
+        load_inverter(tmp_path)
