@@ -234,18 +234,28 @@ def _read_one(picture: Picture, size: int) -> tuple[Images, list[Source]]:
     if isinstance(picture, np.ndarray | Tensor):
         images = _from_array(picture)
         return images, [Source("")] * len(images)
-    if isinstance(picture, Image.Image):
-        whole, name, location = _to_rgb(_upright(picture), "the picture"), "", None
-    elif isinstance(picture, str | Path):
-        whole = read_image(picture)
+    name, location = "", None
+    if isinstance(picture, str | Path):
         name, location = picture_id(Path(picture).name), str(Path(picture).absolute())
-    else:
-        raise InputError(
-            "A picture must be a path, a PIL image, an array or a tensor, got "
-            f"{type(picture).__name__}."
-        )
+    whole = open_picture(picture)
     square = center_square(whole, size)
     return to_tensor(square), [Source(name, location, square, whole.size)]
+
+
+def open_picture(picture: object) -> Image.Image:
+    """Returns a picture, given by its path or as a PIL image, as 8-bit RGB and upright.
+
+    Raises:
+        InputError: a file that cannot be read, or neither a path nor a PIL image.
+    """
+    if isinstance(picture, str | Path):
+        return read_image(picture)
+    if isinstance(picture, Image.Image):
+        return _to_rgb(_upright(picture), "the picture")
+    raise InputError(
+        "A picture must be a path, a PIL image, an array or a tensor, got "
+        f"{type(picture).__name__}."
+    )
 
 
 def _from_array(values: np.ndarray | Tensor) -> Images:

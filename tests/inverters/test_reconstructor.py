@@ -274,7 +274,7 @@ def test_a_damaged_config_is_refused(member: Path, tmp_path: Path, damage, words
 
 @pytest.mark.parametrize(
     ("values", "words"),
-    [(64, "must be 2"), ([64], "must be 2"), ("64", "must be 2"), ([64, "2"], "but '2' came")],
+    [(64, "must be 2"), ([64], "must be 2"), ("64", "must be 2"), ([64, "2"], "got '2'")],
 )
 def test_sizes_of_another_type_are_refused(values, words: str) -> None:
     """Which the type checker of the tests keeps from the constructor."""
@@ -355,7 +355,7 @@ def test_weights_of_another_network_are_refused() -> None:
     weights = original_weights(32)
     for extra, words in (
         ("decoder.upsample.weight", "upsample"),
-        ("transformer.encoder.layers.x.mlp.fc1.weight", r"layers\.x\..* does not fit"),
+        ("transformer.encoder.layers.x.mlp.fc1.weight", r"layers\.x\..* does not belong"),
     ):
         with pytest.raises(InputError, match=words):
             from_original({**weights, extra: torch.zeros(1)})
