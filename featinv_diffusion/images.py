@@ -238,27 +238,30 @@ def _read_one(picture: object, size: int) -> tuple[Images, list[Source]]:
     if isinstance(picture, np.ndarray | Tensor):
         images = _from_array(picture)
         return images, [Source("")] * len(images)
-    if isinstance(picture, Image.Image):
-        whole, name, location = to_upright_rgb(picture), "", None
-    elif isinstance(picture, str | Path):
-        whole = read_image(picture)
+    name, location = "", None
+    if isinstance(picture, str | Path):
         name, location = picture_id(Path(picture).name), str(Path(picture).absolute())
-    else:
-        raise InputError(
-            "A picture must be a path, a PIL image, an array or a tensor, got "
-            f"{type(picture).__name__}."
-        )
+    whole = as_picture(picture)
     square = center_square(whole, size)
     return to_tensor(square), [Source(name, location, square, whole.size)]
 
 
-def as_picture(picture: Picture) -> Image.Image:
-    """Returns a picture of any kind as `read_image` does, whole; floats are rounded to 8 bits."""
+def as_picture(picture: object) -> Image.Image:
+    """Returns a picture of any kind as `read_image` does, whole; floats are rounded to 8 bits.
+
+    Raises:
+        InputError: a file that cannot be read, or no picture.
+    """
     if isinstance(picture, str | Path):
         return read_image(picture)
     if isinstance(picture, Image.Image):
-        return _to_rgb(_upright(picture), "the picture")
-    return to_pil(_from_array(picture))[0]
+        return to_upright_rgb(picture)
+    if isinstance(picture, np.ndarray | Tensor):
+        return to_pil(_from_array(picture))[0]
+    raise InputError(
+        "A picture must be a path, a PIL image, an array or a tensor, got "
+        f"{type(picture).__name__}."
+    )
 
 
 def _from_array(values: np.ndarray | Tensor) -> Images:

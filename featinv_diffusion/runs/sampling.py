@@ -155,6 +155,18 @@ def sample_all(
     )
 
 
+def sample_each(inverter: Inverter, features: Features, seeds: Sequence[int]) -> SampleBatch:
+    """Returns one sample of each map as one batch, with the noise of its own seed.
+
+    Raises:
+        InputError: samples that are not finite.
+    """
+    (batch,) = sample_maps(inverter, zip(features, seeds, strict=True), len(features))
+    if not all(batch.finite):
+        raise InputError(not_finite("The features", inverter))
+    return batch
+
+
 def not_finite(what: str, inverter: Inverter) -> str:
     """Returns the sentence about samples that hold no numbers, with advice that fits."""
     half = inverter.settings is not None and inverter.settings.dtype != "float32"

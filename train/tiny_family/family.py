@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from featinv_diffusion.studies.operator_measures import draw_images, fit_operator
 from omegaconf import OmegaConf
 from transformers import (
     CLIPTextModel,
@@ -45,7 +46,6 @@ from featinv_diffusion.inverters.modular import FOLDER, InverseSet
 from featinv_diffusion.inverters.reconstructor import BACKBONE, Reconstructor, load_reconstructor
 from featinv_diffusion.inverters.reconstructor import FOLDER as RECONSTRUCTOR
 from featinv_diffusion.runs.scope import fit_scope, split_images
-from featinv_diffusion.studies.operator_measures import draw_images, fit_operator
 from featinv_diffusion.training.controlnet import ControlNetConfig
 from featinv_diffusion.training.entry import load_component
 from train.tiny_family.pack import (
