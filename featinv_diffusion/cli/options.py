@@ -108,7 +108,7 @@ def with_settings(
             shown = _shown(default) if shown is True else shown
             default, hint = None, (str if _is_list(hint) else _plain(hint)) | None
         option = typer.Option(
-            "--" + name.replace("_", "-"),
+            field.metadata["flag"] or "--" + name.replace("_", "-"),
             help=field.metadata["help"],
             metavar=field.metadata["metavar"],
             show_default=shown,

@@ -137,7 +137,8 @@ def sample_map(
     for batch in sample_maps(inverter, ((features[0], seed) for seed in seeds), batch_size):
         if not all(batch.finite):
             raise InputError(not_finite("The features", inverter))
-        yield batch
+        # The map itself, whose memory layout decides the last bits of cosines.
+        yield replace(batch, maps=features.as_subclass(Tensor).expand_as(batch.maps))
 
 
 def sample_all(
@@ -147,7 +148,7 @@ def sample_all(
     batches = list(sample_map(inverter, features, seeds, batch_size))
     logits = [batch.logits for batch in batches if batch.logits is not None]
     return SampleBatch(
-        torch.cat([batch.maps for batch in batches]),
+        features.as_subclass(Tensor).expand(len(seeds), -1, -1, -1),
         torch.cat([batch.images for batch in batches]),
         torch.cat([batch.features for batch in batches]),
         torch.cat(logits) if logits else None,
