@@ -208,7 +208,7 @@ def _index_of(given: str, labels: tuple[str, ...] | None, n_classes: int) -> int
     raise InputError(f"No class is named {given!r}; {hint}")
 
 
-# ---- The steps of a fit ---------------------------------------------------------------------------
+# ---- The steps of a fit --------------------------------------------------------------------------
 
 
 def _listed(pictures: Any, folder: str | Path | None) -> tuple[Path | None, list[Any]]:

@@ -102,7 +102,7 @@ def test_files_without_directions(tmp_path):
     (tmp_path / "cut.safetensors").write_bytes(b"abc")
     (tmp_path / "d.pt").write_bytes(b"abc")
     for name, words in [
-        ("none.npy", "must be there"),
+        ("none.npy", "must be a file of directions"),
         ("object.npy", "cannot be read"),
         ("two.safetensors", "holds a, b"),
         ("cut.safetensors", "cannot be read"),
