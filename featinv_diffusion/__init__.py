@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from featinv_diffusion.backbones import list_backbones, load_backbone, wrap_model
     from featinv_diffusion.backbones.base import Backbone
-    from featinv_diffusion.class_embedding import TokenReading, read_tokens
+    from featinv_diffusion.class_embedding.study import TokenReading, read_tokens
     from featinv_diffusion.concepts import ConceptDictionary
     from featinv_diffusion.diffusion.featinv_controlnet import FeatureControlNet
     from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
     from featinv_diffusion.diffusion.hub import load_pipeline
     from featinv_diffusion.errors import InputError
-    from featinv_diffusion.evaluation import Evaluation, evaluate
+    from featinv_diffusion.evaluation.run import Evaluation, evaluate
     from featinv_diffusion.features.operators import Operator
     from featinv_diffusion.inverters.base import Inverter
     from featinv_diffusion.inverters.diffusion import DiffusionInverter
@@ -46,7 +46,7 @@ _MODULES = {
     "ConceptDictionary": "concepts",
     "ConceptViz": "studies.featinv_viz",
     "DiffusionInverter": "inverters.diffusion",
-    "Evaluation": "evaluation",
+    "Evaluation": "evaluation.run",
     "FeatInvPipeline": "diffusion.featinv_pipeline",
     "FeatureControlNet": "diffusion.featinv_controlnet",
     "FeatureMaps": "types",
@@ -56,10 +56,10 @@ _MODULES = {
     "Inverter": "inverters.base",
     "Operator": "features.operators",
     "Samples": "runs.samples",
-    "TokenReading": "class_embedding",
+    "TokenReading": "class_embedding.study",
     "Variability": "studies.variability",
     "compose": "studies.composition",
-    "evaluate": "evaluation",
+    "evaluate": "evaluation.run",
     "find_concepts": "studies.concepts",
     "fit_operator": "studies.operators",
     "interpolate": "studies.interpolation",
@@ -68,7 +68,7 @@ _MODULES = {
     "load_backbone": "backbones",
     "load_inverter": "inverters.open",
     "load_pipeline": "diffusion.hub",
-    "read_tokens": "class_embedding",
+    "read_tokens": "class_embedding.study",
     "sample": "runs.samples",
     "show_concept": "studies.featinv_viz",
     "variability": "studies.variability",

@@ -27,7 +27,7 @@ class FeatureSpec:
     """Where features come from and which shape they have; wiring compares two of these.
 
     Args:
-        backbone: the name the backbone was loaded by, e.g. `convnext`.
+        backbone: the name the backbone was loaded by, e.g. `tiny/convnext`.
         layer: dotted module path, or `last` for the last spatial map before pooling.
         kind: `map` is `[b, c, h, w]`; `tokens` and `queries` are `[b, n, c]`.
         channels: c.
@@ -123,6 +123,12 @@ class FeatureMaps(Tensor):
             result.sources = sources
             return result
         return result.as_subclass(Tensor)
+
+    def __deepcopy__(self, memo: Any) -> FeatureMaps:
+        return FeatureMaps.of(self.as_subclass(Tensor).clone(), self.sources)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return FeatureMaps.of, (self.as_subclass(Tensor), self.sources)
 
     def __repr__(self, **_: Any) -> str:
         names = ", ".join(source.name or "unnamed" for source in self.sources[:3])

@@ -43,14 +43,14 @@ def concepts(
     """
     from dataclasses import replace
 
-    from featinv_diffusion.images import list_images
-    from featinv_diffusion.studies.concepts import backbone_name
+    from featinv_diffusion.backbones import resolve_backbone
+    from featinv_diffusion.data.places import list_pictures
 
     drawn = figure or f"{output.stem}.png"
     own = {(output.parent / inner / drawn).resolve() for inner in ("", "replay")}
-    pictures = [path for path in list_images(folder) if path.resolve() not in own]
-    names = [path.relative_to(folder).as_posix() for path in pictures]
-    settings = replace(settings, backbone=backbone_name(settings.backbone))
+    names = list_pictures(folder).names
+    names = [name for name in names if (folder / name).resolve() not in own]
+    settings = replace(settings, backbone=resolve_backbone(settings.backbone).name)
     run(settings, folder, names, output, drawn)
 
 

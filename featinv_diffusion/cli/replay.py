@@ -191,7 +191,10 @@ def _is_plain(name: Any) -> bool:
 
 
 def _on(settings: SampleSettings, device: str | None) -> SampleSettings:
-    return settings if device is None else replace(settings, device=device)
+    from featinv_diffusion.backbones.names import recorded_name
+
+    backbone = None if settings.backbone is None else recorded_name(settings.backbone)
+    return replace(settings, backbone=backbone, device=device or settings.device)
 
 
 def _use_threads(environment: dict[str, Any]) -> None:

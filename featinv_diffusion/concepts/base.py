@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from featinv_diffusion.backbones.names import read_spec
 from featinv_diffusion.concepts.heads import PooledHead
 from featinv_diffusion.errors import InputError, choices_hint
 from featinv_diffusion.files import read_tensors, write_tensors
@@ -92,7 +93,7 @@ def spec_to_json(spec: FeatureSpec | None) -> dict[str, Any] | None:
 
 
 def spec_from_json(fields: Mapping[str, Any] | None) -> FeatureSpec | None:
-    return None if fields is None else FeatureSpec(**{**fields, "grid": tuple(fields["grid"])})
+    return None if fields is None else read_spec(fields)
 
 
 # ---- Linear subspaces spanned by rows ------------------------------------------------------------

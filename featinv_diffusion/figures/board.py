@@ -276,13 +276,13 @@ def short_name(path: str, length: int = 19) -> str:
     return short.replace("$", r"\$")
 
 
-# ---- Figures of the analyses of stages: grids of pictures, bars and the λ curve ------------------
+# ---- Whole figures: grids of pictures, bars with intervals ---------------------------------------
 
 
-def write_grid(
-    columns: Mapping[str, Images], path: Path, title: str, notes: Sequence[str], n_rows: int = 8
-) -> None:
-    """Draws the first images of each column side by side, an image a row."""
+def draw_grid(
+    columns: Mapping[str, Images], title: str, notes: Sequence[str], n_rows: int = 8
+) -> Figure:
+    """Draws the first images of each column side by side, one image per row."""
     n_rows = min(n_rows, len(next(iter(columns.values()))))
     board = Board(n_rows, len(columns), title, notes, headers="first", caption=0.02, tile=0.9)
     figure = board.make()
@@ -292,56 +292,46 @@ def write_grid(
             show_picture(axes, images[i])
             if i == 0:
                 label(axes, name)
-    write_figure(figure, path)
+    return figure
 
 
-def write_bars(
+def draw_bars(
     values: Mapping[str, Interval],
-    path: Path,
     title: str,
     ylabel: str,
     baseline: tuple[str, Interval] | None = None,
-) -> None:
+) -> Figure:
     """Draws a bar with its interval for each name, and a line for the baseline."""
-    figure, axes = _plain_figure(1.2 + 0.75 * len(values), 3.0)
-    heights = [v.value for v in values.values()]
-    errors = [
-        [v.value - v.low for v in values.values()],
-        [v.high - v.value for v in values.values()],
-    ]
-    axes.bar(list(values), heights, yerr=errors, color=BLUE, capsize=3)
+    figure, axes = plain_figure(1.2 + 0.75 * len(values), 3.0)
+    add_bars(axes, list(values), list(values.values()))
     if baseline is not None:
         axes.axhline(baseline[1].value, color=ORANGE, linestyle="--", label=baseline[0])
-        axes.set_ylim(top=1.25 * max(*heights, baseline[1].value))  # room for the legend
+        highest = max(*(v.value for v in values.values()), baseline[1].value)
+        axes.set_ylim(top=1.25 * highest)  # leaves room for the legend
         axes.legend(frameon=False, fontsize=TEXT, loc="upper left")
     axes.set_title(title, fontsize=TITLE)
     axes.set_ylabel(ylabel, fontsize=TEXT)
     axes.tick_params(axis="x", labelrotation=30)
-    write_figure(figure, path)
+    return figure
 
 
-def write_tradeoff(
-    names: Sequence[str], mse: Sequence[Interval], ap: Sequence[float], path: Path
+def add_bars(
+    axes: Axes,
+    places: Sequence[Any],
+    values: Sequence[Interval],
+    color: Any = BLUE,
+    width: float = 0.8,
 ) -> None:
-    """Draws average precision against MSE, a point per λ."""
-    figure, axes = _plain_figure(4.2, 3.2)
-    errors = [[v.value - v.low for v in mse], [v.high - v.value for v in mse]]
-    axes.errorbar([v.value for v in mse], ap, xerr=errors, fmt="o", color=BLUE, capsize=3)
-    for i, (name, value, precision) in enumerate(zip(names, mse, ap, strict=True)):
-        axes.annotate(
-            name,
-            (value.value, precision),
-            xytext=(4, -11 if i % 2 else 4),  # two neighbours may be alike
-            textcoords="offset points",
-            fontsize=TEXT,
-        )
-    axes.margins(0.12)  # room for the names
-    axes.set_xlabel("MSE of the reconstruction, 95 % interval", fontsize=TEXT)
-    axes.set_ylabel("average precision", fontsize=TEXT)
-    write_figure(figure, path)
+    """Draws bars with their intervals."""
+    errors = [[v.value - v.low for v in values], [v.high - v.value for v in values]]
+    heights = [v.value for v in values]
+    axes.bar(places, heights, width, yerr=errors, color=color, capsize=3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=TEXT)
 
 
-def _plain_figure(width: float, height: float) -> tuple[Figure, Axes]:
+def plain_figure(width: float, height: float) -> tuple[Figure, Axes]:
+    """Returns a figure of this size in inches with one pair of axes."""
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)

@@ -9,23 +9,23 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import PurePosixPath
 from statistics import fmean
 from typing import TypeVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from featinv_diffusion.data.crops import to_images
+from featinv_diffusion.data.sets import ImageSet, read_location
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.images import (
     center_square,
-    list_images,
-    picture_id,
-    read_image,
     to_pil,
     to_tensor,
 )
@@ -36,6 +36,8 @@ from featinv_diffusion.types import FeatureMaps, Features, Images, Source
 
 T = TypeVar("T")
 
+Pixels = UInt8[Tensor, "b 3 height width"]
+"""RGB as a PNG holds it."""
 OnFailure = Callable[["Job", str], None]
 Score = Callable[[Features, float], float | None]
 """From a map and the mean cosine of its samples to a p-value, see `runs.scope`."""
@@ -81,11 +83,36 @@ def sample_maps(
     for batch in batched(maps, batch_size):
         features = torch.stack([one.as_subclass(Tensor) for one, _ in batch])
         generators = [torch.Generator().manual_seed(seed) for _, seed in batch]
-        made = inverter.invert(features, generator=generators)
-        finite = made.isfinite().flatten(1).all(dim=1).tolist()
-        images = to_tensor(to_pil(made.nan_to_num()))
+        pixels, finite = decode(inverter, features, generators)
+        # The memory layout of pictures that are read from files; it decides the last bits.
+        images = to_images(pixels).contiguous(memory_format=torch.channels_last)
         seen, logits = backbone.features_and_logits(images.to(backbone.device))
-        yield SampleBatch(features, images, seen, logits, finite)
+        yield SampleBatch(features, images, seen, logits, finite.tolist())
+
+
+def decode(
+    inverter: Inverter, features: Features, generators: Sequence[torch.Generator]
+) -> tuple[Pixels, Bool[Tensor, " b"]]:
+    """Returns one 8-bit picture per map, and whether the inverter gave numbers for it.
+
+    Raises:
+        InputError: maps that do not fit the inverter.
+    """
+    images = inverter.invert(features, generator=generators)
+    return to_pixels(images), finite_rows(images)
+
+
+def to_pixels(images: Images) -> Pixels:
+    """Rounds to 8 bits on the CPU, as a PNG does; values beyond [0, 1] are clamped.
+
+    NaN become 0, so look at `finite_rows` first: a sample of NaN is no black picture.
+    """
+    return (images.float().nan_to_num().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+
+
+def finite_rows(values: Tensor) -> Bool[Tensor, " b"]:
+    """Returns whether each row of a batch holds neither NaN nor infinite values; on the CPU."""
+    return values.flatten(1).isfinite().all(dim=1).cpu()
 
 
 def sample_map(
@@ -129,6 +156,18 @@ def sample_all(
     )
 
 
+def sample_each(inverter: Inverter, features: Features, seeds: Sequence[int]) -> SampleBatch:
+    """Returns one sample of each map as one batch, with the noise of its own seed.
+
+    Raises:
+        InputError: samples that are not finite.
+    """
+    (batch,) = sample_maps(inverter, zip(features, seeds, strict=True), len(features))
+    if not all(batch.finite):
+        raise InputError(not_finite("The features", inverter))
+    return batch
+
+
 def not_finite(what: str, inverter: Inverter) -> str:
     """Returns the sentence about samples that hold no numbers, with advice that fits."""
     half = inverter.settings is not None and inverter.settings.dtype != "float32"
@@ -163,11 +202,13 @@ class Job:
     Args:
         input: location of the picture; empty where it was given in memory.
         outputs: paths relative to the output folder, with forward slashes.
+        read: decodes the picture; by default from its location.
     """
 
     input: str
     outputs: tuple[str, ...]
     seeds: tuple[int, ...]
+    read: Callable[[], Image.Image] | None = field(default=None, compare=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -215,47 +256,16 @@ class _Sample:
     top5_match: bool | None
 
 
-def find_images(paths: Sequence[Path], exclude: Path | None = None) -> list[tuple[str, Path]]:
-    """Lists (image id, path) of files and, below folders, of all pictures.
-
-    The id is the path relative to the given folder, or the name of a file that was given itself;
-    outputs are named after it. Noise derives from its last part, the file name, so that a picture
-    is the same alone and in a folder. A file that is named twice is taken once.
-
-    Args:
-        exclude: folder whose pictures are left out, i.e. the output.
-
-    Raises:
-        InputError: a path where nothing is, or a folder without pictures.
-    """
-    found: dict[Path, tuple[str, Path]] = {}
-    for path in paths:
-        if not path.exists():
-            raise InputError(f"A picture or a folder must exist at {path}, but nothing is there.")
-        files = list_images(path) if path.is_dir() else [path]
-        for file in files:
-            if exclude is None or exclude.resolve() not in file.resolve().parents:
-                name = file.relative_to(path).as_posix() if path.is_dir() else file.name
-                found.setdefault(file.resolve(), (picture_id(name), file.absolute()))
-    return list(found.values())
-
-
-def make_jobs(images: Sequence[tuple[str, str | Path]], seed: int, n_samples: int) -> list[Job]:
-    """Derives each sample's seed from (seed, file name, sample number) and names its output.
-
-    Args:
-        images: (id, location) of each.
-    """
-    stems = output_stems([image_id for image_id, _ in images])
+def make_jobs(images: ImageSet, seed: int, n_samples: int) -> list[Job]:
+    """Derives each sample's seed from (seed, file name, sample number) and names its output."""
     return [
         Job(
-            input=str(location),
+            input=images.locations[i],
             outputs=tuple(f"{stem}_{j}.png" for j in range(n_samples)),
-            seeds=tuple(
-                derive_seed(seed, PurePosixPath(image_id).name, j) for j in range(n_samples)
-            ),
+            seeds=tuple(derive_seed(seed, PurePosixPath(name).name, j) for j in range(n_samples)),
+            read=partial(images.read, i),
         )
-        for (image_id, location), stem in zip(images, stems, strict=True)
+        for i, (name, stem) in enumerate(zip(images.ids, output_stems(images.ids), strict=True))
     ]
 
 
@@ -317,7 +327,8 @@ def _read(
 ) -> Iterator[tuple[Job, Image.Image]]:
     for job in jobs:
         try:
-            yield job, center_square(read_image(job.input), size)
+            picture = read_location(job.input) if job.read is None else job.read()
+            yield job, center_square(picture, size)
         except InputError as error:
             on_failure(job, str(error))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from featinv_diffusion import __version__
-from featinv_diffusion.backbones import Backbone, list_backbones
+from featinv_diffusion.backbones import Backbone, same_backbone
 from featinv_diffusion.backbones.base import weights_sha256
 from featinv_diffusion.concepts import (
     MCD,
@@ -30,13 +29,14 @@ from featinv_diffusion.concepts import (
     read_head,
 )
 from featinv_diffusion.concepts.base import completeness, orthonormal_rows, read_directions
+from featinv_diffusion.data.classes import find_class
+from featinv_diffusion.data.places import list_pictures
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.features.edits import high_cells
 from featinv_diffusion.figures import board as figures
 from featinv_diffusion.figures.board import Board, check_name
-from featinv_diffusion.images import center_square, list_images, read_batch, read_image, to_pil
+from featinv_diffusion.images import center_square, read_batch, read_image, to_pil
 from featinv_diffusion.inverters.base import Inverter
-from featinv_diffusion.inverters.open import BUNDLED
 from featinv_diffusion.runs.record import RunFolder, read_environment, to_png
 from featinv_diffusion.runs.sampling import batched, to_list
 from featinv_diffusion.settings import ConceptSettings, to_flat
@@ -105,7 +105,7 @@ def find_concepts(
     concepts = _make(settings, backbone.spec)
     folder, items = _listed(pictures, folder)
     names, sources, features, logits = _encode(backbone, folder, items, batch_size)
-    chosen = find_class(backbone, settings.target, logits)
+    chosen = find_target(backbone, settings.target, logits)
     _fit(concepts, features, chosen, progress)
     _arrange(concepts, settings.number, chosen)
     concepts.origin = {
@@ -156,7 +156,7 @@ class TargetClass:
         return None if self.head is None else self.head.direction(self.index).float().cpu()
 
 
-def find_class(
+def find_target(
     backbone: Backbone, given: str | None, logits: Float[Tensor, "n k"] | None
 ) -> TargetClass | None:
     """Returns the class that is meant, or without a classification head None.
@@ -176,7 +176,7 @@ def find_class(
     index = (
         int(predicted.bincount().argmax())
         if given is None
-        else _index_of(given, backbone.labels, logits.shape[1])
+        else find_class(given, backbone.labels, logits.shape[1], backbone.name)
     )
     head, note = None, None
     try:
@@ -187,27 +187,6 @@ def find_class(
     return TargetClass(index, name, int((predicted == index).sum()), head, note)
 
 
-def _index_of(given: str, labels: tuple[str, ...] | None, n_classes: int) -> int:
-    if given.isdecimal():
-        if int(given) < n_classes:
-            return int(given)
-        raise InputError(f"The class must lie in 0 … {n_classes - 1}, got {given}.")
-    if labels is None:
-        raise InputError(f"The backbone knows its classes by index only, got {given!r}.")
-    wanted = given.strip().casefold()
-    spellings = [[part.strip() for part in [label, *label.split(",")]] for label in labels]
-    found = [i for i, names in enumerate(spellings) if wanted in map(str.casefold, names)]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise InputError(
-            f"The classes {', '.join(map(str, found))} are all named {given!r}. Give the index."
-        )
-    near = get_close_matches(given, [name for names in spellings for name in names[1:]], n=3)
-    hint = f"did you mean {', '.join(map(repr, near))}?" if near else "give its index."
-    raise InputError(f"No class is named {given!r}; {hint}")
-
-
 # ---- The steps of a fit --------------------------------------------------------------------------
 
 
@@ -215,7 +194,7 @@ def _listed(pictures: Any, folder: str | Path | None) -> tuple[Path | None, list
     """Returns what paths are relative to, None where pictures lie in memory, and the pictures."""
     if isinstance(pictures, str | Path) and not Path(pictures).is_file():
         folder = Path(pictures).absolute()
-        return folder, [path.relative_to(folder).as_posix() for path in list_images(folder)]
+        return folder, list_pictures(folder).names
     if isinstance(pictures, str | Path | Image.Image):
         pictures = [pictures]
     if isinstance(pictures, np.ndarray | Tensor) and pictures.ndim == 3:
@@ -577,12 +556,6 @@ def _line(row: Sequence[str], widths: Sequence[int]) -> str:
 # ---- Concepts and the features that they are of --------------------------------------------------
 
 
-def backbone_name(name: str) -> str:
-    """Returns the bundled model that stands for a name, as in all commands, or the name itself."""
-    bundled = BUNDLED + name.removeprefix(BUNDLED)
-    return bundled if bundled in list_backbones() else name
-
-
 def check_concepts(
     concepts: ConceptDictionary | FoundConcepts | str | Path, backbone: Backbone
 ) -> ConceptDictionary:
@@ -605,7 +578,8 @@ def check_concepts(
         )
     digest = concepts.origin.get("weights_sha256")
     layers = [(s.layer, s.kind, s.channels) for s in (mine, spec)]
-    if layers[0] != layers[1] or (digest is None and mine.backbone != spec.backbone):
+    same = digest is not None or same_backbone(mine.backbone, spec.backbone)
+    if layers[0] != layers[1] or not same:
         raise InputError(
             f"{what} are those of a {mine}, but the inverter reads a {spec}. "
             "Use the inverter of that backbone and layer, or find concepts of this one with "

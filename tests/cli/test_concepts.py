@@ -11,8 +11,7 @@ import torch
 from pyarrow import parquet
 
 import featinv_diffusion as fi
-from featinv_diffusion import backbones
-from featinv_diffusion.backbones import load_backbone
+from featinv_diffusion.backbones import load_backbone, names
 from featinv_diffusion.concepts import MCD, ConceptDictionary, read_head
 from featinv_diffusion.images import center_square, read_image, to_tensor
 from tests.cli.conftest import Featinv, Outcome
@@ -24,7 +23,7 @@ FILES = {"c.safetensors", "c.png", "c.json", "c.parquet", "c.manifest.json"}
 @pytest.fixture(autouse=True)
 def _bundled(family: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The backbone `convnext` is that of the test's own family, too."""
-    monkeypatch.setattr(backbones, "_ASSETS", family)
+    monkeypatch.setattr(names, "ASSETS", family)
 
 
 def run(featinv: Featinv, photos: Path, *arguments: object) -> Outcome:

@@ -89,7 +89,7 @@ def test_it_writes_figures_with_nulls_and_ceilings(featinv: Featinv, table: Path
     # Random weights answer with whatever they like, but 64 px is 64 px.
     assert metrics["ceilings"]["resized_original"]["cosine"]["value"] == pytest.approx(1, abs=1e-5)
     assert metrics["label_accuracy"]["labels_matched_by"] == "name"
-    assert metrics["distribution"]["frechet_distance_convnext"]["n"] == N_IMAGES
+    assert metrics["distribution"]["frechet_distance_tiny/convnext"]["n"] == N_IMAGES
     assert metrics["data"]["n_classes"] == 3
     assert metrics["failures"] == []
     table_text = Path("out/metrics.md").read_text()
@@ -152,12 +152,13 @@ def test_a_config_and_options_beside_it(featinv: Featinv, table: Path):
     assert metrics["cosine"]["nulls"]["prior_only"] is None
 
 
-@pytest.mark.parametrize("name", ["imagenet", "tiny", "tiny-held-back"])
+@pytest.mark.parametrize("name", ["evaluation/imagenet", "evaluation/tiny", "tiny/held-back"])
 def test_the_configs_of_the_repository_can_be_read(name: str):
-    from featinv_diffusion.config import load_config
+    from featinv_diffusion.config import load_flat
     from featinv_diffusion.evaluation.settings import EvaluationSettings
 
-    load_config(EvaluationSettings, ROOT / "configs" / "evaluation" / f"{name}.yaml")
+    path = ROOT / "configs" / f"{name}.yaml"
+    assert load_flat(EvaluationSettings, path, {}).sampling.batch_size == 32
 
 
 # ---- bad input -----------------------------------------------------------------------------------
@@ -173,7 +174,7 @@ def test_the_configs_of_the_repository_can_be_read(name: str):
         (["--data", "TABLE", "--backbone", "convnxt"], "did you mean 'convnext'"),
         (["--data", "TABLE", "--evaluated-by", "vitt"], "vitt"),
         (["--data", "TABLE", "--selection", "last"], "No selection is named 'last'"),
-        (["--data", "TABLE", "--config", "none.yaml"], "A config file must exist at none.yaml"),
+        (["--data", "TABLE", "--config", "none.yaml"], "there is no file at 'none.yaml'"),
         (["--data", "TABLE", "--steps", 5000], "at most 1000 steps"),
         (["--data", "TABLE", "--device", "tpu9"], "device 'tpu9' cannot be used"),
         (["--data", "TABLE", "--lpips", "alex"], "--lpips-weights"),
@@ -182,8 +183,8 @@ def test_the_configs_of_the_repository_can_be_read(name: str):
         (["--data", "TABLE", "--scheduler", "dim"], "did you mean 'ddim'"),
         (["--data", "TABLE", "--inception-weights", "a.pth"], "does nothing without --fid"),
         (["--data", "TABLE", "--lpips-weights", "a.pth"], "does nothing without --lpips"),
-        (["--data", "TABLE", "--evaluated-by", ""], "--evaluated-by must name a backbone"),
-        (["--data", "TABLE", "--evaluated-by", ","], "--evaluated-by must name a backbone"),
+        (["--data", "TABLE", "--evaluated-by", ""], "--evaluated-by must name one, or several"),
+        (["--data", "TABLE", "--evaluated-by", ","], "--evaluated-by must name one, or several"),
         (["--data", "TABLE", "--shard-size", 513], "shard_size must be at most 512"),
         (["--data", "PHOTOS", "--per-class", 1], "--per-class needs images with classes"),
         (["--data", "PHOTOS", "--held-back-per-class", 1], "needs images with classes"),
@@ -257,12 +258,12 @@ def test_the_own_backbone_is_left_out_of_the_others(featinv: Featinv, table: Pat
 def test_a_run_that_lost_a_shard_comes_out_the_same(featinv: Featinv, table: Path):
     assert featinv("evaluate", "--data", table, *OPTIONS, "-o", "out").code == 0
     before, rows = load("out"), Path("out/per_image.parquet").read_bytes()
-    kept = Path("out/shards/00000/rows.parquet").stat().st_mtime_ns
-    Path("out/shards/00001/rows.parquet").unlink()
+    kept = Path("out/shards/00000/unit.json").stat().st_mtime_ns
+    Path("out/shards/00001/unit.json").unlink()
     assert featinv("evaluate", "--data", table, *OPTIONS, "-o", "out").code == 0
     assert load("out") == before
     assert Path("out/per_image.parquet").read_bytes() == rows
-    assert Path("out/shards/00000/rows.parquet").stat().st_mtime_ns == kept
+    assert Path("out/shards/00000/unit.json").stat().st_mtime_ns == kept
 
 
 def test_other_settings_or_images_may_not_join_a_run(featinv: Featinv, table: Path):
@@ -394,7 +395,7 @@ def test_a_killed_run_is_finished_by_the_same_command(
 ):
     output = tmp_path / "killed"
     process = subprocess.Popen(command(table, saved_pipeline, output), env=environment())
-    done = output / "shards" / "00000" / "rows.parquet"
+    done = output / "shards" / "00000" / "unit.json"
     deadline = time.monotonic() + 200
     while not done.is_file() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -11,7 +11,7 @@ import torch
 from pyarrow import parquet
 
 import featinv_diffusion as fi
-from featinv_diffusion import backbones
+from featinv_diffusion.backbones import names
 from featinv_diffusion.concepts import ConceptDictionary, DirectionConcepts
 from featinv_diffusion.images import read_image
 from featinv_diffusion.inverters import reconstructor
@@ -25,7 +25,7 @@ SEEDS = [derive_seed(3, "a.png", j) for j in range(2)]
 
 @pytest.fixture
 def concepts(featinv: Featinv, photos: Path, family: Path, monkeypatch) -> str:
-    monkeypatch.setattr(backbones, "_ASSETS", family)
+    monkeypatch.setattr(names, "ASSETS", family)
     arguments = ["--method", "pca", "--n-concepts", 2, "--class", 4]
     assert featinv("concepts", photos, *arguments, "-o", "c.safetensors").code == 0
     return "c.safetensors"
@@ -148,7 +148,7 @@ def test_concepts_of_another_backbone(featinv: Featinv, photos: Path, concepts: 
     done = run(featinv, photos, "--backbone", "convnext")
     assert done.code == 2
     assert "tiny/resnet" in done.err
-    assert "map of convnext" in done.err
+    assert "map of tiny/convnext" in done.err
 
 
 @pytest.mark.parametrize(

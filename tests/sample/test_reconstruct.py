@@ -122,14 +122,14 @@ def test_a_killed_run_goes_on_and_ends_the_same(arguments, whole: Path, tmp_path
     output = tmp_path / "killed"
     command = [sys.executable, str(SCRIPT), *arguments, "--output", str(output)]
     process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL)
-    first = output / "shards" / "00000" / "records.jsonl"
+    first = output / "shards" / "00000" / "unit.json"
     wait_for(lambda: first.is_file() and not (output / "manifest.json").exists(), process)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    n_done = len(list(output.glob("shards/*/records.jsonl")))
+    n_done = len(list(output.glob("shards/*/unit.json")))
     assert 1 <= n_done < 4
     written = first.stat().st_mtime_ns
-    # What a kill between two writes leaves: a shard without records, and half a file in it.
+    # What a kill between two writes leaves: a shard that is not completed, and half a file in it.
     (output / "shards" / "00003").mkdir(exist_ok=True)
     (output / "shards" / "00003" / ".class1_3.png.99.part").write_bytes(b"half")
     said = launch(arguments, output)

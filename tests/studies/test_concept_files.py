@@ -13,7 +13,7 @@ from featinv_diffusion.backbones.base import weights_sha256
 from featinv_diffusion.concepts import ConceptDictionary, DirectionConcepts
 from featinv_diffusion.concepts.base import read_directions
 from featinv_diffusion.errors import InputError
-from featinv_diffusion.studies.concepts import check_concepts, find_class, find_concepts
+from featinv_diffusion.studies.concepts import check_concepts, find_concepts, find_target
 from tests import tiny
 from tests.studies.painting import save_pictures
 
@@ -22,7 +22,7 @@ LABELS = ("goldfish, Carassius auratus", "Crane", "crane", *map(str, range(100, 
 
 @pytest.fixture
 def backbone(timm_wrapper) -> Backbone:
-    return wrap_model(timm_wrapper, name="convnext")
+    return wrap_model(timm_wrapper, name="tiny/convnext")
 
 
 def scores(*classes: int) -> torch.Tensor:
@@ -35,12 +35,12 @@ def scores(*classes: int) -> torch.Tensor:
 @pytest.mark.parametrize("given", ["GOLDFISH", "carassius auratus", "0", LABELS[0]])
 def test_a_class_by_any_of_its_names(backbone, given):
     backbone.labels = LABELS
-    target = find_class(backbone, given, scores(0, 1, 0))
+    target = find_target(backbone, given, scores(0, 1, 0))
     assert (target.index, target.name, target.n_predicted) == (0, LABELS[0], 2)
 
 
 def test_the_majority_and_its_direction(backbone):
-    target = find_class(backbone, None, scores(7, 4, 4, 7, 9))
+    target = find_target(backbone, None, scores(7, 4, 4, 7, 9))
     assert (target.index, target.name, target.n_predicted) == (4, "class 4", 2)
     linear, norm = backbone.model.get_classifier(), backbone.model.head.norm
     weight = linear.weight[4] * norm.weight
@@ -51,27 +51,27 @@ def test_the_majority_and_its_direction(backbone):
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ("crane", "classes 1, 2 are all named 'crane'"),
+        ("crane", "classes 1, 2 of .* are all named 'crane'"),
         ("goldfsh", "did you mean 'goldfish'"),
-        ("10", "0 … 9, got 10"),
+        ("10", "indices 0 to 9, got 10"),
         ("-1", "No class is named '-1'"),
     ],
 )
 def test_a_class_that_there_is_not(backbone, given, words):
     backbone.labels = LABELS
     with pytest.raises(InputError, match=words):
-        find_class(backbone, given, scores(0))
+        find_target(backbone, given, scores(0))
 
 
 def test_without_a_head_there_is_no_class(backbone):
-    assert find_class(backbone, None, None) is None
+    assert find_target(backbone, None, None) is None
     with pytest.raises(InputError, match="has no head"):
-        find_class(backbone, "goldfish", None)
+        find_target(backbone, "goldfish", None)
 
 
 def test_at_an_earlier_layer_there_is_a_class_but_no_relevance(timm_wrapper):
-    backbone = wrap_model(timm_wrapper, name="convnext", layer="stages.2")
-    target = find_class(backbone, None, scores(3))
+    backbone = wrap_model(timm_wrapper, name="tiny/convnext", layer="stages.2")
+    target = find_target(backbone, None, scores(3))
     assert target.index == 3
     assert target.direction is None
     assert "not defined here" in target.note
@@ -133,21 +133,21 @@ def test_what_is_known_of_a_fit_is_saved(tmp_path, backbone):
 
 
 def test_concepts_of_the_same_weights_fit_whatever_the_backbone_is_called(tmp_path, timm_wrapper):
-    one, other = (wrap_model(timm_wrapper, name=name) for name in ("convnext", "tiny/convnext"))
+    one, other = (wrap_model(timm_wrapper, name=name) for name in ("mine", "tiny/convnext"))
     path = tmp_path / "c.safetensors"
     save(path, one, weights_sha256=weights_sha256({"backbone": one.model}))
     assert check_concepts(path, other).n_concepts == 2
     save(path, one)
     assert check_concepts(path, one).n_concepts == 2
-    with pytest.raises(InputError, match=r"those of a map of convnext.*reads a map of tiny/"):
+    with pytest.raises(InputError, match=r"those of a map of mine.*reads a map of tiny/"):
         check_concepts(path, other)
 
 
 def test_concepts_of_other_features_are_refused_and_both_are_named(tmp_path, timm_wrapper):
     path = tmp_path / "c.safetensors"
-    last = wrap_model(timm_wrapper, name="convnext")
+    last = wrap_model(timm_wrapper, name="tiny/convnext")
     save(path, last, weights_sha256=weights_sha256({"backbone": last.model}))
-    earlier = wrap_model(timm_wrapper, name="convnext", layer="stages.2")
+    earlier = wrap_model(timm_wrapper, name="tiny/convnext", layer="stages.2")
     words = r"layer 'last', 32×8×8, but .* layer 'stages.2', 24×8×8.*--layer stages.2"
     with pytest.raises(InputError, match=words):
         check_concepts(path, earlier)
@@ -207,7 +207,7 @@ def test_they_are_saved_in_a_folder_or_under_a_name(tmp_path, backbone):
         ({"method": "pca", "n_concepts": "auto"}, "only mcd chooses"),
         ({"method": "directions"}, "go together"),
         ({"seed": -1}, "seed must be at least 0"),
-        ({"target": 10}, "0 … 9, got 10"),
+        ({"target": 10}, "indices 0 to 9, got 10"),
     ],
 )
 def test_what_cannot_be_found(backbone, arguments, words):
