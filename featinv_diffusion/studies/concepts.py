@@ -194,7 +194,7 @@ def _listed(pictures: Any, folder: str | Path | None) -> tuple[Path | None, list
     """Returns what paths are relative to, None where pictures lie in memory, and the pictures."""
     if isinstance(pictures, str | Path) and not Path(pictures).is_file():
         folder = Path(pictures).absolute()
-        return folder, [*list_pictures(folder).names]
+        return folder, list_pictures(folder).names
     if isinstance(pictures, str | Path | Image.Image):
         pictures = [pictures]
     if isinstance(pictures, np.ndarray | Tensor) and pictures.ndim == 3:
@@ -578,9 +578,8 @@ def check_concepts(
         )
     digest = concepts.origin.get("weights_sha256")
     layers = [(s.layer, s.kind, s.channels) for s in (mine, spec)]
-    if layers[0] != layers[1] or (
-        digest is None and not same_backbone(mine.backbone, spec.backbone)
-    ):
+    same = digest is not None or same_backbone(mine.backbone, spec.backbone)
+    if layers[0] != layers[1] or not same:
         raise InputError(
             f"{what} are those of a {mine}, but the inverter reads a {spec}. "
             "Use the inverter of that backbone and layer, or find concepts of this one with "

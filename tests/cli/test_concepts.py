@@ -177,7 +177,7 @@ def test_replay_of_what_is_none_in_a_manifest(featinv: Featinv, photos: Path, op
         (["--method", "mdc"], "did you mean 'mcd'"),
         (["--method", "directions"], "go together"),
         (["--method", "pca", "--directions", "d.npy"], "go together"),
-        (["--directions", "d.npy"], "must be there"),
+        (["--directions", "d.npy"], "must be a file of directions"),
         (["--class", "class 99"], "No class is named"),
         (["--layer", "stages.9"], "not a layer"),
         (["--figure", "f.jpg"], "'f.jpg'"),

@@ -159,7 +159,7 @@ def test_concepts_of_another_backbone(featinv: Featinv, photos: Path, concepts: 
         (["--factor", "nan"], "finite"),
         (["--n-directions", 0], "n_directions must be at least 1"),
         (["--figure", "f.jpg"], "'f.jpg'"),
-        (["--concepts", "none.safetensors"], "none.safetensors is not"),
+        (["--concepts", "none.safetensors"], "file of concepts at none.safetensors"),
     ],
 )
 def test_what_it_refuses(featinv: Featinv, photos: Path, concepts: str, options, words):

@@ -102,7 +102,7 @@ def test_files_without_directions(tmp_path):
     (tmp_path / "cut.safetensors").write_bytes(b"abc")
     (tmp_path / "d.pt").write_bytes(b"abc")
     for name, words in [
-        ("none.npy", "must be there"),
+        ("none.npy", "must be a file of directions"),
         ("object.npy", "cannot be read"),
         ("two.safetensors", "holds a, b"),
         ("cut.safetensors", "cannot be read"),
@@ -207,7 +207,7 @@ def test_they_are_saved_in_a_folder_or_under_a_name(tmp_path, backbone):
         ({"method": "pca", "n_concepts": "auto"}, "only mcd chooses"),
         ({"method": "directions"}, "go together"),
         ({"seed": -1}, "seed must be at least 0"),
-        ({"target": 10}, "0 … 9, got 10"),
+        ({"target": 10}, "indices 0 to 9, got 10"),
     ],
 )
 def test_what_cannot_be_found(backbone, arguments, words):
