@@ -26,10 +26,11 @@ from featinv_diffusion.data.sets import ImageSet, open_images
 from featinv_diffusion.files import write_text
 from featinv_diffusion.images import center_square, to_tensor
 from featinv_diffusion.inverters.base import Inverter
-from featinv_diffusion.inverters.open import SampleSettings, open_inverter
+from featinv_diffusion.inverters.open import open_inverter
 from featinv_diffusion.metrics.statistics import bootstrap_mean
 from featinv_diffusion.runs.sampling import backbone_of, batched
 from featinv_diffusion.seeds import derive_seed
+from featinv_diffusion.settings import SampleSettings
 from featinv_diffusion.studies.featinv_viz import high_cells, measure_concept, summarise
 
 COLUMNS = {

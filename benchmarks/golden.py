@@ -20,6 +20,7 @@ import argparse
 import difflib
 import fnmatch
 import hashlib
+import importlib
 import importlib.metadata
 import importlib.util
 import io
@@ -27,6 +28,7 @@ import json
 import os
 import platform
 import re
+import resource
 import shlex
 import shutil
 import subprocess
@@ -51,22 +53,19 @@ TIMEOUT = 300
 """Seconds that a case may take."""
 
 SCRIPTS = {
+    "autoencoder": "train/autoencoder.py",
+    "classifier": "train/classifier.py",
+    "contrastive": "train/contrastive.py",
+    "controlnet": "train/controlnet.py",
+    "detector": "train/detector.py",
+    "inverter": "train/inverter.py",
     "reconstruct": "sample/reconstruct.py",
+    "text_to_image": "train/text_to_image.py",
     "tiny": "train/tiny.py",
-    **{
-        name: f"train/{name}.py"
-        for name in (
-            "autoencoder",
-            "classifier",
-            "contrastive",
-            "controlnet",
-            "detector",
-            "inverter",
-            "text_to_image",
-        )
-    },
 }
-"""The scripts of a checkout by the name that cases call them."""
+"""The scripts of a checkout by the names that cases call them."""
+HELPED = ("reconstruct", "controlnet", "tiny")
+"""Scripts whose `--help` is recorded: those in train/ share their options."""
 
 COMMANDS = (
     *("sample", "interpolate", "compose", "variability", "concepts", "viz", "replay", "evaluate"),
@@ -86,9 +85,10 @@ class Case:
 
     Args:
         name: `KIND:NAME`.
-        command: begins with `featinv` or `script NAME`. In it {data} are the inputs, {models}
-            random models, {run} the folder in which the training scripts run, {tiny} the bundled
-            family, {done}/KIND/NAME the output folder of another case and {out} that of this one.
+        command: begins with `featinv`, `script NAME` or a command of this script. In it {data} are
+            the inputs, {models} random models, {run} the folder in which the training scripts run,
+            {tiny} the bundled family, {done}/KIND/NAME the output folder of another case and {out}
+            that of this one.
         needs: names of cases that must have run before.
         output: folder that is read afterwards.
         files: pattern of the files in it that are recorded.
@@ -134,7 +134,6 @@ def sample_cases() -> list[Case]:
             + FEW,
         ),
         case("sample:once-siglip2", f"{once} siglip2"),
-        case("sample:once-siglip", f"{once} siglip"),
         case("sample:once-vit", f"{once} vit --stage blocks.2"),
         case("sample:once-detr", f"{once} detr --stage decoder"),
         case("sample:once-rae", f"{once} rae --pipeline {{models}}/rae", "input:models"),
@@ -159,7 +158,6 @@ def sample_cases() -> list[Case]:
             "replay {done}/sample/once-detr/manifest.json --output {out}",
             "sample:once-detr",
         ),
-        case("replay:odd", "replay {done}/sample/odd --output {out}", "sample:odd"),
     ]
 
 
@@ -201,7 +199,10 @@ def study_cases() -> list[Case]:
         case("concepts:auto", f"{concepts} --n-concepts auto --max-cells 200 --class goldfish"),
         case("concepts:pca", f"{concepts} --method pca --backbone tiny/resnet --class 1"),
         case("concepts:kmeans", f"{concepts} --method kmeans --layer stages.1"),
-        case("concepts:nmf", f"{concepts} --method nmf --n-concepts 2 --figure seen.svg"),
+        case(
+            "concepts:nmf",
+            f"{concepts} --method nmf --backbone tiny/resnet --figure seen.svg",
+        ),
         case(
             "concepts:directions",
             f"{concepts} --directions {{data}}/directions.npy --encoding projection",
@@ -212,13 +213,16 @@ def study_cases() -> list[Case]:
             "--n-samples 2 --steps 2 --output {out}",
             "concepts:mcd",
         ),
-        case("replay:concepts", "replay {done}/concepts/mcd --output {out}", "concepts:mcd"),
+        case(
+            "replay:concepts",
+            "replay {done}/concepts/mcd/concepts.manifest.json --output {out}",
+            "concepts:mcd",
+        ),
         case(
             "replay:interpolate",
             "replay {done}/interpolate/mixed --output {out}",
             "interpolate:mixed",
         ),
-        case("replay:viz", "replay {done}/viz/photo --output {out}", "viz:photo"),
     ]
 
 
@@ -295,7 +299,7 @@ def evaluation_cases() -> list[Case]:
             "analyze:tradeoff",
             f"analyze tradeoff --inverter detr,{tuned} --split train "
             "--data {run}/.data/tiny-imagenet-200 --classes {data}/classes.txt "
-            "--held-back-per-class 2 --output {out}",
+            "--held-back-per-class 1 --output {out}",
             "train:inverter-tuned",
         ),
         case(
@@ -318,7 +322,6 @@ def pipeline_cases() -> list[Case]:
     original = "{done}/convert/reverse/back"
     return [
         case("layers:convnext", "layers convnext"),
-        case("layers:vit", "layers vit"),
         case("layers:tiny-siglip2", "layers tiny/siglip2"),
         case(
             "layers:folder",
@@ -338,7 +341,7 @@ def pipeline_cases() -> list[Case]:
         case(
             "export:trained",
             f"export {{out}}/pipeline --controlnet {trained}/controlnet-convnext/final/controlnet "
-            f"--base {trained}/text-to-image/final",
+            "--base {tiny}/base",
             "train:controlnet-convnext",
         ),
         case(
@@ -588,14 +591,10 @@ def error_cases() -> list[Case]:
         "no-samples": f"sample {PHOTO} --n-samples 0 --output {{out}}",
         "absent-device": f"{sample} --device cuda",
         "output-is-a-file": f"sample {PHOTO} --inverter siglip --output {{data}}/text.txt",
-        "unknown-option": "sample --nothing 1",
         "box-of-two": f"compose {mix} --box 0,1",
-        "box-of-words": f"compose {mix} --box a,b,c,d",
         "no-region": f"compose {mix}",
         "weights-of-words": f"interpolate {mix} --weights half",
-        "weights-too-large": f"interpolate {mix} --weights 0,2",
         "concepts-method": "concepts {data}/classes --method mdc --output {out}/c.safetensors",
-        "evaluate-no-data": "evaluate --output {out}",
         "evaluate-too-many": f"{evaluate} --n-images 99",
         "evaluate-tar": "evaluate --data {data}/pictures.tar --output {out}",
         "evaluate-split": "evaluate --data {data}/tables --split test --output {out}",
@@ -603,10 +602,8 @@ def error_cases() -> list[Case]:
         "replay-missing": "replay {data}/nothing --output {out}",
         "classemb-no-vit": f"classemb {PHOTO} --backbone tiny/resnet --output {{out}}",
         "analyze-name": "analyze stage --output {out}",
-        "analyze-no-inverter": "analyze stages --data {data}/classes --output {out}",
-        "analyze-one-encoder": "analyze encoders --inverter siglip --data {data}/classes",
-        "operator-operation": "operator fit --backbone tiny/vit --operation swop "
-        "--data {data}/classes --output {out}/o.safetensors",
+        "analyze-one-encoder": "analyze encoders --inverter siglip --data {data}/classes "
+        "--output {out}",
         "operator-features": f"operator apply {PHOTO} --operator {swap} --inverter vit "
         "--output {out}",
         "layers-unknown": "layers convnect",
@@ -618,8 +615,6 @@ def error_cases() -> list[Case]:
         "train-no-data": f"{CONTROLNET} run.output={{out}}",
         "train-no-folder": f"{CONTROLNET} data.root={{data}}/nothing run.output={{out}}",
         "train-family": "script inverter model.family=dtr run.output={out}",
-        "train-batch": f"{CONTROLNET} data.root={{data}}/classes optim.batch_size=99 "
-        "run.output={out}",
     }
     return [
         *(case(f"error:{name}", command) for name, command in commands.items()),
@@ -628,6 +623,12 @@ def error_cases() -> list[Case]:
             "error:viz-concept",
             f"viz {PHOTO} --concepts {{done}}/concepts/mcd/concepts.safetensors --concept 9 {FEW}",
             "concepts:mcd",
+        ),
+        case(
+            "error:export-base-without-index",
+            "export {out}/pipeline --base {run}/.checkpoints/tiny/text-to-image/final --controlnet "
+            "{run}/.checkpoints/tiny/controlnet-convnext/final/controlnet",
+            "train:controlnet-convnext",
         ),
         case("error:export-not-new", "export {done}/export/bundled/pipeline", "export:bundled"),
         case("error:push-offline", "push {done}/export/bundled/pipeline a/b", "export:bundled"),
@@ -640,9 +641,9 @@ def error_cases() -> list[Case]:
 
 
 def help_cases() -> list[Case]:
-    """`--help` of every command and script."""
+    """`--help` of every command and of some scripts."""
     commands = [case(f"help:{name.replace(' ', '-')}", f"{name} --help") for name in COMMANDS]
-    scripts = [Case(f"help:script-{name}", f"script {name} --help") for name in SCRIPTS]
+    scripts = [Case(f"help:script-{name}", f"script {name} --help") for name in HELPED]
     return [case("help:featinv", "--help"), case("help:version", "--version"), *commands, *scripts]
 
 
@@ -660,6 +661,7 @@ def all_cases() -> list[Case]:
         *reconstruct_cases(),
         *evaluation_cases(),
         *error_cases(),
+        Case("import:benchmarks", "imports {tree}/benchmarks"),
         *help_cases(),
     ]
     seen: set[str] = set()
@@ -685,8 +687,16 @@ def choose(cases: Sequence[Case], parts: Sequence[str]) -> list[Case]:
 
 # ---- inputs ------------------------------------------------------------------------------------
 
-WORDNET = {"n01443537": "goldfish", "n01641577": "bullfrog"}
-"""Two classes of the tiny family."""
+WORDNET = {
+    "n01443537": "goldfish",
+    "n01641577": "bullfrog",
+    "n01644900": "tailed frog",
+    "n01629819": "European fire salamander",
+    "n01698640": "American alligator",
+}
+"""Five classes of the tiny family: a ControlNet's validation asks for the first five of a head."""
+TWO = ("goldfish", "bullfrog")
+"""Of the class folders that are no Tiny-ImageNet."""
 
 
 def make_inputs(data: Path, tiny_imagenet: Path) -> None:
@@ -749,9 +759,9 @@ def copy_photos(folder: Path) -> None:
 
 
 def make_class_folders(data: Path) -> list[tuple[Path, int]]:
-    """Two folders of six pictures of several sizes, masks for one, and a list of the classes."""
+    """Two folders of six pictures of several sizes, masks for one, and a list of all classes."""
     made = []
-    for label, name in enumerate(WORDNET.values()):
+    for label, name in enumerate(TWO):
         for i in range(6):
             size = (64 + 8 * (i % 4), 64 + 8 * (i % 3))
             path = data / f"classes/{name}/{i}.{'jpg' if i % 2 else 'png'}"
@@ -761,15 +771,15 @@ def make_class_folders(data: Path) -> list[tuple[Path, int]]:
         ImageDraw.Draw(mask).rectangle((8 * i, 8, 40, 48), fill=255)
         save(mask, data / f"masks/goldfish/{i}.png")
     lines = [f"{folder} {name}" for folder, name in WORDNET.items()]
-    (data / "classes.txt").write_text("# Two classes.\n" + "\n".join(lines) + "\n")
+    (data / "classes.txt").write_text("# Five classes.\n" + "\n".join(lines) + "\n")
     return made
 
 
 def make_tiny_imagenet(root: Path) -> None:
-    """The training part of Tiny-ImageNet-200 with boxes: two classes of six pictures."""
+    """The training part of Tiny-ImageNet-200 with boxes: five classes of four pictures."""
     for label, name in enumerate(WORDNET):
         rows = []
-        for i in range(6):
+        for i in range(4):
             file = f"{name}_{i}.JPEG"
             picture = draw_picture(200 + 10 * label + i, (64, 64), label)
             save(picture, root / f"train/{name}/images/{file}", format="JPEG")
@@ -805,7 +815,7 @@ def make_tables(data: Path, pictures: Sequence[tuple[Path, int]]) -> None:
     plain = pa.table({"image": pa.array(images, kind), "label": labels})
     features = {
         "image": {"_type": "Image"},
-        "label": {"names": list(WORDNET.values()), "_type": "ClassLabel"},
+        "label": {"names": list(TWO), "_type": "ClassLabel"},
     }
     named = plain.replace_schema_metadata(
         {"huggingface": json.dumps({"info": {"features": features}})}
@@ -917,6 +927,15 @@ def make_models(folder: Path) -> None:
         set_alpha_to_one=False,
         steps_offset=1,
     ).save_pretrained(folder / "sd/scheduler")
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    (folder / "sd/model_index.json").write_text(json.dumps(index))
     AutoencoderRAE(
         encoder_type="mae",
         encoder_hidden_size=64,
@@ -932,6 +951,22 @@ def make_models(folder: Path) -> None:
         latents_mean=torch.randn(64, 4, 4),
         latents_std=torch.rand(64, 4, 4) + 0.5,
     ).save_pretrained(folder / "rae")
+
+
+def import_all(folder: Path) -> int:
+    """Imports each module of a folder and prints whether that went well.
+
+    Runs as a process of its own, on the checkout that PYTHONPATH names.
+    """
+    sys.path.insert(0, str(folder))
+    for path in sorted(folder.glob("*.py")):
+        if path.stem != Path(__file__).stem:
+            try:
+                importlib.import_module(path.stem)
+                print(f"{path.stem} can be imported")
+            except Exception as error:
+                print(f"{path.stem}: {type(error).__name__}: {error}")
+    return 0
 
 
 # ---- running -----------------------------------------------------------------------------------
@@ -1004,8 +1039,8 @@ def to_arguments(one: Case, places: Places) -> list[str]:
     program, *arguments = words
     if program == "featinv":
         return [sys.executable, "-m", "featinv_diffusion", *arguments]
-    if program == "models":
-        return [sys.executable, str(Path(__file__).resolve()), "models", *arguments]
+    if program in ("models", "imports"):
+        return [sys.executable, str(Path(__file__).resolve()), program, *arguments]
     name, *arguments = arguments
     return [sys.executable, str(places.tree / SCRIPTS[name]), *arguments]
 
@@ -1092,6 +1127,7 @@ def read_file(path: Path, places: Places) -> Any:
         ".safetensors": read_tensors,
         ".ckpt": read_checkpoint,
         ".npy": read_array,
+        ".npz": read_arrays,
         ".md": read_text,
         ".yaml": read_text,
         ".txt": read_text,
@@ -1126,13 +1162,22 @@ def read_json_lines(path: Path, places: Places) -> Any:
 
 
 def read_text(path: Path, places: Places) -> list[str]:
-    """Lines; in a card's tables of a training the second column is minutes."""
+    """Lines without versions; in a card's tables of a training the second column is minutes."""
     text = places.normalise(path.read_text(encoding="utf-8"))
+    text = re.sub(r"featinv-diffusion \d[\w.+]*", "featinv-diffusion VERSION", text)
     return [re.sub(r"^\| (\d+) \| \d+\.\d{3} \|", r"| \1 | MINUTES |", x) for x in text.split("\n")]
 
 
 def read_array(path: Path, places: Places) -> str:
-    values = np.load(path)
+    return describe_array(np.load(path))
+
+
+def read_arrays(path: Path, places: Places) -> dict[str, str]:
+    with np.load(path) as arrays:
+        return {name: describe_array(arrays[name]) for name in sorted(arrays)}
+
+
+def describe_array(values: np.ndarray) -> str:
     return f"{values.dtype} {list(values.shape)} {digest(np.ascontiguousarray(values).tobytes())}"
 
 
@@ -1249,7 +1294,11 @@ def record(arguments: argparse.Namespace) -> int:
             content["cases"][one.name]["same_final"] = have_same_final(content["cases"], one)
     write_record(content, [one.name for one in chosen], output)
     (places.work / "running").unlink()
-    print(f"{len(chosen)} cases in {time.monotonic() - start:.0f} s: {output}")
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    print(
+        f"{len(chosen)} cases in {time.monotonic() - start:.0f} s, "
+        f"{used.ru_utime + used.ru_stime:.0f} s of the CPU: {output}"
+    )
     return 0
 
 
@@ -1444,6 +1493,9 @@ def main() -> int:
     models = commands.add_parser("models", help="Write the random models that cases need.")
     models.add_argument("folder", type=Path)
     models.set_defaults(run=lambda given: make_models(given.folder) or 0)
+    imports = commands.add_parser("imports", help="Import the modules of a folder.")
+    imports.add_argument("folder", type=Path)
+    imports.set_defaults(run=lambda given: import_all(given.folder))
     arguments = parser.parse_args()
     return arguments.run(arguments)
 

@@ -19,10 +19,11 @@ from featinv_diffusion.data.sets import open_images
 from featinv_diffusion.evaluation.settings import EvaluationSettings
 from featinv_diffusion.features import box_mask
 from featinv_diffusion.images import center_square, to_tensor
-from featinv_diffusion.inverters.open import SampleSettings, open_inverter
+from featinv_diffusion.inverters.open import open_inverter
 from featinv_diffusion.metrics import feature_cosine
 from featinv_diffusion.metrics.statistics import bootstrap_mean
 from featinv_diffusion.runs.sampling import backbone_of
+from featinv_diffusion.settings import SampleSettings
 from featinv_diffusion.studies.composition import compose
 from featinv_diffusion.studies.interpolation import sample_mixtures
 from featinv_diffusion.types import Features
@@ -72,7 +73,9 @@ def main() -> None:
     outside: list[float] = []
     pasted: list[float] = []
     unpasted: list[float] = []
-    pairs = list(draw_pairs(select_items(images, settings), arguments.n_pairs, arguments.seed))
+    pairs = list(
+        draw_pairs(select_items(images, settings.chosen), arguments.n_pairs, arguments.seed)
+    )
     for first, second in pairs:
         maps = encode(first), encode(second)
         natural.append(float(feature_cosine(*maps)))

@@ -26,9 +26,10 @@ from featinv_diffusion.features import interpolate, paste, permute_cells
 from featinv_diffusion.features.natural_maps import LEVEL, NaturalMaps
 from featinv_diffusion.figures.board import BLUE, GREY, INK, ORANGE, write_figure
 from featinv_diffusion.images import center_square, to_tensor
-from featinv_diffusion.inverters.open import SampleSettings, open_inverter
+from featinv_diffusion.inverters.open import open_inverter
 from featinv_diffusion.metrics.statistics import Interval, bootstrap_statistic
 from featinv_diffusion.runs.scope import open_scope
+from featinv_diffusion.settings import SampleSettings
 from featinv_diffusion.types import Features, Images
 
 BATCH = 64

@@ -33,10 +33,11 @@ from featinv_diffusion.evaluation.report import to_cell
 from featinv_diffusion.evaluation.settings import EvaluationSettings
 from featinv_diffusion.figures.grid import GridRow, make_grid
 from featinv_diffusion.images import builtin_photo, center_square, read_image, to_tensor, write_png
-from featinv_diffusion.inverters.open import SampleSettings, open_inverter
+from featinv_diffusion.inverters.open import open_inverter
 from featinv_diffusion.metrics import feature_cosine, top_k_match
 from featinv_diffusion.metrics.statistics import bootstrap_difference
 from featinv_diffusion.seeds import make_generator
+from featinv_diffusion.settings import SampleSettings
 
 ROOT = Path("outputs/tiny-results")
 PAGE, FIGURES = Path("docs/tiny-results.md"), Path("docs/figures")
@@ -171,7 +172,9 @@ def patch_pca_psnr(data: str, n_images: int, factor: int, channels: int) -> floa
     """Mean PSNR of `channels` principal components of factor×factor patches, fitted on the same."""
     settings = EvaluationSettings(data=data, n_images=n_images)
     images = open_images(data, settings.split, None)
-    squares = [center_square(images.read(i.index), 64) for i in select_items(images, settings)]
+    squares = [
+        center_square(images.read(i.index), 64) for i in select_items(images, settings.chosen)
+    ]
     patches = F.unfold(to_tensor(squares), factor, stride=factor).movedim(1, 2)
     cells = patches.flatten(0, 1).double()
     cells = cells - cells.mean(0)

@@ -1,4 +1,13 @@
-"""Turn the feature maps of frozen vision models back into images."""
+"""Turn the feature maps of frozen vision models back into images.
+
+    import featinv_diffusion as fi
+
+    inverter = fi.load_inverter("tiny/convnext")
+    features = inverter.encode(["a.jpg", "b.jpg"])  # [2, 256, 8, 8]
+    fi.sample(inverter, features, n_samples=4).save("out")
+
+`dir(featinv_diffusion)` lists what there is, and `help` of each says how to use it.
+"""
 
 from __future__ import annotations
 
@@ -7,38 +16,98 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from featinv_diffusion.backbones import list_backbones, load_backbone, wrap_model
+    from featinv_diffusion.backbones.base import Backbone
+    from featinv_diffusion.class_embedding.study import TokenReading, read_tokens
+    from featinv_diffusion.concepts import ConceptDictionary
     from featinv_diffusion.diffusion.featinv_controlnet import FeatureControlNet
     from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
     from featinv_diffusion.diffusion.hub import load_pipeline
     from featinv_diffusion.errors import InputError
+    from featinv_diffusion.evaluation.run import Evaluation, evaluate
+    from featinv_diffusion.features.operators import Operator
+    from featinv_diffusion.inverters.base import Inverter
     from featinv_diffusion.inverters.diffusion import DiffusionInverter
-    from featinv_diffusion.types import FeatureSpec
+    from featinv_diffusion.inverters.open import list_inverters, load_inverter
+    from featinv_diffusion.runs.samples import Samples, sample
+    from featinv_diffusion.studies.composition import Composition, compose
+    from featinv_diffusion.studies.concepts import find_concepts
+    from featinv_diffusion.studies.featinv_viz import ConceptViz, show_concept
+    from featinv_diffusion.studies.interpolation import Interpolation, interpolate
+    from featinv_diffusion.studies.operators import fit_operator
+    from featinv_diffusion.studies.variability import Variability, variability
+    from featinv_diffusion.types import FeatureMaps, FeatureSpec
 
 __version__ = "0.1.0"
 
 # Imported at first use: `import featinv_diffusion` itself loads nothing heavy.
 _MODULES = {
+    "Backbone": "backbones.base",
+    "Composition": "studies.composition",
+    "ConceptDictionary": "concepts",
+    "ConceptViz": "studies.featinv_viz",
     "DiffusionInverter": "inverters.diffusion",
+    "Evaluation": "evaluation.run",
     "FeatInvPipeline": "diffusion.featinv_pipeline",
     "FeatureControlNet": "diffusion.featinv_controlnet",
+    "FeatureMaps": "types",
     "FeatureSpec": "types",
     "InputError": "errors",
+    "Interpolation": "studies.interpolation",
+    "Inverter": "inverters.base",
+    "Operator": "features.operators",
+    "Samples": "runs.samples",
+    "TokenReading": "class_embedding.study",
+    "Variability": "studies.variability",
+    "compose": "studies.composition",
+    "evaluate": "evaluation.run",
+    "find_concepts": "studies.concepts",
+    "fit_operator": "studies.operators",
+    "interpolate": "studies.interpolation",
     "list_backbones": "backbones",
+    "list_inverters": "inverters.open",
     "load_backbone": "backbones",
+    "load_inverter": "inverters.open",
     "load_pipeline": "diffusion.hub",
+    "read_tokens": "class_embedding.study",
+    "sample": "runs.samples",
+    "show_concept": "studies.featinv_viz",
+    "variability": "studies.variability",
     "wrap_model": "backbones",
 }
 
 __all__ = [
+    "Backbone",
+    "Composition",
+    "ConceptDictionary",
+    "ConceptViz",
     "DiffusionInverter",
+    "Evaluation",
     "FeatInvPipeline",
     "FeatureControlNet",
+    "FeatureMaps",
     "FeatureSpec",
     "InputError",
+    "Interpolation",
+    "Inverter",
+    "Operator",
+    "Samples",
+    "TokenReading",
+    "Variability",
     "__version__",
+    "compose",
+    "evaluate",
+    "find_concepts",
+    "fit_operator",
+    "interpolate",
     "list_backbones",
+    "list_inverters",
     "load_backbone",
+    "load_inverter",
     "load_pipeline",
+    "read_tokens",
+    "sample",
+    "show_concept",
+    "variability",
     "wrap_model",
 ]
 
@@ -47,3 +116,7 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

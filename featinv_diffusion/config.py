@@ -5,14 +5,16 @@ Unknown keys and wrong types are refused.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from featinv_diffusion.errors import InputError, choices_hint
+from featinv_diffusion.settings import flat_fields
 
 T = TypeVar("T")
 
@@ -71,6 +73,43 @@ def load_config(cls: type[T], name: str | Path | None = None, overrides: Sequenc
         return OmegaConf.to_object(config)  # pyright: ignore[reportReturnType]
     except OmegaConfBaseException as error:
         raise InputError(f"The configuration is incomplete: {_first_line(error)}") from error
+
+
+def load_flat(cls: type[T], name: str | Path | None, values: Mapping[str, Any]) -> T:
+    """Builds settings of `featinv_diffusion.settings` from a YAML file, then values by name.
+
+    Args:
+        name: of a file or a packaged config, see `find_config`.
+
+    Raises:
+        InputError: unknown key, wrong type, unreadable file, or values that the class refuses.
+    """
+    config = OmegaConf.structured(cls)
+    if name is not None:
+        path = find_config(name)
+        content = OmegaConf.to_container(_read_yaml(path), resolve=False)
+        config = _merge(config, _nested(cls, content), f"config file {path}")
+    config = _merge(config, _nested(cls, values), "options")
+    try:
+        return OmegaConf.to_object(config)  # pyright: ignore[reportReturnType]
+    except OmegaConfBaseException as error:
+        raise InputError(f"The settings are incomplete: {_first_line(error)}") from error
+
+
+def _nested(cls: type, values: Any) -> dict[str, Any]:
+    """Puts values that stand side by side where the classes hold them."""
+    known = flat_fields(cls)
+    for name in values:
+        if name not in known:
+            raise InputError(f"No setting is named {name!r}; {choices_hint(name, list(known))}")
+    nested: dict[str, Any] = {}
+    for name, hint in get_type_hints(cls).items():
+        if is_dataclass(hint):
+            own = flat_fields(hint)  # pyright: ignore[reportArgumentType]
+            nested[name] = _nested(hint, {n: v for n, v in values.items() if n in own})  # pyright: ignore[reportArgumentType]
+        elif name in values:
+            nested[name] = values[name]
+    return nested
 
 
 def read_setting(key: str, name: str | Path | None = None, overrides: Sequence[str] = ()) -> Any:

@@ -121,3 +121,15 @@ def read_tensors(
             f"{metadata.get('format')!r}. {advice}"
         )
     return tensors, json.loads(metadata["header"])
+
+
+def expand_path(name: str | Path) -> Path:
+    """Returns a path whose `~` is the home folder.
+
+    Raises:
+        InputError: `~name` of a user that this machine does not have.
+    """
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"The path {str(name)!r} leads nowhere: {error}") from error

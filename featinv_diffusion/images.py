@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import struct
+import unicodedata
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.resources import as_file, files
 from io import BytesIO
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -19,7 +22,7 @@ from torch import Tensor
 
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.files import replacing
-from featinv_diffusion.types import Images
+from featinv_diffusion.types import Images, Source
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +99,16 @@ def _decode(source: Path | BytesIO, name: str) -> Image.Image:
         raise InputError(f"{name} is cut off or corrupt: {error}.") from error
 
 
+@contextmanager
+def without_notes() -> Iterator[None]:
+    """Reads without a line for each picture that loses something, as training does."""
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
 def center_square(image: Image.Image, size: int) -> Image.Image:
     """Scales the shorter side to `size` pixels and cuts the centre square out, in one step.
 
@@ -113,7 +126,7 @@ def to_tensor(images: Image.Image | Sequence[Image.Image]) -> Images:
     batch = [images] if isinstance(images, Image.Image) else images
     if len({(image.size, image.mode) for image in batch}) != 1 or batch[0].mode != "RGB":
         found = ", ".join(f"{image.mode} {image.width}×{image.height}" for image in batch)
-        raise InputError(f"Pictures of a batch must be RGB and of one size, but came: {found}.")
+        raise InputError(f"Pictures of a batch must be RGB and of one size, got {found}.")
     stacked = torch.from_numpy(np.stack([np.asarray(image) for image in batch]))
     return stacked.permute(0, 3, 1, 2).float() / 255
 
@@ -121,7 +134,7 @@ def to_tensor(images: Image.Image | Sequence[Image.Image]) -> Images:
 def to_pil(images: Float[Tensor, "b 3 h w"]) -> list[Image.Image]:
     """Converts a batch in [0, 1] to 8-bit pictures; values beyond are clamped."""
     if not bool(images.isfinite().all()):
-        raise InputError("Images must be finite, but NaN or infinite values came.")
+        raise InputError("Images must be finite, got NaN or infinite values.")
     pixels = (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
     return [Image.fromarray(p) for p in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
@@ -130,22 +143,6 @@ def write_png(image: Image.Image, path: str | Path) -> None:
     """Writes a PNG, whole or not at all; makes the folder where it is missing."""
     with replacing(Path(path)) as partial:
         image.save(partial, format="PNG")
-
-
-def list_images(folder: str | Path) -> list[Path]:
-    """Lists the pictures below a folder by suffix, sorted by path; hidden ones are left out.
-
-    Raises:
-        InputError: no such folder, or no picture in it.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"A folder of pictures must exist at {folder}, but there is none.")
-    found = [p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()]
-    visible = [p for p in found if not any(x.startswith(".") for x in p.relative_to(folder).parts)]
-    if not visible:
-        raise InputError(f"{folder} holds no picture; looked for {', '.join(SUFFIXES)}.")
-    return sorted(visible, key=lambda path: path.relative_to(folder).as_posix())
 
 
 def builtin_photo() -> Path:
@@ -190,9 +187,106 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     return _over_white(image, name) if image.has_transparency_data else image.convert("RGB")
 
 
+def to_upright_rgb(picture: Image.Image) -> Image.Image:
+    """Returns a PIL image as `read_image` gives that of a file: 8-bit RGB, upright.
+
+    Raises:
+        InputError: pixels of 32 bits.
+    """
+    return _to_rgb(_upright(picture), "the picture")
+
+
 def _over_white(image: Image.Image, name: str) -> Image.Image:
     rgba = image.convert("RGBA")
     if rgba.getchannel("A").getextrema() != (255, 255):
         logger.warning("%s is transparent in parts; it is laid over white.", name)
     white = Image.new("RGBA", rgba.size, "white")
     return Image.alpha_composite(white, rgba).convert("RGB")
+
+
+Picture: TypeAlias = "str | Path | Image.Image | np.ndarray | Tensor"
+"""A picture: a path, a PIL image, an array `[h, w, 3]` or a tensor `[3, h, w]` in [0, 1]."""
+
+Pictures: TypeAlias = "Picture | Sequence[Picture]"
+"""One picture or several; arrays `[b, h, w, 3]` and tensors `[b, 3, h, w]` hold several."""
+
+
+def read_batch(pictures: Pictures, size: int) -> tuple[Images, list[Source]]:
+    """Reads pictures of any kind as one batch.
+
+    Paths and PIL images become centre squares of `size` pixels, as in every command. Arrays and
+    tensors of floats are taken as they are, in [0, 1]; those of bytes are divided by 255.
+
+    Raises:
+        InputError: a picture that cannot be read, or of another shape.
+    """
+    if isinstance(pictures, np.ndarray | Tensor):
+        images = _from_array(pictures)
+        return images, [Source("")] * len(images)
+    if isinstance(pictures, str | Path | Image.Image):
+        pictures = [pictures]
+    if not pictures:
+        raise InputError("There must be at least one picture, got none.")
+    parts, sources = zip(*(_read_one(picture, size) for picture in pictures), strict=True)
+    if len({part.shape[2:] for part in parts}) > 1:
+        shapes = ", ".join(str(list(part.shape)) for part in parts)
+        raise InputError(f"Pictures of one batch must have one size, got {shapes}.")
+    return torch.cat(parts), [source for part in sources for source in part]
+
+
+def _read_one(picture: object, size: int) -> tuple[Images, list[Source]]:
+    if isinstance(picture, np.ndarray | Tensor):
+        images = _from_array(picture)
+        return images, [Source("")] * len(images)
+    name, location = "", None
+    if isinstance(picture, str | Path):
+        name, location = picture_id(Path(picture).name), str(Path(picture).absolute())
+    whole = as_picture(picture)
+    square = center_square(whole, size)
+    return to_tensor(square), [Source(name, location, square, whole.size)]
+
+
+def as_picture(picture: object) -> Image.Image:
+    """Returns a picture of any kind as `read_image` does, whole; floats are rounded to 8 bits.
+
+    Raises:
+        InputError: a file that cannot be read, or no picture.
+    """
+    if isinstance(picture, str | Path):
+        return read_image(picture)
+    if isinstance(picture, Image.Image):
+        return to_upright_rgb(picture)
+    if isinstance(picture, np.ndarray | Tensor):
+        return to_pil(_from_array(picture))[0]
+    raise InputError(
+        "A picture must be a path, a PIL image, an array or a tensor, got "
+        f"{type(picture).__name__}."
+    )
+
+
+def _from_array(values: np.ndarray | Tensor) -> Images:
+    tensor = torch.as_tensor(values)
+    tensor = tensor[None] if tensor.ndim == 3 else tensor
+    if isinstance(values, np.ndarray) and tensor.ndim == 4 and tensor.shape[-1] == 3:
+        tensor = tensor.permute(0, 3, 1, 2)
+    if tensor.ndim != 4 or tensor.shape[1] != 3:
+        raise InputError(
+            "Pictures must be arrays [b, h, w, 3] or tensors [b, 3, h, w], got the shape "
+            f"{list(values.shape)}."
+        )
+    if tensor.dtype == torch.uint8:
+        return tensor.float() / 255
+    if not tensor.is_floating_point():
+        raise InputError(f"Pictures must be floats in [0, 1] or bytes, got {tensor.dtype}.")
+    if not bool(tensor.isfinite().all()) or tensor.min() < -0.001 or tensor.max() > 1.001:
+        raise InputError(
+            "Pictures of floats must lie in [0, 1], got values from "
+            f"{tensor.min().item():g} to {tensor.max().item():g}. Divide bytes by 255."
+        )
+    return tensor if isinstance(values, Tensor) else tensor.float()
+
+
+def picture_id(name: str) -> str:
+    """Returns a file name in one spelling of accents; bytes that are no UTF-8 stay distinct."""
+    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return unicodedata.normalize("NFC", text)

@@ -3,105 +3,143 @@
     accelerate launch --multi_gpu sample/reconstruct.py photos/ --output outputs/photos
     ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 sample/reconstruct.py photos/
 
-The same command again finishes what was interrupted: shards that are done are kept.
+The same command again finishes what was interrupted and tries again what failed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from accelerate import Accelerator
 
 from featinv_diffusion.cli import exits, options
-from featinv_diffusion.cli.run import (
-    GRID,
-    draw_grid,
-    progress_bar,
-    quiet_libraries,
-    report,
-    to_captions,
-)
+from featinv_diffusion.cli.run import quiet_libraries, report
+from featinv_diffusion.data.selection import digest
+from featinv_diffusion.data.sets import open_pictures
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.figures.grid import GridRow
 from featinv_diffusion.images import center_square, read_image, write_png
-from featinv_diffusion.inverters.open import SampleSettings, choose_inverter, open_chosen
+from featinv_diffusion.inverters.base import Inverter
+from featinv_diffusion.inverters.open import name_inverter, open_inverter
 from featinv_diffusion.processes import device_name, make_accelerator
-from featinv_diffusion.runs.record import Manifest, to_jobs
-from featinv_diffusion.runs.sampling import find_images, make_jobs
+from featinv_diffusion.runs.progress import advancing
+from featinv_diffusion.runs.record import read_environment
+from featinv_diffusion.runs.samples import Manifest, SampleFolder, to_captions, to_jobs
+from featinv_diffusion.runs.sampling import Job, make_jobs, reconstruct
 from featinv_diffusion.runs.scope import open_scope
-from featinv_diffusion.runs.shards import Shard, begin_run, make_shards, merge_shards, run_shard
+from featinv_diffusion.runs.units import (
+    FAILURES,
+    Unit,
+    begin_run,
+    describe_inverter,
+    discard_run,
+    fingerprint,
+    make_units,
+    merge_units,
+    open_units,
+    run_units,
+    share,
+)
+from featinv_diffusion.settings import SampleSettings
 
 N_GRID_ROWS = 24
+IMAGES = "images"
 
 
-@options.with_sampling(n_samples=1, without=["device"])
+@options.with_settings(SampleSettings, without=["device"], n_samples=1)
 def main(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE|FOLDER...")],
     *,
     settings: SampleSettings,
-    inverter: options.Inverter = "diffusion",
-    stage: options.Stage = None,
     output: options.Output = Path("outputs/reconstruct"),
-    shard_size: Annotated[
-        int, typer.Option(help="Pictures that one process does, and keeps, at a time.")
-    ] = 64,
+    shard_size: Annotated[int, typer.Option(help="Pictures that one process does at a time.")] = 64,
 ) -> None:
     """Reconstruct all pictures, a shard of them at a time, on as many processes as were started."""
+    quiet_libraries()
     accelerator = make_accelerator()
-    settings = choose_inverter(settings, inverter, stage)
-    settings = replace(settings, device=device_name(accelerator))
-    jobs = make_jobs(find_images(images, exclude=output), settings.seed, settings.n_samples)
-    manifest = reconstruct_shards(accelerator, settings, make_shards(jobs, shard_size), output)
+    settings = replace(name_inverter(settings), device=device_name(accelerator))
+    jobs = make_jobs(open_pictures(images, exclude=output), settings.seed, settings.n_samples)
+    manifest = reconstruct_all(accelerator, settings, jobs, shard_size, output)
     accelerator.end_training()
     if manifest is not None and manifest.failures:
         raise typer.Exit(1)
 
 
-def reconstruct_shards(
-    accelerator: Accelerator, settings: SampleSettings, shards: Sequence[Shard], output: Path
+def reconstruct_all(
+    accelerator: Accelerator,
+    settings: SampleSettings,
+    jobs: Sequence[Job],
+    shard_size: int,
+    output: Path,
 ) -> Manifest | None:
     """Does this process's share; returns the manifest of all on the main process, else None."""
-    quiet_libraries()
-    rank, n_processes = accelerator.process_index, accelerator.num_processes
-    todo = [shard for shard in shards if not shard.is_done(output)]
-    mine = todo[rank::n_processes]
+    with accelerator.main_process_first():  # one downloads, the others find it there
+        inverter = open_inverter(settings)
+        scope = open_scope(inverter)
+    resolved, backbone = inverter.settings, inverter.require_backbone()
+    assert resolved is not None
+    identity = {
+        **asdict(replace(resolved, device=resolved.device.partition(":")[0])),
+        **describe_inverter(inverter, backbone),
+        "shard_size": shard_size,
+        "n_images": len(jobs),
+        "images_sha256": digest(str(job) for job in jobs),
+        "data_fingerprint": fingerprint(job.input for job in jobs),
+    }
+    units = make_units(jobs, shard_size, output, identity)
+    begin_run(identity, output, accelerator)
+    todo = open_units(units, accelerator)
     accelerator.print(
-        f"Shards: {len(shards)}, done before: {len(shards) - len(todo)}. Processes: {n_processes}."
+        f"Shards: {len(units)}, done before: {len(units) - len(todo)}. "
+        f"Processes: {accelerator.num_processes}."
     )
-    n_mine = sum(len(job.seeds) for shard in mine for job in shard.jobs)
-    with progress_bar(n_mine, enabled=accelerator.is_main_process) as advance:
-        with accelerator.main_process_first():  # one downloads, the others find it there
-            inverter, resolved = open_chosen(settings, on_progress=advance)
-            scope = open_scope(inverter, resolved)
-        begin_run(resolved, shards, output, write=accelerator.is_main_process)
-        accelerator.wait_for_everyone()  # all have counted what is done before any does more
-        for shard in mine:
-            run_shard(inverter, shard, settings.batch_size, output, scope.p_value)
-        accelerator.wait_for_everyone()
+
+    def work(unit: Unit[Job]) -> Mapping[str, Any]:
+        part = Manifest(resolved)
+        jobs = [_into(unit.folder.relative_to(output).as_posix(), job) for job in unit.items]
+        for done in reconstruct(inverter, jobs, resolved.batch_size, part.fail, scope.p_value):
+            for name, picture in zip(done.job.outputs, done.samples, strict=True):
+                write_png(picture, output / name)
+            part.add(done)
+        return {IMAGES: part.images, FAILURES: part.failures}
+
+    n_samples = sum(len(job.seeds) for unit in share(todo, accelerator) for job in unit.items)
+    with advancing(inverter, n_samples, accelerator.is_main_process):
+        run_units(todo, work, accelerator)
     if not accelerator.is_main_process:
         return None
-    manifest = merge_shards(resolved, shards, output)
-    manifest.scope_basis = scope.basis
-    assert inverter.backbone is not None
-    finish(manifest, output, max(inverter.backbone.input_size))
+    manifest = Manifest(
+        resolved,
+        images=merge_units(units, IMAGES),
+        failures=merge_units(units, FAILURES),
+        environment=read_environment(resolved.device),
+        scope_basis=scope.basis,
+    )
+    finish(manifest, inverter, output)
     return manifest
 
 
-def finish(manifest: Manifest, output: Path, input_size: int) -> None:
+def _into(folder: str, job: Job) -> Job:
+    """Moves the outputs of a job into the folder of its unit."""
+    return replace(job, outputs=tuple(f"{folder}/{name}" for name in job.outputs))
+
+
+def finish(manifest: Manifest, inverter: Inverter, output: Path) -> None:
     """Writes the grid of the first pictures, then the manifest."""
     if not manifest.images:
+        discard_run(output)
         raise InputError("\n".join(failure["error"] for failure in manifest.failures))
-    rows = []
+    folder = SampleFolder(output, manifest)
+    size = max(inverter.require_backbone().input_size)
     for job, entry in list(zip(to_jobs(manifest), manifest.images, strict=True))[:N_GRID_ROWS]:
-        original = center_square(read_image(job.input), input_size)
+        original = center_square(read_image(job.input), size)
         samples = [read_image(output / name) for name in job.outputs]
-        rows.append(GridRow(original, job.input.name, samples, to_captions(entry["cosine"])))
-    write_png(draw_grid(rows, manifest), output / GRID)
-    manifest.write(output)
+        folder.shown.append(GridRow(original, job.name, samples, to_captions(entry["cosine"])))
+    folder.complete()
     report(manifest, output)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -12,7 +14,8 @@ from torch import Tensor, nn
 
 from featinv_diffusion.backbones.preprocessing import Preprocessing
 from featinv_diffusion.errors import InputError
-from featinv_diffusion.types import Features, FeatureSpec, Images
+from featinv_diffusion.images import Pictures, read_batch
+from featinv_diffusion.types import FeatureMaps, Features, FeatureSpec, Images, Source
 
 LAST = "last"
 """The layer name of the last spatial map before pooling."""
@@ -47,9 +50,33 @@ class Backbone(nn.Module, ABC):
         """Whether the class scores are a function of the features."""
         return False
 
+    def features(self, pictures: Pictures) -> Features:
+        """Returns the feature maps of pictures, `[b, c, h, w]` as `spec` says.
+
+        Args:
+            pictures: one or several paths, PIL images, arrays or tensors, see `images.read_batch`.
+                A float tensor is taken as it is, `[b, 3, h, w]` in [0, 1], with its gradients.
+
+        Raises:
+            InputError: a picture that cannot be read.
+        """
+        images, sources = self.read(pictures)
+        maps = self._features(images)
+        return maps if sources is None else FeatureMaps.of(maps, sources)
+
+    def read(self, pictures: Pictures) -> tuple[Images, list[Source] | None]:
+        """Returns pictures as images on the backbone's device, and what is known of them.
+
+        The second is None for a float tensor, which is passed through.
+        """
+        if isinstance(pictures, Tensor) and pictures.is_floating_point() and pictures.ndim == 4:
+            return pictures, None
+        images, sources = read_batch(pictures, max(self.input_size))
+        return images.to(self.device), sources
+
     @abstractmethod
-    def features(self, images: Images) -> Features:
-        """Returns the map of `spec`."""
+    def _features(self, images: Images) -> Features:
+        """Returns the map of `spec`, of images in [0, 1] of any size."""
 
     @abstractmethod
     def features_and_logits(self, images: Images) -> tuple[Features, Float[Tensor, "b k"] | None]:
@@ -93,7 +120,7 @@ class Backbone(nn.Module, ABC):
         """Squashes images to `input_size` and normalises them, in float32, then casts."""
         return self.preprocessing(images).to(self.dtype)
 
-    def forward(self, images: Images) -> Features:
+    def forward(self, images: Pictures) -> Features:
         """As `features`."""
         return self.features(images)
 
@@ -109,14 +136,14 @@ class Backbone(nn.Module, ABC):
             "but the head of the model reads something else. Use classify(images) instead."
         )
 
-    def classify(self, images: Images) -> Float[Tensor, "b k"]:
-        """Returns the model's own class scores, before softmax.
+    def classify(self, pictures: Pictures) -> Float[Tensor, "b k"]:
+        """Returns the model's own class scores, before softmax, of what `features` takes.
 
         Raises:
             InputError: the model has no classification head.
         """
         self._require_head()
-        return self._run(self.preprocess(images))
+        return self._run(self.preprocess(self.read(pictures)[0]))
 
     def _require_head(self) -> None:
         if not self.has_head:
@@ -124,3 +151,21 @@ class Backbone(nn.Module, ABC):
                 f"The backbone must have a classification head, but {self.name!r} has none. "
                 "Choose a backbone that classifies, or leave out what needs class scores."
             )
+
+    def __repr__(self) -> str:
+        size = "×".join(map(str, self.input_size))
+        return f"{type(self).__name__}({self.spec}, reads {size} pixels)"
+
+
+def weights_sha256(modules: Mapping[str, nn.Module]) -> str:
+    """Returns one digest of names, types, shapes and values of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for part in sorted(modules):
+        for name, value in sorted(modules[part].state_dict().items()):
+            if not isinstance(value, Tensor):
+                digest.update(f"{part}.{name} {value!r}\n".encode())
+                continue
+            digest.update(f"{part}.{name} {value.dtype} {list(value.shape)}\n".encode())
+            flat = value.detach().cpu().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()

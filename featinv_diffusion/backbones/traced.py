@@ -320,7 +320,7 @@ class TracedBackbone(Backbone):
         """Whether the class scores are a function of the features."""
         return self._last.head_reads_map and self.spec.layer == LAST
 
-    def features(self, images: Images) -> Features:
+    def _features(self, images: Images) -> Features:
         """Returns the map of `spec`; a layer before the last ends the forward pass there."""
         pixels = self.preprocess(images)
         if self.spec.layer == LAST:

@@ -1,4 +1,4 @@
-"""Options that several commands share."""
+"""Options of commands: those that several share, and those that a settings class gives."""
 
 from __future__ import annotations
 
@@ -6,34 +6,39 @@ import functools
 import inspect
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
 from featinv_diffusion.errors import InputError
+from featinv_diffusion.settings import flat_fields, flat_types, from_flat
 
-# ---- Options that the commands of `featinv operator` share ---------------------------------------
-
-OperatorName = Annotated[
-    str,
-    typer.Option("--operator", metavar="FILE_OR_NAME", help="That `fit` wrote, or a bundled one."),
-]
-InverterName = Annotated[
-    str,
-    typer.Option(
-        metavar="NAME_OR_FOLDER",
-        help="Of the operator's features: siglip, vit, a folder, or diffusion.",
+Images = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="IMAGE|FOLDER",
+        help="Pictures, folders of pictures, parquet files, tars, or URLs of these.",
+        show_default="a photo",
     ),
 ]
-Data = Annotated[
+Device = Annotated[str, typer.Option(help="Device to compute on: auto, cpu, cuda, cuda:1, mps …")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write to.")]
+FigureName = Annotated[
     str,
-    typer.Option(metavar="PATH_OR_NAME", help="Images: a folder, parquet file or Hub name."),
+    typer.Option("--figure", metavar="NAME", help="File name of the figure: a .png, .pdf or .svg."),
 ]
-Split = Annotated[str, typer.Option(help="Of the data, where they have any.")]
-Classes = Annotated[
-    str | None, typer.Option(metavar="FILE", help="Only these class folders, one a line.")
+PictureA = Annotated[
+    Path, typer.Argument(metavar="A", help="A picture; the noise depends on its file name.")
 ]
-ImageBatchSize = Annotated[int, typer.Option(help="Images per batch.")]
+PictureB = Annotated[Path, typer.Argument(metavar="B", help="Another picture.")]
+Config = Annotated[
+    str | None,
+    typer.Option(
+        metavar="YAML", help="File, or name of a packaged config, with settings; options win."
+    ),
+]
+REQUIRED: Any = inspect.Parameter.empty
+"""As a default in `with_settings`: the option must be given."""
 
 
 def to_powers(text: str) -> list[int]:
@@ -46,7 +51,7 @@ def to_powers(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise InputError(
-            f"--power must be whole numbers with commas between, such as 1,2, but {text!r} came."
+            f"--power must be whole numbers with commas between, such as 1,2, got {text!r}."
         ) from None
 
 
@@ -76,131 +81,125 @@ def _check_above(output: Path) -> None:
         )
 
 
-OF_PIPELINE = "the pipeline's"
-
-Images = Annotated[
-    list[Path] | None,
-    typer.Argument(
-        metavar="IMAGE|FOLDER",
-        help="Pictures; of a folder, all below it.",
-        show_default="a photo",
-    ),
-]
-Backbone = Annotated[
-    str | None,
-    typer.Option(
-        help="Whose features to invert; must be the pipeline's.", show_default="tiny/convnext"
-    ),
-]
-Pipeline = Annotated[
-    str | None,
-    typer.Option(
-        metavar="FOLDER_OR_REPO",
-        help="Pipeline folder, Hub repo or bundled name; of rae, its autoencoder.",
-        show_default="tiny/BACKBONE",
-    ),
-]
-Layer = Annotated[
-    str | None,
-    typer.Option(help="Layer of the features; must be the pipeline's.", show_default=OF_PIPELINE),
-]
-NSamples = Annotated[int, typer.Option("--n-samples", help="Samples per picture.")]
-Seed = Annotated[
-    int, typer.Option(help="Noise derives from it, the file name and the sample's number.")
-]
-Steps = Annotated[int | None, typer.Option(help="Denoising steps.", show_default=OF_PIPELINE)]
-Scheduler = Annotated[
-    str | None,
-    typer.Option(help="ddim, dpmsolver++, euler, heun, unipc …", show_default=OF_PIPELINE),
-]
-GuidanceScale = Annotated[
-    float | None, typer.Option(help="1 is no guidance.", show_default=OF_PIPELINE)
-]
-Guidance = Annotated[
-    str | None,
-    typer.Option(
-        metavar="text|features",
-        help="What the negative branch lacks: the prompt, or the features too.",
-        show_default=OF_PIPELINE,
-    ),
-]
-Strength = Annotated[float, typer.Option(help="Factor on the residuals of the ControlNet.")]
-BatchSize = Annotated[int, typer.Option(help="Samples per batch.")]
-Attention = Annotated[str, typer.Option(metavar="native|xformers", help="Attention kernels.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps …")]
-Dtype = Annotated[
-    str, typer.Option(help="float32, float16 or bfloat16; the backbone stays in float32.")
-]
-INVERTERS = "diffusion|detr|rae|siglip|siglip2|vit|FOLDER"
-"""What `--inverter` takes; written out, for listing them imports torch."""
-INVERTER_HELP = "What turns features into images; all but diffusion imply their backbone."
-Inverter = Annotated[str, typer.Option(metavar=INVERTERS, help=INVERTER_HELP)]
-InverterOrNone = Annotated[
-    str | None,
-    typer.Option(metavar=INVERTERS, help=INVERTER_HELP, show_default="diffusion"),
-]
-Stage = Annotated[
-    str | None,
-    typer.Option(
-        help="Of detr: backbone, encoder, decoder …; of vit: patches, encoder, last.",
-        show_default="encoder",
-    ),
-]
-Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write to.")]
-
-_SAMPLING: dict[str, tuple[Any, Any]] = {
-    "backbone": (Backbone, None),
-    "pipeline": (Pipeline, None),
-    "layer": (Layer, None),
-    "n_samples": (NSamples, 1),
-    "seed": (Seed, 0),
-    "steps": (Steps, None),
-    "scheduler": (Scheduler, None),
-    "guidance_scale": (GuidanceScale, None),
-    "guidance": (Guidance, None),
-    "strength": (Strength, 1.0),
-    "batch_size": (BatchSize, 8),
-    "attention": (Attention, "native"),
-    "device": (Device, "auto"),
-    "dtype": (Dtype, "float32"),
-}
-"""Field of `SampleSettings` → its option and default."""
+# ---- Options that a settings class gives ---------------------------------------------------------
 
 
-def with_sampling(
-    n_samples: int, without: Collection[str] = ()
+def with_settings(
+    kind: type, *, without: Collection[str] = (), config: bool = False, **defaults: Any
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorates a command that takes `settings: SampleSettings`: gives it an option per field.
+    """Decorates a command that takes `settings`: gives it an option for each field of `kind`.
 
     Args:
-        n_samples: default of `--n-samples`.
-        without: fields that get no option and keep the default of `SampleSettings`.
+        kind: a settings class, see `featinv_diffusion.settings`.
+        without: fields that get no option and keep their default.
+        config: add `--config YAML`; options that are given win over it.
+        **defaults: of this command, where they differ from those of the class.
     """
-    fields = {name: option for name, option in _SAMPLING.items() if name not in without}
-    fields["n_samples"] = (NSamples, n_samples)
+    types = flat_types(kind)
+    fields = {
+        name: f for name, f in flat_fields(kind).items() if f.metadata and name not in without
+    }
+
+    def to_parameter(name: str) -> inspect.Parameter:
+        field = fields[name]
+        default = defaults.get(name, field.default)
+        shown, hint = field.metadata["shown"], types[name]
+        if config or _is_list(hint):
+            shown = _shown(default) if shown is True else shown
+            default, hint = None, (str if _is_list(hint) else _plain(hint)) | None
+        option = typer.Option(
+            field.metadata["flag"] or "--" + name.replace("_", "-"),
+            help=field.metadata["help"],
+            metavar=field.metadata["metavar"],
+            show_default=shown,
+        )
+        return inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=default,
+            annotation=Annotated[hint, option],
+        )
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        hints = get_type_hints(command, localns={"SampleSettings": Any}, include_extras=True)
+        hints = get_type_hints(command, localns={kind.__name__: Any}, include_extras=True)
         parameters: list[inspect.Parameter] = []
         for parameter in inspect.signature(command).parameters.values():
             if parameter.name == "settings":
-                parameters += [
-                    inspect.Parameter(name, parameter.KEYWORD_ONLY, default=value, annotation=hint)
-                    for name, (hint, value) in fields.items()
-                ]
+                parameters += map(to_parameter, fields)
+                if config:
+                    path = parameter.replace(name="config", annotation=Config, default=None)
+                    parameters.append(path.replace(kind=parameter.KEYWORD_ONLY))
             else:
                 hint = hints[parameter.name]
                 parameters.append(parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=hint))
 
         @functools.wraps(command)
-        def with_settings(**given: Any) -> None:
-            from featinv_diffusion.inverters.open import SampleSettings
+        def with_options(**given: Any) -> None:
+            path = given.pop("config", None) if config else None
+            values = {name: given.pop(name) for name in fields}
+            values = {name: v for name, v in values.items() if v is not None}
+            for name, value in values.items():
+                if _is_list(types[name]):
+                    values[name] = to_names(value, "--" + name.replace("_", "-"))
+            if config:
+                from featinv_diffusion.config import load_flat
 
-            settings = SampleSettings(**{name: given.pop(name) for name in fields})
+                settings = load_flat(kind, path, values)
+            else:
+                settings = from_flat(kind, {**_own(defaults, fields, without), **values})
             command(**given, settings=settings)
 
-        with_settings.__dict__["__signature__"] = inspect.Signature(parameters)
-        with_settings.__annotations__ = {p.name: p.annotation for p in parameters}
-        return with_settings
+        with_options.__dict__["__signature__"] = inspect.Signature(parameters)
+        with_options.__annotations__ = {p.name: p.annotation for p in parameters}
+        return with_options
 
     return decorate
+
+
+def _own(
+    defaults: dict[str, Any], fields: dict[str, Any], without: Collection[str]
+) -> dict[str, Any]:
+    """Returns the command's own defaults of fields without an option."""
+    return {name: v for name, v in defaults.items() if name in without or name not in fields}
+
+
+def _plain(hint: Any) -> Any:
+    """Returns the type without None."""
+    parts = [part for part in get_args(hint) if part is not type(None)]
+    return parts[0] if type(None) in get_args(hint) else hint
+
+
+def _is_list(hint: Any) -> bool:
+    return get_origin(_plain(hint)) is tuple
+
+
+def _shown(default: Any) -> str | bool:
+    if default is None or default == () or isinstance(default, bool):
+        return False
+    return ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+
+
+def to_names(text: str, option: str) -> tuple[str, ...]:
+    """Reads names with commas between.
+
+    Raises:
+        InputError: no name.
+    """
+    names = tuple(part.strip() for part in text.split(",") if part.strip())
+    if not names:
+        raise InputError(f"{option} must name one, or several as A,B.")
+    return names
+
+
+def to_numbers(option: str, text: str) -> list[float]:
+    """Reads numbers with commas between.
+
+    Raises:
+        InputError: something else.
+    """
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(
+            f"{option} must be numbers with commas between, such as 0,.25,1, got {text!r}."
+        ) from None

@@ -1,17 +1,15 @@
-"""A pipeline out of its parts: a trained ControlNet, a text-to-image model and a backbone."""
+"""Pipeline folders: what they must hold, the bundled ones, and pipelines assembled from parts."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub import ModelCard
 from safetensors import SafetensorError, safe_open
 from transformers import (
     PreTrainedModel,
@@ -29,64 +27,20 @@ from featinv_diffusion.diffusion.featinv_controlnet import FeatureControlNet
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
 from featinv_diffusion.diffusion.objective import make_scheduler
 from featinv_diffusion.errors import InputError
-from featinv_diffusion.files import write_text
 from featinv_diffusion.types import FeatureSpec
-
-# ---- What a model card says of where a pipeline comes from ----
-
-
-@dataclass(frozen=True)
-class CardInfo:
-    """What a model card says beyond what the pipeline knows about itself.
-
-    Args:
-        command: the command that made the pipeline.
-        license: identifier of the Hub; None where it is that of the base models.
-        base_models: Hub names of the models this one was made of.
-        notes: further sections, as Markdown.
-    """
-
-    command: str
-    license: str | None = None
-    base_models: list[str] = field(default_factory=list)
-    notes: str = ""
-
-
-def write_model_card(
-    folder: Path, pipeline: FeatInvPipeline, info: CardInfo, title: str | None = None
-) -> None:
-    """Writes `README.md` into a folder that holds, or is part of, the saved pipeline."""
-    card = pipeline.make_model_card(
-        title or folder.name, info.command, info.license, info.base_models, info.notes
-    )
-    write_text(folder / "README.md", str(card))
-
-
-def read_card_info(folder: Path, command: str) -> CardInfo:
-    """Returns what the card of a folder says besides the command; nothing where it has none."""
-    path = folder / "README.md"
-    if not path.is_file():
-        return CardInfo(command)
-    card: Any = ModelCard.load(path, ignore_metadata_errors=True)
-    models = card.data.base_model or []
-    models = [models] if isinstance(models, str) else list(models)
-    license = str(card.data.license) if card.data.license else None
-    notes = card.text.partition("\nVersions: ")[2].partition("\n")[2]
-    return CardInfo(command, license, models, notes.strip())
-
 
 # ---- What a saved pipeline folder must hold, checked before anything is loaded from it -----------
 
 INDEX = "model_index.json"
 CLASS_NAME = "FeatInvPipeline"
 SCOPE_FILE = "scope.safetensors"
-"""Statistics of natural maps, see `features.natural_maps`; a pipeline may be without."""
+"""Statistics of natural maps, see `features.natural_maps`; not every pipeline has them."""
 
 TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 
 
 def check_pipeline_folder(folder: Path) -> None:
-    """Raises `InputError` unless the folder is a FeatInv pipeline, all there and whole."""
+    """Raises `InputError` unless the folder holds a FeatInv pipeline with all its files whole."""
     if not folder.is_dir():
         raise InputError(f"A pipeline must be a folder, but there is none at {folder}.")
     index = read_json(folder / INDEX)
@@ -94,8 +48,8 @@ def check_pipeline_folder(folder: Path) -> None:
     name = name[-1] if isinstance(name, list) else name
     if name != CLASS_NAME:
         raise InputError(
-            f"{folder} must hold a {CLASS_NAME}, but its {INDEX} names a {name}. To make one of a "
-            "Stable Diffusion folder: featinv export OUT --controlnet FOLDER --base FOLDER."
+            f"{folder} must hold a {CLASS_NAME}, but its {INDEX} names a {name}. To make one from "
+            "a Stable Diffusion folder: featinv export OUT --controlnet FOLDER --base FOLDER."
         )
     for component, entry in index.items():
         is_component = isinstance(entry, list) and not component.startswith("_")
@@ -133,8 +87,8 @@ def check_safetensors(path: Path) -> None:
             tensors.keys()
     except (SafetensorError, OSError) as error:
         raise InputError(
-            f"{path} must be a whole safetensors file, but it is truncated or something else "
-            f"({error}). Copy or save it again."
+            f"{path} must be a whole safetensors file, but it is truncated or of another kind "
+            f"({error}). Copy it or save it again."
         ) from None
 
 
@@ -142,7 +96,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object.
 
     Raises:
-        InputError: no such file, or something else in it.
+        InputError: no such file, or no JSON object in it.
     """
     if not path.is_file():
         raise InputError(f"{path} is missing. Restore the file, or save the model again.")
@@ -163,14 +117,12 @@ def _weight_files(folder: Path, stem: str) -> list[Path]:
     return [folder / name for name in sorted(set(weights.values()))]
 
 
-# ---- Loading and saving without the progress bars of the libraries -------------------------------
-
 _LIBRARIES = (diffusers_logging, transformers_logging)
 
 
 @contextmanager
 def without_progress_bars() -> Iterator[None]:
-    """Silences the bars over components and tensors, which take no time beside the sampling."""
+    """Hides the libraries' bars over components and tensors, which take little time."""
     shown = [library for library in _LIBRARIES if library.is_progress_bar_enabled()]
     for library in shown:
         library.disable_progress_bar()
@@ -181,7 +133,7 @@ def without_progress_bars() -> Iterator[None]:
             library.enable_progress_bar()
 
 
-# ---- The pipelines inside the package ----
+# ---- The pipelines in the package ----------------------------------------------------------------
 
 ASSETS = Path(__file__).parents[1] / "assets"
 BASE, BACKBONE, DEFAULTS = "base", "backbone", "pipeline.json"
@@ -189,13 +141,13 @@ BASE_MODELS = ("unet", "vae", "text_encoder")
 
 
 def list_bundled() -> list[str]:
-    """Names that `load_pipeline` takes without a folder or a network, such as `tiny/convnext`."""
+    """Returns the names of the pipelines in the package, such as `tiny/convnext`."""
     members = sorted(path.parent for path in ASSETS.glob(f"*/*/{DEFAULTS}"))
     return [f"{member.parent.name}/{member.name}" for member in members]
 
 
 def bundled_folder(name: str) -> Path:
-    """The folder of a bundled pipeline, with `controlnet` and `backbone` in it."""
+    """Returns the folder of a bundled pipeline, which holds its `controlnet` and `backbone`."""
     return ASSETS / name
 
 

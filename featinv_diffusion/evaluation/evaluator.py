@@ -1,15 +1,15 @@
-"""A shard of images → reconstructions, nulls and ceilings → one row of figures per image."""
+"""A unit of images → reconstructions, nulls and ceilings → one row of figures per image."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
-from typing import TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Bool, UInt8
+from jaxtyping import Bool
 from PIL import Image
 from torch import Tensor
 
@@ -24,29 +24,34 @@ from featinv_diffusion.inverters.base import Inverter, LatentInverter
 from featinv_diffusion.metrics import feature_cosine, top_k_match
 from featinv_diffusion.metrics.extractors import ImageFeatures
 from featinv_diffusion.metrics.features import psnr, ssim
-from featinv_diffusion.runs.sampling import batched
+from featinv_diffusion.runs.sampling import Pixels, batched, decode, finite_rows, to_pixels
 from featinv_diffusion.seeds import make_generator
 from featinv_diffusion.types import Features, Images
 
-# ---- Who looks at the pictures ----
-
-Pixels = UInt8[Tensor, "b 3 height width"]
-Columns = dict[str, Tensor]
-"""One value per image under each name."""
+OTHER_IMAGE, PERMUTED_CELLS, PRIOR_ONLY = NULLS = ("other_image", "permuted_cells", "prior_only")
+VAE_ROUND_TRIP, RESIZED_ORIGINAL = CEILINGS = ("vae_round_trip", "resized_original")
 
 OWN = ""
 """The name of the inverter's own backbone among those that look."""
-
 PREDICTED = "predicted_class"
 """The column with the top-1 class that the own backbone sees in the reconstruction."""
+
+Columns = dict[str, Tensor]
+"""One value per image under each name."""
+Failure = dict[str, str]
 
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """What a backbone sees; `logits` is None where it has no head."""
+    """What a backbone sees in pictures; `logits` is None where it has no head."""
 
     features: Features
     logits: Tensor | None
+
+    def __getitem__(self, rows: Sequence[int]) -> View:
+        index = list(rows)
+        logits = None if self.logits is None else self.logits[index]
+        return View(self.features[index], logits)
 
     @property
     def is_finite(self) -> Bool[Tensor, " b"]:
@@ -56,117 +61,28 @@ class View:
 
 
 Views = dict[str, View]
+"""What each of the backbones sees."""
 
 
-@dataclass(frozen=True, eq=False)
-class Observers:
-    """All that look at the pictures.
-
-    Args:
-        backbones: by name; `OWN` is the inverter's.
-        lpips: distance of each pair of images; None where it is left out.
-    """
-
-    backbones: Mapping[str, Backbone]
-    lpips: Callable[[Images, Images], Tensor] | None = None
-
-    @property
-    def own(self) -> Backbone:
-        return self.backbones[OWN]
-
-    @torch.no_grad()
-    def view_originals(self, pictures: Sequence[Image.Image]) -> Views:
-        """Shows each backbone the centre squares at the size that it takes."""
-        return {
-            name: View(*backbone.features_and_logits(self._squares(backbone, pictures)))
-            for name, backbone in self.backbones.items()
-        }
-
-    @torch.no_grad()
-    def view_pixels(self, pixels: Pixels) -> Views:
-        """Shows the pictures to each backbone."""
-        return {
-            name: View(*backbone.features_and_logits(to_images(pixels.to(backbone.device))))
-            for name, backbone in self.backbones.items()
-        }
-
-    @torch.no_grad()
-    def compare_views(self, originals: Views, seen: Views) -> Columns:
-        """Compares what the backbones saw; NaN where one of the two views holds such values."""
-        columns: Columns = {}
-        for name in self.backbones:
-            prefix = f"evaluated_by_{name}_" if name != OWN else ""
-            for metric, values in _agreement(originals[name], seen[name]).items():
-                columns[prefix + metric] = values
-        return columns
-
-    @torch.no_grad()
-    def compare_pixels(self, originals: Pixels, pixels: Pixels) -> Columns:
-        """Compares pictures of one size."""
-        device = self.own.device
-        a, b = to_images(originals.to(device)), to_images(pixels.to(device))
-        columns = {"psnr": psnr(b, a), "ssim": ssim(b, a)}
-        if self.lpips is not None:
-            columns["lpips"] = self.lpips(b, a)
-        return {name: values.cpu() for name, values in columns.items()}
-
-    def _squares(self, backbone: Backbone, pictures: Sequence[Image.Image]) -> Images:
-        side = max(backbone.input_size)
-        return to_tensor([center_square(p, side) for p in pictures]).to(backbone.device)
-
-
-def to_pixels(images: Images) -> Pixels:
-    """Rounds to 8 bits, as a PNG does; values beyond [0, 1] are clamped, NaN become 0.
-
-    So look at `finite_rows` first: a sample of NaN is no black picture.
-    """
-    return (images.float().nan_to_num().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
-
-
-def finite_rows(values: Tensor) -> Bool[Tensor, " b"]:
-    """Whether each row of a batch holds neither NaN nor infinite values; on the CPU."""
-    return values.flatten(1).isfinite().all(dim=1).cpu()
+def take_views(views: Views, rows: Sequence[int]) -> Views:
+    """Returns the views of some pictures."""
+    return {name: view[rows] for name, view in views.items()}
 
 
 def join_views(parts: Sequence[Views]) -> Views:
     """Joins the views of batches."""
-    return {name: _join([part[name] for part in parts]) for name in parts[0]}
-
-
-def take_views(views: Views, rows: Sequence[int]) -> Views:
-    """Returns the views of some images."""
-    index = list(rows)
-    return {
-        name: View(v.features[index], None if v.logits is None else v.logits[index])
-        for name, v in views.items()
-    }
-
-
-def _agreement(original: View, seen: View) -> Columns:
-    columns = {"cosine": feature_cosine(original.features, seen.features)}
-    if original.logits is not None and seen.logits is not None:
-        n_classes = seen.logits.shape[1]
-        for k in (1, 5):
-            match = top_k_match(original.logits, seen.logits, min(k, n_classes))
-            columns[f"top{k}_match"] = match.float()
-    finite = original.is_finite & seen.is_finite
-    return {
-        name: values.float().cpu().masked_fill(~finite, torch.nan)
-        for name, values in columns.items()
-    }
-
-
-def _join(views: Sequence[View]) -> View:
-    logits = [view.logits for view in views if view.logits is not None]
-    return View(torch.cat([v.features for v in views]), torch.cat(logits) if logits else None)
-
-
-# ---- What is kept of a shard: figures, vectors, and what could not be measured -------------------
+    joined: Views = {}
+    for name in parts[0]:
+        views = [part[name] for part in parts]
+        logits = [view.logits for view in views if view.logits is not None]
+        features = torch.cat([view.features for view in views])
+        joined[name] = View(features, torch.cat(logits) if logits else None)
+    return joined
 
 
 @dataclass
-class ShardResult:
-    """What is kept of a shard.
+class Measured:
+    """What is kept of a unit of images.
 
     Args:
         items: those that were measured; rows of everything below.
@@ -175,20 +91,21 @@ class ShardResult:
         failures: `id` and `error` of each image that could not be measured.
         partial_failures: `id`, `figure` and `error` of what could not be measured of others, e.g.
             because the sample of a null held NaN.
+        pixels: the reconstructions.
         reconstructed, original: feature vectors `[n, d]` by extractor, for distances.
     """
 
     items: list[Item]
     digests: list[str] = field(default_factory=list)
     columns: dict[str, np.ndarray] = field(default_factory=dict)
-    failures: list[dict[str, str]] = field(default_factory=list)
-    partial_failures: list[dict[str, str]] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+    partial_failures: list[Failure] = field(default_factory=list)
     pixels: Pixels | None = None
     reconstructed: dict[str, np.ndarray] = field(default_factory=dict)
     original: dict[str, np.ndarray] = field(default_factory=dict)
 
     def put(self, prefix: str, rows: Sequence[int], columns: Columns) -> None:
-        """Sets figures of some rows under prefixed names; those that are NaN are reported."""
+        """Sets figures of some rows under prefixed names, and reports those that are NaN."""
         for name, values in columns.items():
             column = np.full(len(self.items), np.nan)
             column[list(rows)] = values.double().numpy()
@@ -207,11 +124,6 @@ class ShardResult:
         self.partial_failures.append({"id": name, "figure": figure, "error": error})
 
 
-T = TypeVar("T")
-OTHER_IMAGE, PERMUTED_CELLS, PRIOR_ONLY = NULLS = ("other_image", "permuted_cells", "prior_only")
-VAE_ROUND_TRIP, RESIZED_ORIGINAL = CEILINGS = ("vae_round_trip", "resized_original")
-
-
 @dataclass(frozen=True, eq=False)
 class _Batch:
     items: list[Item]
@@ -225,26 +137,42 @@ class Evaluator:
     """Measures images with models that are loaded once.
 
     Args:
+        backbones: all that look at the pictures, by name; `OWN` is the inverter's.
+        seed: of the permutation of cells.
+        lpips: distance of each pair of images; None leaves it out.
         extractors: by name; their vectors of originals and reconstructions are kept for distances
             of distributions.
-        seed: of the permutation of cells.
-        class_of_label: a label to the class of the own backbone; None where they are not known to
-            correspond.
+        class_of_label: from a label to the class of the own backbone; None where they are not
+            known to correspond.
     """
 
     inverter: Inverter
-    observers: Observers
+    backbones: Mapping[str, Backbone]
     images: ImageSet
     batch_size: int
     seed: int = 0
+    lpips: Callable[[Images, Images], Tensor] | None = None
     extractors: Mapping[str, ImageFeatures] = field(default_factory=dict)
     class_of_label: Sequence[int] | None = None
 
-    def run(self, items: Sequence[Item]) -> ShardResult:
+    @property
+    def own(self) -> Backbone:
+        """The inverter's backbone."""
+        return self.backbones[OWN]
+
+    @property
+    def image_size(self) -> int:
+        """The side in pixels of the samples where the inverter knows it, else of its input."""
+        if isinstance(self.inverter, LatentInverter):
+            return self.inverter.image_size[0]
+        return self.own.input_size[0]
+
+    @torch.no_grad()
+    def run(self, items: Sequence[Item]) -> Measured:
         """Measures the images; one that fails is reported in the result instead."""
-        failures: list[dict[str, str]] = []
+        failures: list[Failure] = []
         batches = list(self._reconstruct(items, failures))
-        result = ShardResult([i for b in batches for i in b.items], failures=failures)
+        result = Measured([i for b in batches for i in b.items], failures=failures)
         if not batches:
             return result
         views = join_views([b.views for b in batches])
@@ -255,7 +183,9 @@ class Evaluator:
         everyone = range(len(result.items))
         result.put("", everyone, self._compare(views, originals, seen, samples))
         result.columns.update(self._label_columns(result, views[OWN], seen[OWN]))
-        self._put_other_image(result, views, originals, seen, samples)
+        if partners := find_partners([item.label for item in result.items]):
+            others = self._compare(views, originals, take_views(seen, partners), samples[partners])
+            result.put(f"{OTHER_IMAGE}_", everyone, others)
         self._put_ceilings(result, views, originals)
         self._put_sampled_nulls(result, views, originals)
         for name, extractor in self.extractors.items():
@@ -266,26 +196,15 @@ class Evaluator:
                     result.miss(row, name, ["vector for the distance"])
         return result
 
-    @property
-    def image_size(self) -> int:
-        """The side in pixels of the samples, where the inverter knows it, else of its input."""
-        if isinstance(self.inverter, LatentInverter):
-            return self.inverter.image_size[0]
-        return self.observers.own.input_size[0]
-
     # ---- reconstructions -----------------------------------------------------------------------
 
-    def _reconstruct(
-        self, items: Sequence[Item], failures: list[dict[str, str]]
-    ) -> Iterator[_Batch]:
-        readable = self._read(items, failures)
-        for batch in batched(readable, self.batch_size):
+    def _reconstruct(self, items: Sequence[Item], failures: list[Failure]) -> Iterator[_Batch]:
+        for batch in batched(self._read(items, failures), self.batch_size):
             members, pictures = [item for item, _ in batch], [picture for _, picture in batch]
-            views = self.observers.view_originals(pictures)
+            views = self._view_pictures(pictures)
             finite = views[OWN].is_finite
             features = views[OWN].features.nan_to_num(posinf=0, neginf=0)
-            samples = self.inverter.invert(features, generator=noise_of(members))
-            sampled = finite_rows(samples)
+            samples, sampled = decode(self.inverter, features, noise_of(members))
             for i, item in enumerate(members):
                 if not finite[i]:
                     _fail(failures, item, "its features or class scores are not finite")
@@ -293,17 +212,16 @@ class Evaluator:
                     _fail(failures, item, "its sample holds NaN values; use --dtype float32")
             kept = [i for i, fine in enumerate((finite & sampled).tolist()) if fine]
             if kept:
-                size = samples.shape[-1]
-                squares = to_tensor([center_square(pictures[i], size) for i in kept])
+                squares = [center_square(pictures[i], samples.shape[-1]) for i in kept]
                 yield _Batch(
                     [members[i] for i in kept],
                     take_views(views, kept),
-                    to_pixels(squares),
-                    to_pixels(samples[kept]),
+                    to_pixels(to_tensor(squares)),
+                    samples[kept],
                 )
 
     def _read(
-        self, items: Sequence[Item], failures: list[dict[str, str]]
+        self, items: Sequence[Item], failures: list[Failure]
     ) -> Iterator[tuple[Item, Image.Image]]:
         for item in items:
             try:
@@ -311,43 +229,58 @@ class Evaluator:
             except InputError as error:
                 failures.append({"id": item.id, "error": str(error)})
 
-    # ---- comparisons ---------------------------------------------------------------------------
+    def _view_pictures(self, pictures: Sequence[Image.Image]) -> Views:
+        """Shows each backbone the centre squares at the size that it takes."""
+        views: Views = {}
+        for name, backbone in self.backbones.items():
+            squares = [center_square(picture, max(backbone.input_size)) for picture in pictures]
+            images = to_tensor(squares).to(backbone.device)
+            views[name] = View(*backbone.features_and_logits(images))
+        return views
 
     def _view(self, pixels: Pixels) -> Views:
-        rows = batched(range(len(pixels)), self.batch_size)
-        return join_views([self.observers.view_pixels(pixels[part]) for part in rows])
+        """Shows the pictures to each backbone, a batch at a time."""
+        parts: list[Views] = []
+        for rows in batched(range(len(pixels)), self.batch_size):
+            parts.append({})
+            for name, backbone in self.backbones.items():
+                images = to_images(pixels[rows].to(backbone.device))
+                parts[-1][name] = View(*backbone.features_and_logits(images))
+        return join_views(parts)
+
+    # ---- comparisons ---------------------------------------------------------------------------
 
     def _compare(self, views: Views, originals: Pixels, seen: Views, pixels: Pixels) -> Columns:
         """Compares row by row, a batch at a time; `views` are those of the originals."""
         parts = [
-            self.observers.compare_views(take_views(views, rows), take_views(seen, rows))
-            | self.observers.compare_pixels(originals[rows], pixels[rows])
+            _compare_views(take_views(views, rows), take_views(seen, rows))
+            | self._compare_pixels(originals[rows], pixels[rows])
             for rows in batched(range(len(pixels)), self.batch_size)
         ]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    def _put_other_image(
-        self, result: ShardResult, views: Views, originals: Pixels, seen: Views, samples: Pixels
-    ) -> None:
-        """The reconstruction of another image of the shard, beside the original."""
-        partners = find_partners([item.label for item in result.items])
-        if partners:
-            columns = self._compare(views, originals, take_views(seen, partners), samples[partners])
-            result.put(f"{OTHER_IMAGE}_", range(len(partners)), columns)
+    def _compare_pixels(self, originals: Pixels, pixels: Pixels) -> Columns:
+        device = self.own.device
+        a, b = to_images(originals.to(device)), to_images(pixels.to(device))
+        columns = {"psnr": psnr(b, a), "ssim": ssim(b, a)}
+        if self.lpips is not None:
+            columns["lpips"] = self.lpips(b, a)
+        return {name: values.cpu() for name, values in columns.items()}
 
-    def _put_ceilings(self, result: ShardResult, views: Views, originals: Pixels) -> None:
+    def _put_ceilings(self, result: Measured, views: Views, originals: Pixels) -> None:
         everyone = range(len(result.items))
-        columns = self.observers.compare_views(views, self._view(originals))
+        columns = _compare_views(views, self._view(originals))
         result.put(f"{RESIZED_ORIGINAL}_", everyone, columns)
         if isinstance(inverter := self.inverter, LatentInverter):
             trips = (
                 inverter.round_trip(to_images(originals[rows]))
                 for rows in batched(everyone, self.batch_size)
             )
-            self._put_made(result, VAE_ROUND_TRIP, everyone, views, originals, trips)
+            made = ((to_pixels(images), finite_rows(images)) for images in trips)
+            self._put_made(result, VAE_ROUND_TRIP, everyone, views, originals, made)
 
-    def _put_sampled_nulls(self, result: ShardResult, views: Views, originals: Pixels) -> None:
-        """The nulls that cost a sample each, with the noise of the reconstruction."""
+    def _put_sampled_nulls(self, result: Measured, views: Views, originals: Pixels) -> None:
+        """Measures the nulls that cost a sample each, with the noise of the reconstruction."""
         rows = [i for i, item in enumerate(result.items) if item.has_null]
         if not rows:
             return
@@ -356,31 +289,32 @@ class Evaluator:
             (part, [result.items[i] for i in part]) for part in batched(rows, self.batch_size)
         ]
         permuted = (
-            self.inverter.invert(
+            decode(
+                self.inverter,
                 permute_cells(features[part], self._permutation_of(items)),
-                generator=noise_of(items),
+                noise_of(items),
             )
             for part, items in batches
         )
         self._put_made(result, PERMUTED_CELLS, rows, views, originals, permuted)
         if isinstance(inverter := self.inverter, LatentInverter):
-            prior = (
+            priors = (
                 inverter.sample_prior(len(items), generator=noise_of(items)) for _, items in batches
             )
-            self._put_made(result, PRIOR_ONLY, rows, views, originals, prior)
+            made = ((to_pixels(images), finite_rows(images)) for images in priors)
+            self._put_made(result, PRIOR_ONLY, rows, views, originals, made)
 
     def _put_made(
         self,
-        result: ShardResult,
+        result: Measured,
         kind: str,
         rows: Sequence[int],
         views: Views,
         originals: Pixels,
-        made: Iterable[Images],
+        made: Iterable[tuple[Pixels, Bool[Tensor, " b"]]],
     ) -> None:
         """Compares pictures that were made for some rows; those of NaN have no figures."""
-        parts = [(to_pixels(images), finite_rows(images)) for images in made]
-        pixels, finite = (torch.cat(part) for part in zip(*parts, strict=True))
+        pixels, finite = (torch.cat(part) for part in zip(*made, strict=True))
         index = list(rows)
         columns = self._compare(
             take_views(views, index), originals[index], self._view(pixels), pixels
@@ -392,8 +326,8 @@ class Evaluator:
     def _permutation_of(self, items: Sequence[Item]) -> list[torch.Generator]:
         return [make_generator(self.seed, item.id, PERMUTED_CELLS) for item in items]
 
-    def _label_columns(self, result: ShardResult, own: View, seen: View) -> dict[str, np.ndarray]:
-        """The classes of original and reconstruction, and whether they are the label's."""
+    def _label_columns(self, result: Measured, own: View, seen: View) -> dict[str, np.ndarray]:
+        """Returns the classes of original and reconstruction, and whether they are the label's."""
         if own.logits is None or seen.logits is None:
             return {}
         original = own.logits.argmax(dim=1).double().cpu()
@@ -409,13 +343,27 @@ class Evaluator:
         return {name: values.numpy() for name, values in columns.items()}
 
     def _extract(self, extractor: ImageFeatures, pixels: Pixels) -> np.ndarray:
-        device = self.observers.own.device
-        with torch.no_grad():
-            parts = [
-                extractor(to_images(pixels[rows].to(device))).float().cpu()
-                for rows in batched(range(len(pixels)), self.batch_size)
-            ]
+        parts = [
+            extractor(to_images(pixels[rows].to(self.own.device))).float().cpu()
+            for rows in batched(range(len(pixels)), self.batch_size)
+        ]
         return torch.cat(parts).numpy()
+
+
+def _compare_views(originals: Views, seen: Views) -> Columns:
+    """Compares what the backbones saw; NaN where one of the two views holds such values."""
+    columns: Columns = {}
+    for name, original in originals.items():
+        view, prefix = seen[name], f"evaluated_by_{name}_" if name != OWN else ""
+        found = {"cosine": feature_cosine(original.features, view.features)}
+        if original.logits is not None and view.logits is not None:
+            for k in (1, 5):
+                match = top_k_match(original.logits, view.logits, min(k, view.logits.shape[1]))
+                found[f"top{k}_match"] = match.float()
+        broken = ~(original.is_finite & view.is_finite)
+        for metric, values in found.items():
+            columns[prefix + metric] = values.float().cpu().masked_fill(broken, torch.nan)
+    return columns
 
 
 def find_partners(labels: Sequence[int | None]) -> list[int]:
@@ -440,5 +388,44 @@ def noise_of(items: Iterable[Item]) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(item.seed) for item in items]
 
 
-def _fail(failures: list[dict[str, str]], item: Item, reason: str) -> None:
+def _fail(failures: list[Failure], item: Item, reason: str) -> None:
     failures.append({"id": item.id, "error": f"{item.id} cannot be measured: {reason}."})
+
+
+# ---- Which class of the backbone a label means ---------------------------------------------------
+
+_NUMBER_LIKE = re.compile(r"n\d{8}|((label|class)[ _-]?)?\d+")
+"""Names of classes that say no more than a number: WordNet ids, `LABEL_3`, `class 3`, `3`."""
+
+
+def match_labels(images: ImageSet, backbone: Backbone) -> tuple[str | None, list[int] | None]:
+    """Returns how labels are matched with the backbone's classes, and the class of each label.
+
+    Labels are matched by name where each name is that of one class. They are matched by number
+    where there are as many of both and either the names are equal in their order (two classes may
+    share one) or one side has no names that say more than a number; equally many other names are
+    no reason to think that they correspond.
+    """
+    if images.labels is None or not backbone.has_head:
+        return None, None
+    names, known = (_fold_case(n) for n in (images.class_names, backbone.labels))
+    n_labels = len(names) if names else max(images.labels) + 1
+    if names and known and len(set(names)) == len(names):
+        found = [i for name in names for i, other in enumerate(known) if other == name]
+        if [known[i] for i in found] == names:
+            return "name", found
+    by_number = list(range(n_labels))
+    if n_labels != (len(known) if known else _count_classes(backbone)):
+        return None, None
+    says_nothing = any(not n or all(map(_NUMBER_LIKE.fullmatch, n)) for n in (names, known))
+    return ("number", by_number) if says_nothing or names == known else (None, None)
+
+
+def _fold_case(names: Sequence[str] | None) -> list[str] | None:
+    return None if names is None else [name.casefold() for name in names]
+
+
+@torch.no_grad()
+def _count_classes(backbone: Backbone) -> int:
+    blank = torch.zeros(1, 3, *backbone.input_size, device=backbone.device)
+    return backbone.classify(blank).shape[1]

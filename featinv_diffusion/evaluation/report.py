@@ -1,4 +1,4 @@
-"""The figures as a page of Markdown."""
+"""Rows of per-image figures → means with intervals, nulls and ceilings → words, page, picture."""
 
 from __future__ import annotations
 
@@ -8,24 +8,37 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.evaluation.evaluator import CEILINGS, NULLS, OTHER_IMAGE, VAE_ROUND_TRIP
-from featinv_diffusion.inverters.open import DIFFUSION
-from featinv_diffusion.metrics.statistics import bootstrap_mean, bootstrap_statistic
-
-# ---- Rows of per-image figures → means with intervals, nulls, ceilings ---------------------------
+from featinv_diffusion.figures.board import draw_bars
+from featinv_diffusion.metrics.statistics import Interval, bootstrap_mean, bootstrap_statistic
+from featinv_diffusion.runs.record import count
+from featinv_diffusion.settings import DIFFUSION
 
 AGREEMENT = ("cosine", "top1_match", "top5_match")
 METRICS = (*AGREEMENT, "psnr", "ssim", "lpips")
 
+TITLES = {
+    "cosine": "cosine",
+    "top1_match": "top-1 match",
+    "top5_match": "top-5 match",
+    "psnr": "PSNR, dB",
+    "ssim": "SSIM",
+    "lpips": "LPIPS, lower is better",
+}
+
 Columns = Mapping[str, np.ndarray]
-Estimate = dict[str, Any]
+Estimate = Mapping[str, Any]
+"""A figure with its interval, or several by name."""
 
 
-def summarise(columns: Columns, evaluated_by: Sequence[str] = ()) -> Estimate:
+def summarise(columns: Columns, evaluated_by: Sequence[str] = ()) -> dict[str, Any]:
     """Returns the figures of `metrics.json`; None stands where something was not measured."""
-    figures: Estimate = {name: with_nulls(columns, name) for name in METRICS if name in columns}
+    figures: dict[str, Any] = {
+        name: with_nulls(columns, name) for name in METRICS if name in columns
+    }
     figures["normalised_agreement"] = normalised_agreement(columns)
     figures["label_accuracy"] = {
         "original": interval(columns, "label_correct_original"),
@@ -98,15 +111,6 @@ def _ceiling(columns: Columns, ceiling: str) -> Estimate | None:
     return figures or None
 
 
-Figure = Mapping[str, Any]
-TITLES = {
-    "cosine": "cosine",
-    "top1_match": "top-1 match",
-    "top5_match": "top-5 match",
-    "psnr": "PSNR, dB",
-    "ssim": "SSIM",
-    "lpips": "LPIPS, lower is better",
-}
 NOTE = """\
 95 % bootstrap intervals over images. Cosine: mean over cells between the features of original and
 reconstruction. Match: the original's top class is among the top k of the reconstruction. Nulls are
@@ -119,7 +123,30 @@ Rank-deficient: a set has no more images than the features have dimensions, so t
 too large; compare such figures only at equal n."""
 
 
-def to_markdown(metrics: Figure) -> str:
+def describe(metrics: Estimate) -> str:
+    """Returns the main figures in one sentence."""
+    parts = [f"cosine {to_cell(metrics['cosine'])}"]
+    if normalised := metrics["normalised_agreement"]:
+        parts.append(f"normalised {to_cell(normalised)}")
+    for name in AGREEMENT[1:]:
+        if name in metrics:
+            parts.append(f"{TITLES[name]} {to_cell(metrics[name], name)}")
+    return f"{count(metrics['n_images'], 'image')}: {', '.join(parts)}."
+
+
+def cosine_bars(metrics: Estimate) -> Figure:
+    """Draws the cosine of reconstructions beside those of nulls and ceilings."""
+    found = {"reconstruction": metrics["cosine"], **metrics["cosine"]["nulls"]}
+    found |= {name: (metrics["ceilings"][name] or {}).get("cosine") for name in CEILINGS}
+    bars = {
+        name.replace("_", " "): Interval(*(figure[key] for key in ("value", "low", "high", "n")))
+        for name, figure in found.items()
+        if figure is not None
+    }
+    return draw_bars(bars, "Features that come back", "cosine, mean over cells")
+
+
+def to_markdown(metrics: Estimate) -> str:
     """Returns a page: agreement beside nulls and ceilings, other backbones, distances, settings."""
     settings = metrics["settings"]
     lines = [
@@ -146,30 +173,32 @@ def to_markdown(metrics: Figure) -> str:
             f"Figures of {_images(metrics['partial_failures'])} are missing: {', '.join(figures)}.",
         ]
     lines += [line for note in metrics["notes"] for line in ("", f"Note: {note}")]
-    lines += ["", NOTE, "", "```", metrics["command"], json.dumps(settings), "```", ""]
+    command = [metrics["command"]] if metrics["command"] else []
+    lines += ["", NOTE, "", "```", *command, json.dumps(settings), "```", ""]
     return "\n".join(lines)
 
 
-def _subject(settings: Figure) -> str:
-    inverter = settings.get("inverter", DIFFUSION)
+def _subject(settings: Estimate) -> str:
+    inverter = settings["inverter"]
     if inverter == DIFFUSION:
-        return settings["pipeline"]
-    pipeline = settings.get("pipeline")
+        return settings["pipeline"] or "a pipeline that was built by hand"
+    pipeline = settings["pipeline"]
     return f"the inverter {inverter}" + (f" of {pipeline}" if pipeline else "")
 
 
-def _sampling_words(settings: Figure) -> str:
-    if settings.get("inverter", DIFFUSION) != DIFFUSION:
+def _sampling_words(settings: Estimate) -> str:
+    if settings["inverter"] != DIFFUSION:
         return ", deterministic"
+    scheduler = f" of {settings['scheduler']}" if settings["scheduler"] else ""
     return (
-        f", {settings['steps']} steps of {settings['scheduler']}, guidance "
+        f", {settings['steps']} steps{scheduler}, guidance "
         f"{settings['guidance']} {settings['guidance_scale']:g}, strength "
         f"{settings['strength']:g}, seed {settings['seed']}"
     )
 
 
-def _label_lines(metrics: Figure) -> list[str]:
-    """How labels are matched with classes decides the accuracy, so it is said beside it."""
+def _label_lines(metrics: Estimate) -> list[str]:
+    """Returns the accuracy, and how labels are matched with classes, which decides it."""
     labels = metrics["label_accuracy"]
     if not labels["original"]:
         has_labels = metrics["data"]["n_classes"] is not None
@@ -184,11 +213,10 @@ def _label_lines(metrics: Figure) -> list[str]:
 
 
 def _images(failures: Sequence[Mapping[str, str]]) -> str:
-    n = len({failure["id"] for failure in failures})
-    return f"{n} image{'' if n == 1 else 's'}"
+    return count(len({failure["id"] for failure in failures}), "image")
 
 
-def _agreement_table(metrics: Figure) -> list[str]:
+def _agreement_table(metrics: Estimate) -> list[str]:
     header = ["", "reconstruction", *(name.replace("_", " ") for name in (*NULLS, *CEILINGS))]
     rows = []
     for name in METRICS:
@@ -200,18 +228,17 @@ def _agreement_table(metrics: Figure) -> list[str]:
     return _table(header, rows)
 
 
-def _evaluated_by_table(metrics: Figure) -> list[str]:
+def _evaluated_by_table(metrics: Estimate) -> list[str]:
     names = [metrics["settings"]["backbone"], *metrics["evaluated_by"]]
     figures = [metrics, *metrics["evaluated_by"].values()]
-    agreement = ("cosine", "top1_match", "top5_match")
     rows = [
-        [name, *(_cell(figure.get(metric), metric, metrics) for metric in agreement)]
+        [name, *(_cell(figure.get(metric), metric, metrics) for metric in AGREEMENT)]
         for name, figure in zip(names, figures, strict=True)
     ]
-    return _table(["evaluated by", *(TITLES[metric] for metric in agreement)], rows)
+    return _table(["evaluated by", *(TITLES[metric] for metric in AGREEMENT)], rows)
 
 
-def _distribution_table(distribution: Figure) -> list[str]:
+def _distribution_table(distribution: Estimate) -> list[str]:
     figures = {name: figure for name, figure in distribution.items() if figure is not None}
     rows = [
         [name, _distance(figure), _count(figure["n"]), _count(figure["n_reference"])]
@@ -222,7 +249,7 @@ def _distribution_table(distribution: Figure) -> list[str]:
     return [*table, "", DEFICIENT] if is_deficient else table
 
 
-def _distance(figure: Figure) -> str:
+def _distance(figure: Estimate) -> str:
     return f"{figure['value']:.4g}{' (rank-deficient)' if figure.get('rank_deficient') else ''}"
 
 
@@ -234,13 +261,13 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
 
 
-def _cell(figure: Figure | None, metric: str, page: Figure) -> str:
-    """As `to_cell`, with n where it is not that of the page."""
+def _cell(figure: Estimate | None, metric: str, page: Estimate) -> str:
+    """Returns `to_cell`, with n where it is not that of the page."""
     is_other = figure is not None and figure["n"] != page["n_images"]
     return to_cell(figure, metric) + (f", n = {figure['n']}" if figure and is_other else "")
 
 
-def to_cell(figure: Figure | None, metric: str = "") -> str:
+def to_cell(figure: Estimate | None, metric: str = "") -> str:
     """Returns a figure with its interval, matches in percent; a dash where there is none."""
     if figure is None:
         return "–"

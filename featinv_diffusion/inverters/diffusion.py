@@ -6,17 +6,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 from featinv_diffusion.backbones import wrap_model
 from featinv_diffusion.backbones.base import Backbone
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
 from featinv_diffusion.diffusion.folders import feature_spec_of
 from featinv_diffusion.errors import InputError
-from featinv_diffusion.inverters.base import Generators
+from featinv_diffusion.inverters.base import Generators, Inverter
 from featinv_diffusion.types import Features, FeatureSpec, Images
 
 
-class DiffusionInverter:
+class DiffusionInverter(Inverter):
     """Samples an image from p(image | features) with a `FeatInvPipeline`.
 
     Args:
@@ -26,8 +27,6 @@ class DiffusionInverter:
         guidance_scale: s in ε_u + s (ε_c − ε_u); 1 is no guidance.
         guidance: `text` (only the prompt is dropped from ε_u) or `features` (both are).
         strength: factor on all residuals of the ControlNet.
-        on_progress: called after each denoising step with the number of images done in it, a
-            fraction: b / (number of steps) for a batch of b.
 
     Raises:
         InputError: the ControlNet does not declare its features, or the backbone makes others.
@@ -42,7 +41,6 @@ class DiffusionInverter:
         guidance_scale: float | None = None,
         guidance: str | None = None,
         strength: float = 1.0,
-        on_progress: Callable[[float], None] | None = None,
     ):
         default = pipeline.config
         self.pipeline = pipeline
@@ -50,13 +48,19 @@ class DiffusionInverter:
         self.backbone = backbone or _backbone_of(pipeline, self.spec)
         if self.backbone is not None:
             self.spec.check_matches(self.backbone.spec)
+        parts = pipeline.components.items()
+        self.networks = {name: part for name, part in parts if isinstance(part, nn.Module)}
         self.num_inference_steps: int = _first(
             num_inference_steps, default["default_num_inference_steps"]
         )
         self.guidance_scale: float = _first(guidance_scale, default["default_guidance_scale"])
         self.guidance: str = _first(guidance, default["default_guidance"])
         self.strength = strength
-        self.on_progress = on_progress
+
+    @property
+    def is_deterministic(self) -> bool:
+        """Noise decides a sample."""
+        return False
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -66,10 +70,7 @@ class DiffusionInverter:
         factor = self.pipeline.vae_scale_factor
         return height * factor, width * factor
 
-    @torch.no_grad()
-    def invert(self, features: Features, *, generator: Generators = None) -> Images:
-        """Returns one sample per feature map, float32; see `Inverter.invert`."""
-        self.spec.check_features(features)
+    def _invert(self, features: Features, generator: Generators) -> Images:
         return self._sample(features, self.strength, generator)
 
     @torch.no_grad()
@@ -112,10 +113,9 @@ class DiffusionInverter:
     def _report(self, n_images: int) -> Callable[..., dict[str, Any]] | None:
         if self.on_progress is None:
             return None
-        on_progress = self.on_progress
 
         def callback(pipeline: Any, _step: int, _t: Any, _tensors: Any) -> dict[str, Any]:
-            on_progress(n_images / len(pipeline.scheduler.timesteps))
+            self._advance(n_images / len(pipeline.scheduler.timesteps))
             return {}
 
         return callback

@@ -1,4 +1,4 @@
-"""diffusers' representation autoencoders (RAE) as an inverter: a ViT decoder of a frozen encoder.
+"""Representation autoencoders (RAE) of diffusers as an inverter: a frozen encoder, a ViT decoder.
 
 Source: "Diffusion Transformers with Representation Autoencoders" (Zheng et al. 2025). Checkpoints
 that diffusers documents: `nyu-visionx/RAE-dinov2-wReg-base-ViTXL-n08` (also `small`, `large`, and
@@ -8,11 +8,10 @@ that diffusers documents: `nyu-visionx/RAE-dinov2-wReg-base-ViTXL-n08` (also `sm
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 import transformers
 from diffusers import AutoencoderRAE
 from jaxtyping import Float
@@ -22,11 +21,11 @@ from transformers import SiglipVisionModel
 from featinv_diffusion.backbones.base import LAST, Backbone
 from featinv_diffusion.backbones.preprocessing import Preprocessing
 from featinv_diffusion.errors import InputError
-from featinv_diffusion.inverters.base import Generators
+from featinv_diffusion.files import expand_path
+from featinv_diffusion.inverters.base import Generators, Inverter
 from featinv_diffusion.inverters.folders import (
     UNREADABLE,
     class_name,
-    expand_path,
     first_line,
     load_network,
 )
@@ -40,7 +39,7 @@ class RaeBackbone(Backbone):
     """The encoder of a representation autoencoder.
 
     Its features are the latents that the decoder reads: the patch tokens as a map, normalised by
-    the statistics that come with the checkpoint where it has any.
+    the checkpoint's statistics if it has any.
     """
 
     def __init__(self, autoencoder: AutoencoderRAE, *, name: str):
@@ -57,11 +56,10 @@ class RaeBackbone(Backbone):
 
     @property
     def has_head(self) -> bool:
-        """None classifies."""
+        """Always false: these encoders do not classify."""
         return False
 
-    def features(self, images: Images) -> Features:
-        """Returns the latents of images, which are resized with antialiasing."""
+    def _features(self, images: Images) -> Features:
         return self._run(self.preprocess(images))
 
     def features_and_logits(self, images: Images) -> tuple[Features, Float[Tensor, "b k"] | None]:
@@ -74,7 +72,7 @@ class RaeBackbone(Backbone):
 
     def _run(self, pixels: Tensor) -> Any:
         autoencoder: Any = self.model
-        # The class normalises by itself, with the same statistics.
+        # The autoencoder normalises again, with the same statistics.
         images = pixels * autoencoder.encoder_std + autoencoder.encoder_mean
         latents = autoencoder.encode(images.to(self.dtype)).latent
         return latents if latents.ndim == 4 else _to_map(latents, self.spec.grid)
@@ -83,57 +81,33 @@ class RaeBackbone(Backbone):
         return None
 
 
-class RaeInverter:
-    """A representation autoencoder as an `Inverter` of its encoder's features, without noise.
+class RaeInverter(Inverter):
+    """A representation autoencoder as an `Inverter` of its encoder's features; without noise.
 
     Args:
-        name: what specs and messages call it.
-        on_progress: called after each batch with its number of images.
+        name: name of the encoder in specs and messages.
     """
 
-    def __init__(
-        self,
-        autoencoder: AutoencoderRAE,
-        *,
-        name: str = NAME,
-        on_progress: Callable[[float], None] | None = None,
-    ):
+    def __init__(self, autoencoder: AutoencoderRAE, *, name: str = NAME):
         self.autoencoder: Any = autoencoder.eval()
         self.backbone = RaeBackbone(autoencoder, name=name)
-        self.on_progress = on_progress
+        self.spec = self.backbone.spec
+        self.networks: dict[str, nn.Module] = {"decoder": self.autoencoder.decoder}
 
-    @property
-    def spec(self) -> FeatureSpec:
-        """The latents that it reads."""
-        return self.backbone.spec
-
-    @property
-    def networks(self) -> dict[str, nn.Module]:
-        """The weights that decide its pictures; the encoder is among the backbone's."""
-        return {"decoder": self.autoencoder.decoder}
-
-    @torch.no_grad()
-    def invert(self, features: Features, *, generator: Generators = None) -> Images:
-        """Returns one image in [0, 1] per map, of the decoder's size; generators are ignored.
-
-        Raises:
-            InputError: features of another shape, or not finite.
-        """
-        self.spec.check_features(features)
+    def _invert(self, features: Features, generator: Generators) -> Images:
         latents = features.to(self.backbone.dtype)
         if not self.autoencoder.reshape_to_2d:
             latents = latents.flatten(2).transpose(1, 2)
         images = self.autoencoder.decode(latents).sample.float().clamp(0, 1)
-        if self.on_progress is not None:
-            self.on_progress(len(images))
+        self._advance(len(images))
         return images
 
 
-def load_rae(name_or_path: str, on_progress: Callable[[float], None] | None = None) -> RaeInverter:
+def load_rae(name_or_path: str) -> RaeInverter:
     """Loads a representation autoencoder from a folder or Hub repository, in float32.
 
     Raises:
-        InputError: none there, or it cannot be downloaded or read.
+        InputError: no autoencoder there, or one that cannot be downloaded or read.
     """
     folder = expand_path(name_or_path)
     is_folder = bool(name_or_path) and folder.is_dir()
@@ -145,7 +119,7 @@ def load_rae(name_or_path: str, on_progress: Callable[[float], None] | None = No
     with _nested_siglip():
         autoencoder = load_network(_Autoencoder, source, wanted=wanted)
     name = folder.resolve().name if is_folder else name_or_path
-    return RaeInverter(autoencoder, name=f"{NAME}/{name}", on_progress=on_progress)
+    return RaeInverter(autoencoder, name=f"{NAME}/{name}")
 
 
 def _class_on_hub(name: str, wanted: str) -> Any:
@@ -173,7 +147,7 @@ class _Autoencoder(AutoencoderRAE):
 def _nested_siglip() -> Iterator[None]:
     """Lets diffusers build a SigLIP encoder with transformers 5.
 
-    It reaches for the tower at a level, `vision_model`, that transformers 5 no longer has.
+    diffusers reads the attribute `vision_model` of the tower, which transformers 5 has removed.
     """
     tower_class: Any = SiglipVisionModel
     if int(transformers.__version__.partition(".")[0]) < 5:

@@ -1,108 +1,217 @@
-"""`manifest.json`: what was sampled, how, and how well; enough to do it again."""
+"""What a run writes: one folder, whole files only, and last of all the file that completes it."""
 
 from __future__ import annotations
 
+import io
 import json
 import platform
-from dataclasses import asdict, dataclass, field, fields
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
+import pyarrow as pa
 import torch
+from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from PIL import Image
+from pyarrow import parquet
 
 from featinv_diffusion import __version__
 from featinv_diffusion.errors import InputError
-from featinv_diffusion.files import write_text
-from featinv_diffusion.inverters.open import SampleSettings
-from featinv_diffusion.runs.sampling import Job, Reconstruction
+from featinv_diffusion.figures.board import check_name, write_figure
+from featinv_diffusion.files import replacing, write_text
+from featinv_diffusion.images import write_png
+from featinv_diffusion.settings import SampleSettings, to_flat
 
 T = TypeVar("T")
 
 MANIFEST = "manifest.json"
-PER_SAMPLE = ("seed", "cosine", "cosine_shuffled", "top1_match", "top5_match")
 
 
-@dataclass
-class Manifest:
-    """The settings of a run and one entry per image, in the order in which they were given.
+class RunFolder:
+    """The folder that a run writes.
+
+    The completing file is removed before anything else is written, and written last, so that its
+    presence says that all the others are of the same run.
 
     Args:
-        images: dicts with `input`, `outputs`, `scope_p_value`, and the lists `PER_SAMPLE`.
-        failures: dicts with `input` and `error`.
-        environment: what the last bits of a picture depend on besides the settings.
-        scope_basis: what the images' `scope_p_value`s rest on; None where there are none.
+        completing: name of the file that completes the run.
     """
 
-    settings: SampleSettings
-    images: list[dict[str, Any]] = field(default_factory=list)
-    failures: list[dict[str, str]] = field(default_factory=list)
-    environment: dict[str, Any] = field(default_factory=dict)
-    scope_basis: str | None = None
+    def __init__(self, folder: str | Path, completing: str = MANIFEST):
+        self.folder, self.completing = Path(folder), completing
+        self.pictures: list[str] = []
+        self._begun = False
 
-    def add(self, done: Reconstruction) -> None:
-        self.images.append(to_entry(done))
+    def begin(self) -> None:
+        """Makes the folder, so that a place that refuses is found before the work.
 
-    def fail(self, job: Job, error: str) -> None:
-        self.failures.append({"input": str(job.input.absolute()), "error": error})
+        Raises:
+            OSError: a place where nothing can be written.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
 
-    def mean(self, name: str) -> float | None:
-        """Mean of one of `PER_SAMPLE` over all samples; None where it has no values."""
-        values = [v for entry in self.images for v in entry[name] if v is not None]
-        return sum(values) / len(values) if values else None
+    def _path(self, name: str) -> Path:
+        if not self._begun:
+            self.begin()
+            (self.folder / self.completing).unlink(missing_ok=True)
+            self._begun = True
+        return self.folder / name
 
-    def write(self, folder: Path) -> None:
-        """Writes `folder/manifest.json`, whole or not at all."""
-        content = {
-            "version": __version__,
-            **asdict(self.settings),
-            "environment": self.environment,
-            "scope_basis": self.scope_basis,
-            "images": self.images,
-            "failures": self.failures,
-        }
-        write_text(folder / MANIFEST, json.dumps(content, indent=2, allow_nan=False) + "\n")
+    def picture(self, name: str, image: Image.Image) -> None:
+        """Writes a PNG."""
+        write_png(image, self._path(name))
+        self.pictures.append(name)
+
+    def figure(self, name: str, figure: Figure | Image.Image) -> None:
+        """Writes a figure in the format of the name's suffix."""
+        if isinstance(figure, Image.Image):
+            write_png(figure, self._path(name))
+        else:
+            write_figure(figure, self._path(name))
+
+    def numbers(self, name: str, content: Mapping[str, Any]) -> None:
+        """Writes JSON, which holds no NaN."""
+        write_text(self._path(name), to_json(content))
+
+    def text(self, name: str, content: str) -> None:
+        """Writes a text file."""
+        write_text(self._path(name), content)
+
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]] | pa.Table) -> None:
+        """Writes a parquet file of rows."""
+        table = rows if isinstance(rows, pa.Table) else pa.Table.from_pylist([*map(dict, rows)])
+        with replacing(self._path(name)) as partial:
+            parquet.write_table(table, partial)
+
+    def complete(self, content: Mapping[str, Any]) -> None:
+        """Writes the completing file."""
+        self.numbers(self.completing, content)
 
 
-def to_entry(done: Reconstruction) -> dict[str, Any]:
-    """Returns the entry of one image in `images`."""
-    return {
-        "input": str(done.job.input.absolute()),
-        "outputs": list(done.job.outputs),
-        "seed": list(done.job.seeds),
-        "cosine": done.cosine,
-        "cosine_shuffled": done.cosine_shuffled,
-        "top1_match": done.top1_match,
-        "top5_match": done.top5_match,
-        "scope_p_value": done.scope_p_value,
-    }
+@dataclass(frozen=True, eq=False, repr=False)
+class Result(ABC):
+    """What a study found. It shows itself in a notebook, and `save` keeps it in a folder.
 
-
-def read_manifest(path: Path) -> Manifest:
-    """Reads what `Manifest.write` wrote, from the file or the folder that holds it.
-
-    Raises:
-        InputError: no such file, no JSON, keys missing or of a wrong kind.
+    Args:
+        settings: those of the inverter; None where it was built by hand, and then a manifest
+            cannot be replayed.
+        arguments: what the study was asked, as its manifest keeps it.
+        scope_p_value: of the map that was inverted, or of each; None where the scope is not known.
+        scope_basis: what the p-values rest on.
     """
-    path = path_of(path)
-    content = read_content(path)
-    names = [f.name for f in fields(SampleSettings)]
-    if not isinstance(content, dict) or not {*names, "images"} <= content.keys():
-        missing = sorted({*names, "images"} - set(content)) if isinstance(content, dict) else names
-        raise InputError(f"{path} is no manifest of featinv sample; it lacks {', '.join(missing)}.")
-    settings = from_values(SampleSettings, {name: content[name] for name in names}, path)
-    manifest = Manifest(
-        settings,
-        content["images"],
-        content.get("failures", []),
-        content.get("environment", {}),
-        content.get("scope_basis"),
-    )
-    for entry in manifest.images:
-        _check_entry(entry, path)
-    return manifest
+
+    settings: SampleSettings | None
+    arguments: Mapping[str, Any]
+    scope_p_value: float | list[float] | None
+    scope_basis: str | None
+
+    command: ClassVar[str]
+    """The command that makes such a result; files are named after it."""
+
+    @abstractmethod
+    def figure(self) -> Figure:
+        """Draws the result."""
+
+    @abstractmethod
+    def numbers(self) -> dict[str, Any]:
+        """Returns everything that was measured, as `COMMAND.json` keeps it."""
+
+    @abstractmethod
+    def rows(self) -> list[dict[str, Any]]:
+        """Returns the measurements as a table, one dict per row."""
+
+    @abstractmethod
+    def pictures(self) -> dict[str, Image.Image]:
+        """Returns the pictures that were made, by file name."""
+
+    @abstractmethod
+    def summary(self) -> str:
+        """Returns what was found in one or a few sentences."""
+
+    @abstractmethod
+    def main_figures(self) -> dict[str, Any]:
+        """Returns the few numbers that the manifest repeats."""
+
+    def save(self, folder: str | Path, figure: str = "figure.png") -> Path:
+        """Writes pictures, figure, `COMMAND.json`, `COMMAND.parquet` and `manifest.json`.
+
+        Args:
+            figure: file name of the figure; its suffix decides the format: .png, .pdf or .svg.
+
+        Raises:
+            InputError: a figure of another format.
+        """
+        check_name(figure)
+        run = RunFolder(folder)
+        for name, picture in self.pictures().items():
+            run.picture(name, picture)
+        run.figure(figure, self.figure())
+        run.numbers(f"{self.command}.json", self.numbers())
+        run.table(f"{self.command}.parquet", self.rows())
+        device = "cpu" if self.settings is None else self.settings.device
+        run.complete(
+            {
+                "version": __version__,
+                "command": self.command,
+                **({} if self.settings is None else to_flat(self.settings)),
+                **self.arguments,
+                "figure": figure,
+                **self.main_figures(),
+                "scope_p_value": self.scope_p_value,
+                "scope_basis": self.scope_basis,
+                "outputs": run.pictures,
+                "environment": read_environment(device),
+            }
+        )
+        return run.folder
+
+    def _repr_png_(self) -> bytes:
+        return to_png(self.figure())
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}: {self.summary()}"
+
+
+@contextmanager
+def reserved(folder: Path) -> Iterator[None]:
+    """Makes the folder, so that a place that refuses is found before the work.
+
+    Where the block refuses its input, a folder that was new is removed again.
+    """
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except InputError:
+        if is_new:
+            folder.rmdir()
+        raise
+
+
+def to_png(figure: Figure | Image.Image) -> bytes:
+    """Returns a figure as the bytes of a PNG, for a notebook."""
+    buffer = io.BytesIO()
+    if isinstance(figure, Image.Image):
+        figure.save(buffer, format="PNG")
+    else:
+        figure.savefig(buffer, format="png", dpi=110, facecolor="white")
+    return buffer.getvalue()
+
+
+def to_json(content: Mapping[str, Any]) -> str:
+    """Returns JSON text as all runs write it."""
+    return json.dumps(content, indent=2, allow_nan=False) + "\n"
+
+
+def count(n: int, noun: str) -> str:
+    """Returns `1 sample`, `2 samples`."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
 def path_of(path: Path) -> Path:
@@ -136,36 +245,6 @@ def from_values(kind: type[T], values: dict[str, Any], path: Path) -> T:
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{path} holds a setting of a wrong type: {reason}.") from error
-
-
-def to_jobs(manifest: Manifest) -> list[Job]:
-    """Returns the jobs that make the same pictures again."""
-    return [
-        Job(Path(entry["input"]), tuple(entry["outputs"]), tuple(entry["seed"]))
-        for entry in manifest.images
-    ]
-
-
-def _check_entry(entry: Any, path: Path) -> None:
-    fine = (
-        isinstance(entry, dict)
-        and isinstance(entry.get("input"), str)
-        and _is_list_of(entry.get("outputs"), str)
-        and _is_list_of(entry.get("seed"), int)
-        and len(entry["outputs"]) == len(entry["seed"]) > 0
-    )
-    if not fine:
-        raise InputError(
-            f"{path} must give each image an input, and as many outputs as seeds, but holds "
-            f"{json.dumps(entry)[:120]}."
-        )
-    for name in entry["outputs"]:
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise InputError(f"{path} names an output outside of its folder: {name!r}.")
-
-
-def _is_list_of(value: Any, kind: type) -> bool:
-    return isinstance(value, list) and all(isinstance(item, kind) for item in value)
 
 
 def read_environment(device: str) -> dict[str, Any]:

@@ -1,102 +1,120 @@
-"""Pictures → features → samples → metrics, image by image in batches of samples.
+"""Pictures → features → samples → metrics: the one loop that every command and study samples with.
 
-The whole is a chain of generators, so a set of any size runs in the memory of one batch. What a
-sample is, its noise and its place in a batch, depends on the list of jobs and the batch size.
+What a sample is, its noise and its place in a batch, depends on the list of maps and the batch
+size. Metrics are taken on the 8-bit pictures, so that they can be had again from the files.
 """
 
 from __future__ import annotations
 
 import itertools
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import PurePosixPath
 from statistics import fmean
 from typing import TypeVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from featinv_diffusion.backbones.base import Backbone
+from featinv_diffusion.data.crops import to_images
+from featinv_diffusion.data.sets import ImageSet, read_location
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.images import (
     center_square,
-    list_images,
-    read_image,
     to_pil,
     to_tensor,
-    write_png,
 )
 from featinv_diffusion.inverters.base import Inverter
 from featinv_diffusion.metrics import feature_cosine, shuffled_cosine, top_k_match
 from featinv_diffusion.seeds import derive_seed, make_generator
-from featinv_diffusion.types import Features, Images
+from featinv_diffusion.types import FeatureMaps, Features, Images, Source
 
-# ---- What studies of edits share: one picture's features, and the samples of one map -------------
+T = TypeVar("T")
+
+Pixels = UInt8[Tensor, "b 3 height width"]
+"""RGB as a PNG holds it."""
+OnFailure = Callable[["Job", str], None]
+Score = Callable[[Features, float], float | None]
+"""From a map and the mean cosine of its samples to a p-value, see `runs.scope`."""
 
 
-@dataclass(frozen=True, eq=False)
-class Encoded:
-    """A picture as the backbone sees it.
-
-    Args:
-        size: (width, height) of the picture in its file.
-        square: its centre square.
-        features: `[1, c, h, w]`.
-    """
-
-    size: tuple[int, int]
-    square: Image.Image
-    features: Features
+# ---- The loop --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
 class SampleBatch:
-    """Samples of one feature map.
+    """Samples of feature maps, one of each.
 
     Args:
-        images: rounded to 8 bits, as a PNG holds them; float32 on the CPU.
+        maps: what was inverted.
+        images: in [0, 1], rounded to 8 bits as a PNG holds them; float32 on the CPU.
         features: what the backbone sees in them.
-        cosine: of each cell to the map that was inverted.
+        logits: its class scores of them; None without a head.
+        finite: whether the inverter gave numbers; of a sample that is not, the rest means nothing.
     """
 
+    maps: Features
     images: Images
     features: Features
-    cosine: Float[Tensor, "b h w"]
+    logits: Float[Tensor, "b k"] | None
+    finite: list[bool]
 
-
-def backbone_of(inverter: Inverter) -> Backbone:
-    """Returns the inverter's backbone.
-
-    Raises:
-        InputError: it has none.
-    """
-    if inverter.backbone is None:
-        raise InputError("The inverter must have its backbone to read pictures, but has none.")
-    return inverter.backbone
+    @property
+    def cosine(self) -> Float[Tensor, "b h w"]:
+        """Cosine of each cell to the same cell of the map that was inverted."""
+        return cell_cosine(self.maps, self.features)
 
 
 @torch.no_grad()
-def encode_picture(inverter: Inverter, path: str | Path) -> Encoded:
-    """Reads a picture and returns its features, bit for bit those that `reconstruct` inverts.
+def sample_maps(
+    inverter: Inverter, maps: Iterable[tuple[Float[Tensor, "c h w"], int]], batch_size: int
+) -> Iterator[SampleBatch]:
+    """Yields a sample of each map with the noise of its seed, in batches.
 
     Raises:
-        InputError: no picture that can be read, or features that are not finite.
+        InputError: an inverter without its backbone, or maps that do not fit it.
     """
-    backbone = backbone_of(inverter)
-    picture = read_image(path)
-    square = center_square(picture, max(backbone.input_size))
-    features, _ = backbone.features_and_logits(to_tensor(square).to(backbone.device))
-    if not bool(features.isfinite().all()):
-        raise InputError(f"The features of {path} hold NaN or infinite values.")
-    return Encoded(picture.size, square, features)
+    backbone = inverter.require_backbone()
+    for batch in batched(maps, batch_size):
+        features = torch.stack([one.as_subclass(Tensor) for one, _ in batch])
+        generators = [torch.Generator().manual_seed(seed) for _, seed in batch]
+        pixels, finite = decode(inverter, features, generators)
+        # The memory layout of pictures that are read from files; it decides the last bits.
+        images = to_images(pixels).contiguous(memory_format=torch.channels_last)
+        seen, logits = backbone.features_and_logits(images.to(backbone.device))
+        yield SampleBatch(features, images, seen, logits, finite.tolist())
 
 
-@torch.no_grad()
+def decode(
+    inverter: Inverter, features: Features, generators: Sequence[torch.Generator]
+) -> tuple[Pixels, Bool[Tensor, " b"]]:
+    """Returns one 8-bit picture per map, and whether the inverter gave numbers for it.
+
+    Raises:
+        InputError: maps that do not fit the inverter.
+    """
+    images = inverter.invert(features, generator=generators)
+    return to_pixels(images), finite_rows(images)
+
+
+def to_pixels(images: Images) -> Pixels:
+    """Rounds to 8 bits on the CPU, as a PNG does; values beyond [0, 1] are clamped.
+
+    NaN become 0, so look at `finite_rows` first: a sample of NaN is no black picture.
+    """
+    return (images.float().nan_to_num().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+
+
+def finite_rows(values: Tensor) -> Bool[Tensor, " b"]:
+    """Returns whether each row of a batch holds neither NaN nor infinite values; on the CPU."""
+    return values.flatten(1).isfinite().all(dim=1).cpu()
+
+
 def sample_map(
     inverter: Inverter, features: Features, seeds: Sequence[int], batch_size: int
 ) -> Iterator[SampleBatch]:
@@ -105,37 +123,56 @@ def sample_map(
     Batches are those that `featinv sample` makes of a single picture, so an edit that changes
     nothing gives its very samples, bit for bit.
 
+    Args:
+        features: `[1, c, h, w]`.
+
     Raises:
         InputError: not one map, no seed, or samples that are not finite.
     """
     if len(features) != 1 or not seeds:
         raise InputError(
             "Samples need one feature map and at least one seed, "
-            f"but {len(features)} maps and {len(seeds)} seeds came."
+            f"got {len(features)} maps and {len(seeds)} seeds."
         )
-    backbone = backbone_of(inverter)
-    for start in range(0, len(seeds), batch_size):
-        chosen = seeds[start : start + batch_size]
-        generators = [torch.Generator().manual_seed(seed) for seed in chosen]
-        repeated = features.expand(len(chosen), -1, -1, -1).contiguous()
-        images = inverter.invert(repeated, generator=generators)
-        if not bool(images.isfinite().all()):
-            raise InputError("The samples hold NaN or infinite values; use --dtype float32.")
-        images = to_tensor(to_pil(images))
-        seen = backbone.features(images.to(backbone.device))
-        yield SampleBatch(images, seen, cell_cosine(features, seen))
+    for batch in sample_maps(inverter, ((features[0], seed) for seed in seeds), batch_size):
+        if not all(batch.finite):
+            raise InputError(not_finite("The features", inverter))
+        # The map itself, whose memory layout decides the last bits of cosines.
+        yield replace(batch, maps=features.as_subclass(Tensor).expand_as(batch.maps))
 
 
 def sample_all(
     inverter: Inverter, features: Features, seeds: Sequence[int], batch_size: int
 ) -> SampleBatch:
-    """Returns the samples of one map, one per seed, all at once."""
+    """Returns the samples of one map, one per seed, all at once; see `sample_map`."""
     batches = list(sample_map(inverter, features, seeds, batch_size))
+    logits = [batch.logits for batch in batches if batch.logits is not None]
     return SampleBatch(
+        features.as_subclass(Tensor).expand(len(seeds), -1, -1, -1),
         torch.cat([batch.images for batch in batches]),
         torch.cat([batch.features for batch in batches]),
-        torch.cat([batch.cosine for batch in batches]),
+        torch.cat(logits) if logits else None,
+        [finite for batch in batches for finite in batch.finite],
     )
+
+
+def sample_each(inverter: Inverter, features: Features, seeds: Sequence[int]) -> SampleBatch:
+    """Returns one sample of each map as one batch, with the noise of its own seed.
+
+    Raises:
+        InputError: samples that are not finite.
+    """
+    (batch,) = sample_maps(inverter, zip(features, seeds, strict=True), len(features))
+    if not all(batch.finite):
+        raise InputError(not_finite("The features", inverter))
+    return batch
+
+
+def not_finite(what: str, inverter: Inverter) -> str:
+    """Returns the sentence about samples that hold no numbers, with advice that fits."""
+    half = inverter.settings is not None and inverter.settings.dtype != "float32"
+    advice = "Use --dtype float32" if half else "Look for overflow in the weights or the features"
+    return f"{what} gave samples with NaN values. {advice}."
 
 
 def cell_cosine(features: Float[Tensor, "#b c h w"], seen: Features) -> Float[Tensor, "b h w"]:
@@ -148,7 +185,14 @@ def to_list(values: Float[Tensor, ...]) -> list:
     return values.double().cpu().tolist()
 
 
-T = TypeVar("T")
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Yields lists of `size`, the last one shorter."""
+    iterator = iter(items)
+    while batch := list(itertools.islice(iterator, size)):
+        yield batch
+
+
+# ---- Many pictures, image by image -------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -156,27 +200,37 @@ class Job:
     """One image to reconstruct: where it lies, where its samples go, and the seed of each.
 
     Args:
+        input: location of the picture; empty where it was given in memory.
         outputs: paths relative to the output folder, with forward slashes.
+        read: decodes the picture; by default from its location.
     """
 
-    input: Path
+    input: str
     outputs: tuple[str, ...]
     seeds: tuple[int, ...]
+    read: Callable[[], Image.Image] | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def name(self) -> str:
+        """The file name of the picture, or that of its outputs."""
+        return PurePosixPath(self.input).name or self.outputs[0].rpartition("_")[0]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Reconstruction:
     """The samples of one image; every list has one value per sample.
 
     Args:
-        original: the square that the backbone saw.
+        original: the square that the backbone saw; None where features were given without it.
+        features: what the backbone sees in the samples, `[n, c, h, w]`.
         top1_match, top5_match: None where the backbone has no head.
         scope_p_value: of the image's features; None where it was not asked for or is not known.
     """
 
     job: Job
-    original: Image.Image
+    original: Image.Image | None
     samples: list[Image.Image]
+    features: Features
     cosine: list[float]
     cosine_shuffled: list[float]
     top1_match: list[bool | None]
@@ -187,191 +241,32 @@ class Reconstruction:
 @dataclass(frozen=True, eq=False)
 class _Encoded:
     job: Job
-    original: Image.Image
-    features: Tensor
-    logits: Tensor | None
+    source: Source
+    features: Float[Tensor, "c h w"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Sample:
-    source: _Encoded
+    encoded: _Encoded
     picture: Image.Image | None
+    features: Float[Tensor, "c h w"]
     cosine: float
     cosine_shuffled: float
     top1_match: bool | None
     top5_match: bool | None
 
 
-OnFailure = Callable[[Job, str], None]
-Score = Callable[[Features, float], float | None]
-"""From a map and the mean cosine of its samples to a p-value, see `analysis.scope`."""
-
-
-def find_images(paths: Sequence[Path], exclude: Path | None = None) -> list[tuple[str, Path]]:
-    """Lists (image id, path) of files and, below folders, of all pictures.
-
-    The id is the path relative to the given folder, or the name of a file that was given itself;
-    outputs are named after it. Noise derives from its last part, the file name, so that a picture
-    is the same alone and in a folder. A file that is named twice is taken once.
-
-    Args:
-        exclude: folder whose pictures are left out, i.e. the output.
-
-    Raises:
-        InputError: a path where nothing is, or a folder without pictures.
-    """
-    found: dict[Path, tuple[str, Path]] = {}
-    for path in paths:
-        if not path.exists():
-            raise InputError(f"A picture or a folder must exist at {path}, but nothing is there.")
-        files = list_images(path) if path.is_dir() else [path]
-        for file in files:
-            if exclude is None or exclude.resolve() not in file.resolve().parents:
-                name = file.relative_to(path).as_posix() if path.is_dir() else file.name
-                found.setdefault(file.resolve(), (_image_id(name), file))
-    return list(found.values())
-
-
-def make_jobs(images: Sequence[tuple[str, Path]], seed: int, n_samples: int) -> list[Job]:
+def make_jobs(images: ImageSet, seed: int, n_samples: int) -> list[Job]:
     """Derives each sample's seed from (seed, file name, sample number) and names its output."""
-    stems = output_stems([image_id for image_id, _ in images])
     return [
         Job(
-            input=path,
+            input=images.locations[i],
             outputs=tuple(f"{stem}_{j}.png" for j in range(n_samples)),
-            seeds=tuple(
-                derive_seed(seed, PurePosixPath(image_id).name, j) for j in range(n_samples)
-            ),
+            seeds=tuple(derive_seed(seed, PurePosixPath(name).name, j) for j in range(n_samples)),
+            read=partial(images.read, i),
         )
-        for (image_id, path), stem in zip(images, stems, strict=True)
+        for i, (name, stem) in enumerate(zip(images.ids, output_stems(images.ids), strict=True))
     ]
-
-
-def reconstruct(
-    inverter: Inverter,
-    jobs: Iterable[Job],
-    batch_size: int,
-    on_failure: OnFailure,
-    score: Score | None = None,
-) -> Iterator[Reconstruction]:
-    """Yields the reconstructions of the jobs in order; an image that fails is reported instead.
-
-    Metrics are taken on the 8-bit pictures, so that they can be had again from the files.
-
-    Args:
-        batch_size: samples per batch of the inverter, images per batch of the backbone.
-        on_failure: called with the job and a sentence where a picture cannot be read, or where
-            its features or samples are not finite.
-        score: of each image's features.
-    """
-    if inverter.backbone is None:
-        raise InputError("The inverter must have its backbone to read pictures, but has none.")
-    readable = _read(jobs, max(inverter.backbone.input_size), on_failure)
-    encoded = _encode(inverter.backbone, readable, batch_size, on_failure)
-    samples = _sample(inverter, inverter.backbone, encoded, batch_size)
-    for _, group in itertools.groupby(samples, key=lambda sample: sample.source):
-        members = list(group)
-        job = members[0].source.job
-        if any(sample.picture is None for sample in members):
-            on_failure(job, f"{job.input} gave samples with NaN values; use --dtype float32.")
-        else:
-            yield _joined(members, score)
-
-
-def write_samples(done: Reconstruction, folder: Path) -> None:
-    """Writes the samples as PNGs at their job's outputs below the folder."""
-    for name, picture in zip(done.job.outputs, done.samples, strict=True):
-        write_png(picture, folder / name)
-
-
-def _read(
-    jobs: Iterable[Job], size: int, on_failure: OnFailure
-) -> Iterator[tuple[Job, Image.Image]]:
-    for job in jobs:
-        try:
-            yield job, center_square(read_image(job.input), size)
-        except InputError as error:
-            on_failure(job, str(error))
-
-
-@torch.no_grad()
-def _encode(
-    backbone: Backbone,
-    pictures: Iterable[tuple[Job, Image.Image]],
-    batch_size: int,
-    on_failure: OnFailure,
-) -> Iterator[_Encoded]:
-    for batch in batched(pictures, batch_size):
-        features, logits = _look(backbone, [original for _, original in batch])
-        for i, (job, original) in enumerate(batch):
-            if features[i].isfinite().all():
-                yield _Encoded(job, original, features[i], None if logits is None else logits[i])
-            else:
-                on_failure(job, f"The features of {job.input} hold NaN or infinite values.")
-
-
-def _sample(
-    inverter: Inverter, backbone: Backbone, encoded: Iterable[_Encoded], batch_size: int
-) -> Iterator[_Sample]:
-    pairs = ((source, seed) for source in encoded for seed in source.job.seeds)
-    for batch in batched(pairs, batch_size):
-        sources, seeds = [source for source, _ in batch], [seed for _, seed in batch]
-        features = torch.stack([source.features for source in sources])
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        images = inverter.invert(features, generator=generators)
-        finite = images.isfinite().flatten(1).all(dim=1).tolist()
-        pictures = to_pil(images.nan_to_num())
-        metrics = _measure(backbone, sources, features, pictures, seeds)
-        for source, picture, is_finite, values in zip(
-            sources, pictures, finite, metrics, strict=True
-        ):
-            yield _Sample(source, picture if is_finite else None, *values)
-
-
-@torch.no_grad()
-def _measure(
-    backbone: Backbone,
-    sources: Sequence[_Encoded],
-    features: Tensor,
-    pictures: Sequence[Image.Image],
-    seeds: Sequence[int],
-) -> list[tuple[float, float, bool | None, bool | None]]:
-    """Re-encodes the pictures; returns the four metrics of each, as `_Sample` has them."""
-    seen, logits = _look(backbone, pictures)
-    cosine = feature_cosine(features, seen).tolist()
-    shuffled = shuffled_cosine(features, seen, [make_generator(s, "shuffle") for s in seeds])
-    if logits is None:
-        top1 = top5 = [None] * len(pictures)
-    else:
-        wanted = torch.stack([s.logits for s in sources if s.logits is not None])
-        top1 = top_k_match(wanted, logits, 1).tolist()
-        top5 = top_k_match(wanted, logits, min(5, logits.shape[1])).tolist()
-    return list(zip(cosine, shuffled.tolist(), top1, top5, strict=True))
-
-
-def _look(backbone: Backbone, pictures: Sequence[Image.Image]) -> tuple[Tensor, Tensor | None]:
-    return backbone.features_and_logits(to_tensor(pictures).to(backbone.device))
-
-
-def _joined(samples: Sequence[_Sample], score: Score | None) -> Reconstruction:
-    cosine = [s.cosine for s in samples]
-    features = samples[0].source.features[None]
-    return Reconstruction(
-        job=samples[0].source.job,
-        original=samples[0].source.original,
-        samples=[s.picture for s in samples if s.picture is not None],
-        cosine=cosine,
-        cosine_shuffled=[s.cosine_shuffled for s in samples],
-        top1_match=[s.top1_match for s in samples],
-        top5_match=[s.top5_match for s in samples],
-        scope_p_value=None if score is None else score(features, fmean(cosine)),
-    )
-
-
-def _image_id(name: str) -> str:
-    # One spelling of accents on every file system; bytes that are no UTF-8 stay distinct.
-    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return unicodedata.normalize("NFC", text)
 
 
 def output_stems(ids: Sequence[str]) -> Iterator[str]:
@@ -389,8 +284,184 @@ def output_stems(ids: Sequence[str]) -> Iterator[str]:
         yield stem
 
 
-def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Yields lists of `size`, the last one shorter."""
-    iterator = iter(items)
-    while batch := list(itertools.islice(iterator, size)):
-        yield batch
+def reconstruct(
+    inverter: Inverter,
+    jobs: Iterable[Job],
+    batch_size: int,
+    on_failure: OnFailure,
+    score: Score | None = None,
+) -> Iterator[Reconstruction]:
+    """Yields the reconstructions of the jobs in order; an image that fails is reported instead.
+
+    The whole is a chain of generators, so any number of pictures runs in the memory of one batch.
+
+    Args:
+        batch_size: samples per batch of the inverter, images per batch of the backbone.
+        on_failure: called with the job and a sentence where a picture cannot be read, or where
+            its features or samples are not finite.
+        score: of each image's features.
+    """
+    readable = _read(jobs, max(inverter.require_backbone().input_size), on_failure)
+    encoded = _encode(inverter, readable, batch_size, on_failure)
+    return _join(inverter, encoded, batch_size, on_failure, score)
+
+
+def reconstruct_maps(
+    inverter: Inverter,
+    maps: FeatureMaps,
+    jobs: Sequence[Job],
+    batch_size: int,
+    on_failure: OnFailure,
+    score: Score | None = None,
+) -> Iterator[Reconstruction]:
+    """As `reconstruct`, of feature maps that are at hand, one per job."""
+    encoded = (
+        _Encoded(job, source, one)
+        for job, source, one in zip(jobs, maps.sources, maps.as_subclass(Tensor), strict=True)
+    )
+    return _join(inverter, encoded, batch_size, on_failure, score)
+
+
+def _read(
+    jobs: Iterable[Job], size: int, on_failure: OnFailure
+) -> Iterator[tuple[Job, Image.Image]]:
+    for job in jobs:
+        try:
+            picture = read_location(job.input) if job.read is None else job.read()
+            yield job, center_square(picture, size)
+        except InputError as error:
+            on_failure(job, str(error))
+
+
+@torch.no_grad()
+def _encode(
+    inverter: Inverter,
+    pictures: Iterable[tuple[Job, Image.Image]],
+    batch_size: int,
+    on_failure: OnFailure,
+) -> Iterator[_Encoded]:
+    backbone = inverter.require_backbone()
+    for batch in batched(pictures, batch_size):
+        images = to_tensor([square for _, square in batch]).to(backbone.device)
+        features, logits = backbone.features_and_logits(images)
+        for i, (job, square) in enumerate(batch):
+            scores = None if logits is None else logits[i]
+            if features[i].isfinite().all():
+                yield _Encoded(job, Source(job.name, square=square, logits=scores), features[i])
+            else:
+                on_failure(job, f"The features of {job.input} hold NaN or infinite values.")
+
+
+def _join(
+    inverter: Inverter,
+    encoded: Iterable[_Encoded],
+    batch_size: int,
+    on_failure: OnFailure,
+    score: Score | None,
+) -> Iterator[Reconstruction]:
+    samples = _sample(inverter, encoded, batch_size)
+    for _, group in itertools.groupby(samples, key=lambda sample: sample.encoded):
+        members = list(group)
+        job = members[0].encoded.job
+        if any(sample.picture is None for sample in members):
+            on_failure(job, not_finite(job.input or job.name, inverter))
+        else:
+            yield _joined(members, score)
+
+
+@torch.no_grad()
+def _sample(inverter: Inverter, encoded: Iterable[_Encoded], batch_size: int) -> Iterator[_Sample]:
+    todo, again = itertools.tee((one, seed) for one in encoded for seed in one.job.seeds)
+    batches = sample_maps(inverter, ((one.features, seed) for one, seed in todo), batch_size)
+    for batch, pairs in zip(batches, batched(again, batch_size), strict=True):
+        sources = [one.source for one, _ in pairs]
+        cosine = feature_cosine(batch.maps, batch.features).tolist()
+        noise = [make_generator(seed, "shuffle") for _, seed in pairs]
+        shuffled = shuffled_cosine(batch.maps, batch.features, noise).tolist()
+        top1, top5 = (_matches(sources, batch.logits, k) for k in (1, 5))
+        pictures = to_pil(batch.images)
+        for i, (one, _) in enumerate(pairs):
+            yield _Sample(
+                one,
+                pictures[i] if batch.finite[i] else None,
+                batch.features[i],
+                cosine[i],
+                shuffled[i],
+                top1[i],
+                top5[i],
+            )
+
+
+def _matches(
+    sources: Sequence[Source], logits: Float[Tensor, "b k"] | None, k: int
+) -> list[bool | None]:
+    """Whether the original's class is among the k of each sample; None where it is not known."""
+    wanted = [source.logits for source in sources if source.logits is not None]
+    if logits is None or len(wanted) < len(sources):
+        return [None] * len(sources)
+    return top_k_match(torch.stack(wanted), logits, min(k, logits.shape[1])).tolist()
+
+
+def _joined(samples: Sequence[_Sample], score: Score | None) -> Reconstruction:
+    encoded, cosine = samples[0].encoded, [s.cosine for s in samples]
+    return Reconstruction(
+        job=encoded.job,
+        original=encoded.source.square,
+        samples=[s.picture for s in samples if s.picture is not None],
+        features=torch.stack([s.features for s in samples]),
+        cosine=cosine,
+        cosine_shuffled=[s.cosine_shuffled for s in samples],
+        top1_match=[s.top1_match for s in samples],
+        top5_match=[s.top5_match for s in samples],
+        scope_p_value=None if score is None else score(encoded.features[None], fmean(cosine)),
+    )
+
+
+# ---- One picture or map as the studies take it ---------------------------------------------------
+
+
+def read_maps(
+    inverter: Inverter, features: object, names: Sequence[str] | None = None, batch_size: int = 8
+) -> FeatureMaps:
+    """Returns feature maps of whatever a user gives: maps, or pictures that are encoded first.
+
+    Args:
+        features: `FeatureMaps`, a tensor or array of the shape of the inverter's features
+            (`[b, c, h, w]` or `[c, h, w]`), or anything that `Inverter.encode` takes.
+        names: what the noise of each map depends on, as the file name does of a picture; maps
+            without names share their noise.
+
+    Raises:
+        InputError: neither, or not one name per map.
+    """
+    if not isinstance(features, FeatureMaps):
+        features = _as_maps(inverter, features, batch_size)
+    if names is not None:
+        if len(names) != len(features):
+            raise InputError(
+                f"There must be one name per map, got {len(names)} names and {len(features)} maps."
+            )
+        sources = zip(features.sources, names, strict=True)
+        features = FeatureMaps.of(features, [replace(s, name=name) for s, name in sources])
+    inverter.spec.check_features(features)
+    return features
+
+
+def _as_maps(inverter: Inverter, given: object, batch_size: int) -> FeatureMaps:
+    shape = getattr(given, "shape", None)
+    if shape is not None and tuple(shape[-3:]) == (inverter.spec.channels, *inverter.spec.grid):
+        tensor = torch.as_tensor(given)
+        maps = tensor[None] if tensor.ndim == 3 else tensor
+        return FeatureMaps.of(maps.float(), [Source("")] * len(maps))
+    return inverter.encode(given, batch_size=batch_size)  # pyright: ignore[reportArgumentType]
+
+
+def seeds_of(maps: FeatureMaps, seed: int, n_samples: int) -> list[int]:
+    """Returns the seeds that `featinv sample` derives for the picture of one map.
+
+    Raises:
+        InputError: more maps than one.
+    """
+    if len(maps) != 1:
+        raise InputError(f"One picture or feature map is needed here, got {len(maps)}.")
+    return [derive_seed(seed, maps.sources[0].name, j) for j in range(n_samples)]

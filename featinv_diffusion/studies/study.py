@@ -1,131 +1,66 @@
-"""A study from its arguments to a folder: pictures, a figure, numbers, and a manifest to replay."""
+"""What the studies of one or two pictures share."""
 
 from __future__ import annotations
 
-import json
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import PurePosixPath
+from typing import Any
 
-import pyarrow as pa
-from matplotlib.figure import Figure
-from PIL import Image
-from pyarrow import parquet
+from matplotlib.axes import Axes
+from torch import Tensor
 
-from featinv_diffusion import __version__
 from featinv_diffusion.errors import InputError
-from featinv_diffusion.figures.board import write_figure
-from featinv_diffusion.files import replacing, write_text
-from featinv_diffusion.images import write_png
+from featinv_diffusion.figures import board as figures
 from featinv_diffusion.inverters.base import Inverter
-from featinv_diffusion.inverters.open import SampleSettings, open_inverter
-from featinv_diffusion.runs.record import MANIFEST, read_environment
-from featinv_diffusion.runs.sampling import find_images, make_jobs
-from featinv_diffusion.runs.scope import Scope, open_scope
-
-ProgressBar = Callable[[int], AbstractContextManager[Callable[[float], None]]]
-"""From the number of samples to a bar that is advanced by samples."""
+from featinv_diffusion.runs.sampling import seeds_of, to_list
+from featinv_diffusion.settings import SampleSettings
+from featinv_diffusion.types import FeatureMaps, Source
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a study found.
-
-    Args:
-        figures: what the manifest holds of it.
-        numbers: everything that was measured, for a JSON file.
-        rows: the same as a table, one dict per row.
-        pictures: by file name.
-        drawing: the study's figure.
-        summary: one line for the terminal.
-        scope_p_value: of the map that was inverted, or of each where there were several; None
-            where the scope does not know.
-    """
-
-    figures: dict[str, Any]
-    numbers: dict[str, Any]
-    rows: Sequence[dict[str, Any]]
-    pictures: dict[str, Image.Image]
-    drawing: Figure
-    summary: str
-    scope_p_value: float | list[float] | None
-
-
-@dataclass(frozen=True)
-class Study(ABC):
-    """Arguments of a study beside the settings of sampling; they are keys of its manifest.
+def choose_seeds(
+    inverter: Inverter,
+    features: FeatureMaps,
+    seed: int,
+    n_samples: int,
+    given: Sequence[int] | None = None,
+    least: int = 1,
+) -> list[int]:
+    """Returns the seed of each sample of one map; a deterministic inverter makes one sample.
 
     Args:
-        seeds: of the samples; the same for every map that is inverted.
-        figure: file name of the figure, whose suffix is its format.
-    """
-
-    command: ClassVar[str]
-
-    seeds: list[int]
-    figure: str
-
-    @property
-    @abstractmethod
-    def n_samples(self) -> int:
-        """How many samples it takes, of all maps together."""
-
-    @abstractmethod
-    def run(self, inverter: Inverter, settings: SampleSettings, scope: Scope) -> Outcome:
-        """Samples, measures and scores the maps that it edits; writes nothing."""
-
-
-def run_study(
-    study: Study, settings: SampleSettings, output: Path, progress_bar: ProgressBar
-) -> tuple[dict[str, Any], str]:
-    """Runs a study and writes its folder; returns its manifest and a line that sums it up.
+        given: seeds to take instead of those that derive from `seed` and the name of the picture.
+        least: samples that a study needs of an inverter that is not deterministic.
 
     Raises:
-        InputError: settings or pictures that cannot be used.
+        InputError: several maps, or too few samples.
     """
-    with progress_bar(study.n_samples) as advance:
-        inverter, resolved = open_inverter(settings, on_progress=advance)
-        scope = open_scope(inverter, resolved)
-        is_new = not output.exists()
-        output.mkdir(parents=True, exist_ok=True)  # a place that refuses is found before sampling
-        try:
-            outcome = study.run(inverter, resolved, scope)
-        except InputError:
-            if is_new:
-                output.rmdir()
-            raise
-    manifest = {
-        "version": __version__,
-        "command": study.command,
-        **asdict(resolved),
-        **asdict(study),
-        **outcome.figures,
-        "scope_p_value": outcome.scope_p_value,
-        "scope_basis": scope.basis,
-        "outputs": list(outcome.pictures),
-        "environment": read_environment(resolved.device),
-    }
-    _write(study, outcome, manifest, output)
-    return manifest, outcome.summary
+    derived = seeds_of(features, seed, n_samples)
+    seeds = derived if given is None else list(given)
+    least = 1 if inverter.is_deterministic else least
+    if len(seeds) < least:
+        raise InputError(
+            f"n_samples must be at least {least} here, one seed each, got {len(seeds)}."
+        )
+    return seeds[:1] if inverter.is_deterministic else seeds
 
 
-def seeds_of(path: Path, seed: int, n_samples: int) -> list[int]:
-    """Returns the seeds that `featinv sample` derives for a picture.
-
-    Raises:
-        InputError: nothing there, or a folder.
-    """
-    if path.is_dir():
-        raise InputError(f"A picture must be a file, but there is a folder at {path}.")
-    (job,) = make_jobs(find_images([path]), seed, n_samples)
-    return list(job.seeds)
+def settings_of(
+    inverter: Inverter, n_samples: int, seed: int, batch_size: int
+) -> SampleSettings | None:
+    """Returns the inverter's settings with those of a study; None where it was built by hand."""
+    if inverter.settings is None:
+        return None
+    return replace(inverter.settings, n_samples=n_samples, seed=seed, batch_size=batch_size)
 
 
-def settings_line(settings: SampleSettings) -> str:
+def settings_line(settings: SampleSettings | None) -> str:
     """Returns what decides the pictures, for the head of a figure."""
+    if settings is None:
+        return ""
+    if settings.is_deterministic:
+        name = PurePosixPath(settings.inverter).name
+        return f"{settings.backbone}, layer {settings.layer} · inverter {name}"
     pipeline = PurePosixPath(settings.pipeline or "")
     name = pipeline.name if pipeline.is_absolute() else str(pipeline)
     parts = [
@@ -138,17 +73,27 @@ def settings_line(settings: SampleSettings) -> str:
     return " · ".join(parts)
 
 
-def _write(study: Study, outcome: Outcome, manifest: dict[str, Any], output: Path) -> None:
-    """The manifest goes first and comes last: it completes the folder."""
-    (output / MANIFEST).unlink(missing_ok=True)
-    for name, picture in outcome.pictures.items():
-        write_png(picture, output / name)
-    write_figure(outcome.drawing, output / study.figure)
-    write_text(output / f"{study.command}.json", _to_json(outcome.numbers))
-    with replacing(output / f"{study.command}.parquet") as partial:
-        parquet.write_table(pa.Table.from_pylist(list(outcome.rows)), partial)
-    write_text(output / MANIFEST, _to_json(manifest))
+def draw_original(axes: Axes, source: Source, letter: str = "") -> None:
+    """Draws the picture that a map comes from, where it is known, under its letter."""
+    if source.square is not None:
+        figures.show_picture(axes, source.square)
+    if letter:
+        figures.label(axes, f"{letter} (original)", weight="bold")
+    else:
+        figures.label(axes, "original")
+    if source.name:
+        figures.caption(axes, figures.short_name(source.name), color=figures.GREY)
 
 
-def _to_json(content: dict[str, Any]) -> str:
-    return json.dumps(content, indent=2, allow_nan=False) + "\n"
+def pixel_rows(**columns: Tensor | None) -> list[dict[str, Any]]:
+    """Returns one dict per pixel: `y`, `x`, and the value of each map `[height, width]`."""
+    size = next(values.shape for values in columns.values() if values is not None)
+    places = ((y, x) for y in range(size[0]) for x in range(size[1]))
+    lists = [
+        [None] * (size[0] * size[1]) if values is None else to_list(values.flatten())
+        for values in columns.values()
+    ]
+    return [
+        {"y": y, "x": x, **dict(zip(columns, row, strict=True))}
+        for (y, x), *row in zip(places, *lists, strict=True)
+    ]

@@ -25,7 +25,7 @@ from featinv_diffusion.data.crops import (
     CropDataset,
     DataConfig,
     StreamedCrops,
-    load_records,
+    open_training_images,
     to_images,
 )
 from featinv_diffusion.diffusion.featinv_controlnet import FeatureControlNet
@@ -382,9 +382,7 @@ def _open_data(config: ControlNetConfig) -> tuple[CropDataset | StreamedCrops, T
             raise InputError("A latent cache needs random access: unset cache.folder or streaming.")
         stream = StreamedCrops(config.data, config.seed, n_skipped=n)
         return stream, stream.held_back_images()
-    train, held = make_datasets(load_records(config.data), config.data, config.seed)
-    if not len(held):
-        raise InputError("Validation images are needed: set data.held_back_per_class to 1 or more.")
+    train, held = make_datasets(open_training_images(config.data), config.data, config.seed)
     return train, stack_images(held, n)[0]
 
 

@@ -2,38 +2,56 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from featinv_diffusion.data.crops import (
     CropDataset,
     DataConfig,
-    Records,
     split_held_back,
     to_images,
 )
+from featinv_diffusion.data.sets import ImageSet
 from featinv_diffusion.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 
 def make_datasets(
-    records: Records, config: DataConfig, seed: int
+    images: ImageSet, config: DataConfig, seed: int
 ) -> tuple[CropDataset, CropDataset]:
     """Returns random crops for training and central crops of the held-back images."""
-    train, held = split_held_back(records.labels, config.held_back_per_class)
+    train, held = split_held_back(images.labels or [], config.held_back_per_class)
     central = replace(config, crop="center")
-    return CropDataset(records, train, config, seed), CropDataset(records, held, central, seed)
+    return CropDataset(images, train, config, seed), CropDataset(images, held, central, seed)
+
+
+def stack_items(dataset: CropDataset, n: int | None = None) -> dict[str, Tensor]:
+    """Stacks n items, or all, that are spread evenly over a data set; notes those replaced.
+
+    Raises:
+        InputError: the data set is empty.
+    """
+    if not len(dataset):
+        raise InputError("Validation images are needed: set data.held_back_per_class to 1 or more.")
+    n = min(n or len(dataset), len(dataset))
+    positions = torch.linspace(0, len(dataset) - 1, n).round().long().tolist()
+    items = [dataset[i] for i in positions]
+    replaced = [x for i in items for x in dataset.unreadable(i["index"], i["n_unreadable"])]
+    for location in dict.fromkeys(replaced):
+        logger.warning("%s cannot be read and is replaced.", location)
+    return default_collate(items)
 
 
 def stack_images(dataset: CropDataset, n: int | None = None) -> tuple[Tensor, Tensor]:
     """Returns images `[n, 3, s, s]` and labels of n items spread evenly over the data set."""
-    n = min(n or len(dataset), len(dataset))
-    positions = torch.linspace(0, len(dataset) - 1, n).round().long().tolist()
-    items = [dataset[i] for i in positions]
-    pixels = torch.stack([item["pixels"] for item in items])
-    return to_images(pixels), torch.tensor([item["label"] for item in items])
+    items = stack_items(dataset, n)
+    return to_images(items["pixels"]), items["label"]
 
 
 def load_component(component_class: Any, path: str) -> Any:

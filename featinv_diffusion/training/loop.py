@@ -98,7 +98,7 @@ def _check_settings(optim: OptimConfig, run: RunConfig) -> None:
     values["run.checkpoints_total_limit"] = run.checkpoints_total_limit
     for name, value in values.items():
         if value < 1:
-            raise InputError(f"{name} must be at least 1, but {value} came.")
+            raise InputError(f"{name} must be at least 1, got {value}.")
     if optim.schedule == "one_cycle" and optim.warmup_steps:
         raise InputError(
             "optim.schedule=one_cycle has its own warm-up, but optim.warmup_steps is "
@@ -209,7 +209,7 @@ class _Run:
             return self.optim.max_steps
         if len(self.loader) == 0:
             raise InputError(
-                f"The data must fill one batch per process, but {len(self.dataset)} images came "
+                f"The data must fill one batch per process, got {len(self.dataset)} images "
                 f"for batches of {self.optim.batch_size}. Lower optim.batch_size."
             )
         per_epoch = math.ceil(len(self.loader) / self.optim.gradient_accumulation_steps)
@@ -251,6 +251,7 @@ class _Run:
         with bar:
             for batch in self._batches():
                 self._micro_step(batch, bar)
+        self._list_unreadable()
         if self.progress.step > resumed_at:
             self._validate()
             self._checkpoint()
@@ -299,9 +300,27 @@ class _Run:
                 self.accelerator.clip_grad_norm_(self.module.parameters(), self.optim.max_grad_norm)
             self.optimizer.step()
             self.optimizer.zero_grad()
-        self.log.add(self.accelerator, loss, scalars, batch["index"])
+        self._count_unreadable(batch, self.log.add(self.accelerator, loss, scalars, batch))
         if self.accelerator.sync_gradients:
             self._after_step(lr, bar)
+
+    def _count_unreadable(self, batch: dict[str, Any], indices: list[int]) -> None:
+        """Remembers the images that could not be read, in checkpoints too."""
+        counts: Any = self.accelerator.gather(batch["n_unreadable"])
+        for index, n_unreadable in zip(indices, counts.tolist(), strict=True):
+            if n_unreadable:
+                found = self.dataset.unreadable(index, n_unreadable)
+                self.progress.unreadable = sorted({*self.progress.unreadable, *found})
+
+    def _list_unreadable(self) -> None:
+        if self.accelerator.is_main_process and (found := self.progress.unreadable):
+            path = self.output / "unreadable.txt"
+            write_text(path, "".join(f"{location}\n" for location in found))
+            first = ", ".join(found[:3]) + (", …" if len(found) > 3 else "")
+            self.accelerator.print(
+                f"{len(found)} images could not be read and were replaced: {first} "
+                f"All are listed in {path}."
+            )
 
     def _after_step(self, lr: float, bar: TrainingBar) -> None:
         self.progress.step += 1
@@ -418,13 +437,19 @@ class _LossLog:
         self.path, self.pending, self.order = path, [], []
 
     def add(
-        self, accelerator: Accelerator, loss: Tensor, scalars: dict[str, Tensor], index: Tensor
-    ) -> None:
+        self,
+        accelerator: Accelerator,
+        loss: Tensor,
+        scalars: dict[str, Tensor],
+        batch: Mapping[str, Any],
+    ) -> list[int]:
+        """Returns the indices of the images of all processes."""
         names = ["loss", *scalars]
         values = torch.stack([x.detach().float() for x in (loss, *scalars.values())])
         self.pending.append((names, accelerator.reduce(values, "mean")))
-        gathered: Any = accelerator.gather(index)
+        gathered: Any = accelerator.gather(batch["index"])
         self.order += gathered.tolist()
+        return gathered.tolist()
 
     def write(self, step: int, lr: float, main: bool) -> dict[str, float]:
         names = self.pending[0][0]

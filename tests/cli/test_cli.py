@@ -18,7 +18,7 @@ import pytest
 import featinv_diffusion
 from featinv_diffusion import cli
 from featinv_diffusion.cli import exits
-from featinv_diffusion.cli.run import progress_bar
+from featinv_diffusion.runs.progress import progress_bar
 from featinv_diffusion.errors import InputError
 from tests.cli.conftest import Featinv
 

@@ -154,10 +154,11 @@ def test_a_config_and_options_beside_it(featinv: Featinv, table: Path):
 
 @pytest.mark.parametrize("name", ["evaluation/imagenet", "evaluation/tiny", "tiny/held-back"])
 def test_the_configs_of_the_repository_can_be_read(name: str):
-    from featinv_diffusion.config import load_config
+    from featinv_diffusion.config import load_flat
     from featinv_diffusion.evaluation.settings import EvaluationSettings
 
-    load_config(EvaluationSettings, ROOT / "configs" / f"{name}.yaml")
+    path = ROOT / "configs" / f"{name}.yaml"
+    assert load_flat(EvaluationSettings, path, {}).sampling.batch_size == 32
 
 
 # ---- bad input -----------------------------------------------------------------------------------
@@ -182,8 +183,8 @@ def test_the_configs_of_the_repository_can_be_read(name: str):
         (["--data", "TABLE", "--scheduler", "dim"], "did you mean 'ddim'"),
         (["--data", "TABLE", "--inception-weights", "a.pth"], "does nothing without --fid"),
         (["--data", "TABLE", "--lpips-weights", "a.pth"], "does nothing without --lpips"),
-        (["--data", "TABLE", "--evaluated-by", ""], "--evaluated-by must name a backbone"),
-        (["--data", "TABLE", "--evaluated-by", ","], "--evaluated-by must name a backbone"),
+        (["--data", "TABLE", "--evaluated-by", ""], "--evaluated-by must name one, or several"),
+        (["--data", "TABLE", "--evaluated-by", ","], "--evaluated-by must name one, or several"),
         (["--data", "TABLE", "--shard-size", 513], "shard_size must be at most 512"),
         (["--data", "PHOTOS", "--per-class", 1], "--per-class needs images with classes"),
         (["--data", "PHOTOS", "--held-back-per-class", 1], "needs images with classes"),
@@ -257,12 +258,12 @@ def test_the_own_backbone_is_left_out_of_the_others(featinv: Featinv, table: Pat
 def test_a_run_that_lost_a_shard_comes_out_the_same(featinv: Featinv, table: Path):
     assert featinv("evaluate", "--data", table, *OPTIONS, "-o", "out").code == 0
     before, rows = load("out"), Path("out/per_image.parquet").read_bytes()
-    kept = Path("out/shards/00000/rows.parquet").stat().st_mtime_ns
-    Path("out/shards/00001/rows.parquet").unlink()
+    kept = Path("out/shards/00000/unit.json").stat().st_mtime_ns
+    Path("out/shards/00001/unit.json").unlink()
     assert featinv("evaluate", "--data", table, *OPTIONS, "-o", "out").code == 0
     assert load("out") == before
     assert Path("out/per_image.parquet").read_bytes() == rows
-    assert Path("out/shards/00000/rows.parquet").stat().st_mtime_ns == kept
+    assert Path("out/shards/00000/unit.json").stat().st_mtime_ns == kept
 
 
 def test_other_settings_or_images_may_not_join_a_run(featinv: Featinv, table: Path):
@@ -394,7 +395,7 @@ def test_a_killed_run_is_finished_by_the_same_command(
 ):
     output = tmp_path / "killed"
     process = subprocess.Popen(command(table, saved_pipeline, output), env=environment())
-    done = output / "shards" / "00000" / "rows.parquet"
+    done = output / "shards" / "00000" / "unit.json"
     deadline = time.monotonic() + 200
     while not done.is_file() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -419,3 +420,14 @@ def test_photos_of_any_size_are_squares_of_their_centre(featinv: Featinv, tmp_pa
     assert featinv("evaluate", "--data", folder, "-o", "out").code == 0
     digests = pq.read_table("out/per_image.parquet")["original_sha256"].to_pylist()
     assert digests[0] == digests[1]
+
+
+def test_a_script_gives_what_the_command_gives(featinv: Featinv, table: Path):
+    options = ("--per-class", 2, "--seed", 3, "--shard-size", 4, "--n-null-images", 2)
+    assert featinv("evaluate", "--data", table, *options, "-o", "out").code == 0
+    inverter = featinv_diffusion.load_inverter("tiny/convnext")
+    result = featinv_diffusion.evaluate(
+        inverter, table, per_class=2, seed=3, shard_size=4, n_null_images=2
+    )
+    assert without_command(result.metrics) == without_command(load("out"))
+    assert str(result.rows()) == str(pq.read_table("out/per_image.parquet").to_pylist())

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from featinv_diffusion.inverters import modular
-from featinv_diffusion.inverters.open import SampleSettings, open_chosen
+from featinv_diffusion.inverters.open import open_chosen
+from featinv_diffusion.settings import SampleSettings
 from tests.cli.conftest import Featinv
 from tests.inverters import small
 from tests.tiny import make_images

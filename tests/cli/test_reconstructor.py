@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from featinv_diffusion.cli import options
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.inverters import reconstructor
-from featinv_diffusion.inverters.open import DIFFUSION, SampleSettings, list_inverters, open_chosen
+from featinv_diffusion.inverters.open import list_inverters, open_chosen
+from featinv_diffusion.settings import DIFFUSION, SampleSettings
 from tests.cli.conftest import Featinv
 from tests.inverters import encoders
 from tests.inverters.test_rae import make_rae

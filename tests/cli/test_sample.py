@@ -407,5 +407,5 @@ def test_a_device_without_memory(featinv: Featinv, photos, monkeypatch):
     def run_out(*_args, **_kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(DiffusionInverter, "invert", run_out)
+    monkeypatch.setattr(DiffusionInverter, "_invert", run_out)
     refused(featinv("sample", photos, "-o", "out"), "--batch-size")

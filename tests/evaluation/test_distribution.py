@@ -1,4 +1,4 @@
-"""Distances from what shards kept, and what is stated beside them."""
+"""Distances from what units kept, and what is stated beside them."""
 
 from __future__ import annotations
 
@@ -14,17 +14,16 @@ from torch import nn
 
 from featinv_diffusion.data.selection import Item
 from featinv_diffusion.errors import InputError
-from featinv_diffusion.evaluation import run as distribution
-from featinv_diffusion.evaluation.evaluator import ShardResult
-from featinv_diffusion.evaluation.run import (
-    Shard,
+from featinv_diffusion.evaluation import storage as distribution
+from featinv_diffusion.evaluation.evaluator import Measured
+from featinv_diffusion.evaluation.storage import (
     check_references,
-    make_shards,
     measure_distributions,
-    write_shard,
+    write_unit,
 )
 from featinv_diffusion.metrics.distribution import FeatureSample
 from featinv_diffusion.metrics.extractors import ImageFeatures
+from featinv_diffusion.runs.units import Unit, make_units
 
 DIM = 3
 ORIGINALS = {"name": "photos", "pixels_sha256": "abc"}
@@ -47,26 +46,26 @@ def vectors(n: int, shift: float = 0.0) -> np.ndarray:
     return (np.random.default_rng(0).normal(size=(n, DIM)) + shift).astype(np.float32)
 
 
-def write(output: Path, made: np.ndarray, real: np.ndarray, names=("classifier",)) -> list[Shard]:
+def write(output: Path, made: np.ndarray, real: np.ndarray, names=("classifier",)):
     items = [Item(i, f"image{i}", None, i, False) for i in range(len(made))]
-    shards = make_shards(items, 16, output)
-    for shard in shards:
-        rows = [item.index for item in shard.items]
-        result = ShardResult(list(shard.items), [item.id for item in shard.items])
+    units: list[Unit[Item]] = make_units(items, 16, output, {})
+    for unit in units:
+        rows = [item.index for item in unit.items]
+        result = Measured(list(unit.items), [item.id for item in unit.items])
         for name in names:
             result.reconstructed[name], result.original[name] = made[rows], real[rows]
-        write_shard(result, shard)
-    return shards
+        write_unit(result, unit)
+    return units
 
 
-def measure(shards, names=("classifier",), **options):
+def measure(units, names=("classifier",), **options):
     extractors = {name: Colour(name) for name in names}
-    return measure_distributions(shards, extractors, ORIGINALS, size=8, batch_size=4, **options)
+    return measure_distributions(units, extractors, ORIGINALS, size=8, batch_size=4, **options)
 
 
 def test_a_shift_of_all_vectors_is_its_square(tmp_path: Path):
-    shards = write(tmp_path, vectors(40, 0.5), vectors(40))
-    figure = measure(shards)["distance_classifier"]
+    units = write(tmp_path, vectors(40, 0.5), vectors(40))
+    figure = measure(units)["distance_classifier"]
     assert figure["value"] == pytest.approx(DIM * 0.25, abs=1e-5)
     assert (figure["n"], figure["n_reference"], figure["dim"]) == (40, 40, DIM)
     assert figure["reference"] == ORIGINALS
@@ -77,8 +76,8 @@ def test_a_shift_of_all_vectors_is_its_square(tmp_path: Path):
 
 def test_inception_has_kid_precision_and_recall_besides(tmp_path: Path):
     names = ("classifier", "inception")
-    shards = write(tmp_path, vectors(40), vectors(40), names)
-    figures = measure(shards, names)
+    units = write(tmp_path, vectors(40), vectors(40), names)
+    figures = measure(units, names)
     assert set(figures) == {
         "distance_classifier",
         "distance_inception",
@@ -100,8 +99,8 @@ def test_a_folder_as_reference_serves_all_but_the_classifier(tmp_path: Path):
     for shade in shades:
         Image.new("RGB", (20, 10), (shade, shade, shade)).save(photos / f"{shade}.png")
     names = ("classifier", "inception")
-    shards = write(tmp_path / "out", vectors(6), vectors(6), names)
-    figures = measure(shards, names, reference=str(photos))
+    units = write(tmp_path / "out", vectors(6), vectors(6), names)
+    figures = measure(units, names, reference=str(photos))
     figure = figures["distance_inception"]
     assert (figure["n"], figure["n_reference"]) == (6, 5)
     assert figure["reference"]["name"] == str(photos)

@@ -1,4 +1,4 @@
-"""The figures of a shard, each against what it is by definition."""
+"""The figures of a unit, each against what it is by definition."""
 
 from __future__ import annotations
 
@@ -15,19 +15,13 @@ from featinv_diffusion.data.crops import to_images
 from featinv_diffusion.data.selection import Item
 from featinv_diffusion.data.sets import ImageSet
 from featinv_diffusion.errors import InputError
-from featinv_diffusion.evaluation.evaluator import (
-    OWN,
-    Evaluator,
-    Observers,
-    find_partners,
-    to_pixels,
-)
-from featinv_diffusion.evaluation.run import match_labels
+from featinv_diffusion.evaluation.evaluator import OWN, Evaluator, find_partners, match_labels
 from featinv_diffusion.features import permute_cells
 from featinv_diffusion.images import to_pil
 from featinv_diffusion.inverters import DiffusionInverter, Inverter, LatentInverter
 from featinv_diffusion.metrics import feature_cosine, psnr
 from featinv_diffusion.metrics.extractors import ClassifierFeatures
+from featinv_diffusion.runs.sampling import to_pixels
 from featinv_diffusion.seeds import make_generator
 from tests import tiny
 
@@ -64,17 +58,19 @@ def make_items(images: ImageSet, nulls=()) -> list[Item]:
 
 def make_evaluator(inverter, images: ImageSet, **options) -> Evaluator:
     options = {"batch_size": 2, **options}
-    return Evaluator(inverter, Observers({OWN: inverter.backbone}), images, **options)
+    return Evaluator(inverter, {OWN: inverter.backbone}, images, **options)
 
 
-class Memory:
+class Memory(Inverter):
     """A deterministic inverter that knows the image of each feature map."""
 
+    backbone = spec = networks = None  # pyright: ignore[reportAssignmentType]
+
     def __init__(self, backbone, images: torch.Tensor, known: torch.Tensor):
-        self.backbone, self.spec = backbone, backbone.spec
+        self.backbone, self.spec, self.networks = backbone, backbone.spec, {}
         self.features, self.images = backbone.features(images), known
 
-    def invert(self, features, *, generator=None):
+    def _invert(self, features, generator):
         assert len(generator) == len(features)
         nearest = torch.cdist(features.flatten(1), self.features.flatten(1)).argmin(dim=1)
         return self.images[nearest]
@@ -218,8 +214,8 @@ def test_a_single_image_has_no_other(backbone, originals):
 def test_another_backbone_looks_at_the_same_pictures(backbone, inverter, originals):
     other = wrap_model(tiny.make_backbone(dims=(8, 8, 16, 16)), name="b", input_size=64)
     images = image_set(originals)
-    observers = Observers({OWN: inverter.backbone, "b": other})
-    result = Evaluator(inverter, observers, images, batch_size=2).run(make_items(images))
+    backbones = {OWN: inverter.backbone, "b": other}
+    result = Evaluator(inverter, backbones, images, batch_size=2).run(make_items(images))
     assert result.pixels is not None
     seen, wanted = other.features(to_images(result.pixels)), other.features(originals)
     expected = feature_cosine(wanted, seen)
@@ -340,9 +336,10 @@ def test_nan_of_another_backbone_or_extractor_is_reported(backbone, originals):
     first.data[:] = torch.nan
     images = image_set(originals)
     memory = Memory(backbone, originals, originals)
-    observers = Observers({OWN: backbone, "b": other})
     extractors = {"broken": ClassifierFeatures(other)}
-    evaluator = Evaluator(memory, observers, images, 2, extractors=extractors)
+    evaluator = Evaluator(
+        memory, {OWN: backbone, "b": other}, images, batch_size=2, extractors=extractors
+    )
     result = evaluator.run(make_items(images))
     assert np.isfinite(result.columns["cosine"]).all()
     assert not np.isfinite(result.columns["evaluated_by_b_top5_match"]).any()
@@ -353,16 +350,16 @@ def test_nan_of_another_backbone_or_extractor_is_reported(backbone, originals):
 
 def test_reconstructions_are_looked_at_once(backbone, originals, monkeypatch):
     seen = []
-    view_pixels = Observers.view_pixels
+    features_and_logits = type(backbone).features_and_logits
 
-    def count(self, pixels):
-        seen.append(len(pixels))
-        return view_pixels(self, pixels)
+    def count(self, images):
+        seen.append(len(images))
+        return features_and_logits(self, images)
 
-    monkeypatch.setattr(Observers, "view_pixels", count)
-    images = image_set(originals)
-    result = make_evaluator(Memory(backbone, originals, originals), images).run(make_items(images))
-    assert sum(seen) == 2 * N  # the reconstructions, and the resized originals
+    images, memory = image_set(originals), Memory(backbone, originals, originals)
+    monkeypatch.setattr(type(backbone), "features_and_logits", count)
+    result = make_evaluator(memory, images).run(make_items(images))
+    assert sum(seen) == 3 * N  # the originals, the reconstructions, and the resized originals
     assert "other_image_cosine" in result.columns
     predicted = [name for name in result.columns if name.endswith("predicted_class")]
     assert sorted(predicted) == ["original_predicted_class", "predicted_class"]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import numpy as np
 
 from featinv_diffusion.evaluation.report import _label_lines, summarise, to_cell, to_markdown
 from featinv_diffusion.evaluation.settings import EvaluationSettings
+from featinv_diffusion.settings import SampleSettings
 
 
 def test_cells():
@@ -23,8 +22,7 @@ def test_a_page():
     columns = {"cosine": ones / 2, "other_image_cosine": ones / 4, "vae_round_trip_cosine": ones}
     columns |= {"evaluated_by_swin_cosine": ones / 8, "lpips": ones / 2}
     columns |= {"permuted_cells_cosine": np.array([0.25, np.nan])}
-    settings = EvaluationSettings(
-        data="photos",
+    sampling = SampleSettings(
         pipeline="p",
         backbone="convnext",
         layer="last",
@@ -32,8 +30,8 @@ def test_a_page():
         scheduler="ddim",
         guidance="text",
         guidance_scale=2.0,
-        evaluated_by=("swin",),
     )
+    settings = EvaluationSettings(data="photos", evaluated_by=("swin",), sampling=sampling)
     metrics = {
         **summarise(columns, ["swin"]),
         "distribution": {
@@ -45,7 +43,7 @@ def test_a_page():
         "data": {"n_classes": None},
         "n_images": 2,
         "failures": [{"id": "a", "error": "broken"}],
-        "settings": asdict(settings),
+        "settings": settings.content(),
         "command": "featinv evaluate",
     }
     page = to_markdown(metrics)

@@ -74,7 +74,9 @@ def test_progress_adds_up_to_the_number_of_images(pipeline):
     for name in ("ddim", "heun", "pndm"):  # the latter two evaluate more often than asked
         pipeline.scheduler = make_scheduler(name, pipeline.scheduler.config)
         shares: list[float] = []
-        make_inverter(pipeline, on_progress=shares.append).invert(tiny.make_features(2))
+        inverter = make_inverter(pipeline)
+        inverter.on_progress = shares.append
+        inverter.invert(tiny.make_features(2))
         assert sum(shares) == pytest.approx(2)
 
 

@@ -138,7 +138,7 @@ def test_validation_is_of_all_images_in_batches(encoder: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "model", "words"),
     [
-        ({"size": 48}, {}, "data.size must be at least the 64×64 pixels .* but 48 came"),
+        ({"size": 48}, {}, "data.size must be at least the 64×64 pixels .* got 48"),
         ({"streaming": True}, {}, "data.streaming is true"),
         ({"held_back_per_class": 5}, {}, "holds back all 10"),
         ({"held_back_per_class": 0}, {}, "Validation images are needed"),

@@ -238,13 +238,13 @@ def test_warm_start_takes_all_but_the_feature_encoder(folder: Path, tmp_path: Pa
 
 
 def test_feature_statistics_standardise_the_cells(folder: Path, tmp_path: Path) -> None:
-    from featinv_diffusion.data.crops import load_records
+    from featinv_diffusion.data.crops import open_training_images
     from featinv_diffusion.training.entry import make_datasets, stack_images
 
     config = controlnet_config(folder, tmp_path, 1)
     parts = load_frozen_parts(config.model)
     controlnet = make_controlnet(config.model, parts)
-    train, _ = make_datasets(load_records(config.data), config.data, 0)
+    train, _ = make_datasets(open_training_images(config.data), config.data, 0)
     images = stack_images(train, 16)[0]
     set_feature_statistics(controlnet, parts.backbone, images)
     features = parts.backbone.features(images)
@@ -342,7 +342,7 @@ def test_dry_run_writes_nothing_and_names_the_shapes(
     [
         ("model.base=absent", "Stable Diffusion"),
         ("data.held_back_per_class=0", "held_back_per_class"),
-        ("optim.batch_size=64", "16 images came"),
+        ("optim.batch_size=64", "got 16 images"),
     ],
 )
 def test_bad_settings_are_one_sentence(
@@ -401,3 +401,37 @@ def test_a_run_without_tensorboard_says_so(
     train_classifier(load_config(ClassifierConfig, None, overrides))
     assert "No tracker: tensorboard is not installed." in capsys.readouterr().out
     assert not (tmp_path / "tracker").exists()
+
+
+def test_images_that_cannot_be_read_are_replaced_and_listed(
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The same with workers, and in a run that was resumed."""
+    shutil.copytree(folder / "images", tmp_path / "images")
+    broken = [tmp_path / "images" / name for name in ("blue/3.png", "red/0.png", "red/9.png")]
+    for path in broken:
+        path.write_bytes(b"broken")  # the last one is held back
+
+    def train(name: str, steps: int, **more: Any) -> Path:
+        output = tmp_path / name
+        values = classifier_settings(tmp_path, output, steps, **{"run.log_every": 1, **more})
+        train_classifier(load_config(ClassifierConfig, None, values))
+        return output
+
+    whole = train("whole", 6)
+    listed = (whole / "unreadable.txt").read_text().splitlines()
+    assert listed == [str(path) for path in broken[:2]]
+    assert f"{broken[2]} cannot be read and is replaced." in caplog.text
+    assert "2 images could not be read and were replaced" in capsys.readouterr().out
+    train("resumed", 3, **{"data.num_workers": 2})
+    assert (tmp_path / "resumed/unreadable.txt").read_text()
+    (tmp_path / "resumed/unreadable.txt").unlink()
+    changed = {"data.num_workers": 2, "run.allow_changed_config": True}
+    resumed = train("resumed", 6, **changed)
+    assert (resumed / "unreadable.txt").read_text().splitlines() == listed
+    assert losses(resumed) == losses(whole)
+    with pytest.raises(InputError, match=r"\d\.png is not a picture"):
+        train("error", 6, **{"data.on_bad_image": "error"})

@@ -21,7 +21,7 @@ from transformers import TimmWrapperForImageClassification
 
 from featinv_diffusion.cli.train import run_recipe
 from featinv_diffusion.config import to_yaml
-from featinv_diffusion.data.crops import DataConfig, load_records, to_images
+from featinv_diffusion.data.crops import DataConfig, open_training_images, to_images
 from featinv_diffusion.training.config import OptimConfig, RunConfig
 from featinv_diffusion.training.entry import load_component, make_datasets, stack_images
 from featinv_diffusion.training.latents import SampleNoise
@@ -196,8 +196,8 @@ def train_autoencoder(config: AutoencoderConfig) -> Path:
     """Trains to the end and returns the folder that holds `vae/`."""
     accelerator = make_accelerator(config.optim, config.run, config.seed)
     torch.manual_seed(config.seed)
-    records = load_records(config.data)
-    train, held = make_datasets(records, config.data, config.seed)
+    images = open_training_images(config.data)
+    train, held = make_datasets(images, config.data, config.seed)
     vae = make_autoencoder(config.model, config.data.size)
     task = AutoencoderTask(vae, config.model, stack_images(held, 250)[0])
     return fit(task, train, accelerator, config.optim, config.run, to_yaml(config))

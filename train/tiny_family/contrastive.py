@@ -29,7 +29,8 @@ from transformers import (
 
 from featinv_diffusion.cli.train import run_recipe
 from featinv_diffusion.config import to_yaml
-from featinv_diffusion.data.crops import DataConfig, load_records, read_class_titles, to_images
+from featinv_diffusion.data.classes import read_classes
+from featinv_diffusion.data.crops import DataConfig, open_training_images, to_images
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.files import read_tensors, write_tensors
 from featinv_diffusion.seeds import derive_seed
@@ -472,22 +473,22 @@ def find_titles(class_names: Sequence[str], path: str | None) -> list[str]:
     """
     if path is None:
         return list(class_names)
-    titles = read_class_titles(path)
-    if untitled := [name for name in class_names if name not in titles]:
+    titles = read_classes(path)
+    if untitled := [name for name, title in titles.items() if not title]:
         raise InputError(
             f"{path} must give each class a title, which the encoder reads, but these have none: "
             f"{', '.join(untitled)}. Write it behind the name."
         )
-    return [titles[name] for name in class_names]
+    return list(titles.values())
 
 
 def train_contrastive(config: ContrastiveConfig) -> Path:
     """Trains to the end and returns the folder that holds `backbone/` and `model/`."""
     accelerator = make_accelerator(config.optim, config.run, config.seed)
     torch.manual_seed(derive_seed(config.seed, "initial weights"))
-    records = load_records(config.data)
-    train, held = make_datasets(records, config.data, config.seed)
-    titles = find_titles(records.class_names, config.data.classes)
+    images = open_training_images(config.data)
+    train, held = make_datasets(images, config.data, config.seed)
+    titles = find_titles(images.class_names or [], config.data.classes)
     networks, tokenizer = make_networks(config.model, config.data.size, titles)
     task = ContrastiveTask(networks, tokenizer, config.model, stack_images(held))
     return fit(task, train, accelerator, config.optim, config.run, to_yaml(config))

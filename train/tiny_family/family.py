@@ -24,12 +24,12 @@ from transformers import (
 from featinv_diffusion.backbones.transformers import PROCESSOR_FILE, load_transformers
 from featinv_diffusion.config import load_config
 from featinv_diffusion.data.sets import open_images
+from featinv_diffusion.diffusion.cards import CardInfo
 from featinv_diffusion.diffusion.featinv_controlnet import FeatureControlNet
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
 from featinv_diffusion.diffusion.folders import (
     BASE,
     SCOPE_FILE,
-    CardInfo,
     load_member,
     without_progress_bars,
 )
@@ -37,7 +37,6 @@ from featinv_diffusion.diffusion.objective import make_scheduler
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.features.operators import FOLDER as OPERATORS
 from featinv_diffusion.features.operators import SUFFIX
-from featinv_diffusion.features.pixel_operations import make_operation
 from featinv_diffusion.files import write_text
 from featinv_diffusion.inverters import DiffusionInverter
 from featinv_diffusion.inverters.detr import DETECTOR, load_detr
@@ -45,7 +44,7 @@ from featinv_diffusion.inverters.modular import FOLDER, InverseSet
 from featinv_diffusion.inverters.reconstructor import BACKBONE, Reconstructor, load_reconstructor
 from featinv_diffusion.inverters.reconstructor import FOLDER as RECONSTRUCTOR
 from featinv_diffusion.runs.scope import fit_scope, split_images
-from featinv_diffusion.studies.operator_measures import draw_images, fit_operator
+from featinv_diffusion.studies.operators import fit_operator
 from featinv_diffusion.training.controlnet import ControlNetConfig
 from featinv_diffusion.training.entry import load_component
 from train.tiny_family.pack import (
@@ -403,7 +402,7 @@ def fit_operators(family: Path, data: str | None = None) -> Iterator[Path]:
         data: folder of the images; None takes that of the reconstructor's config.
 
     Raises:
-        InputError: as `analysis.operator_fit.fit_operator`.
+        InputError: as `fit_operator`.
     """
     if not (family / MEMBER).is_dir():
         return
@@ -414,8 +413,7 @@ def fit_operators(family: Path, data: str | None = None) -> Iterator[Path]:
         path = family / MEMBER / OPERATORS / f"{name}{SUFFIX}"
         if path.is_file():
             continue
-        drawn = draw_images(images, N_IMAGES, 0, max(backbone.input_size))
-        operator = fit_operator(backbone, drawn, make_operation(name), method)
+        operator = fit_operator(backbone, images, name, method=method, n_images=N_IMAGES)
         path.parent.mkdir(exist_ok=True)
         replace(operator, matrix=operator.matrix.to(torch.float32)).save(path)
         yield path

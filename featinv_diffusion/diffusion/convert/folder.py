@@ -1,4 +1,4 @@
-"""Original ldm/cldm checkpoint files to FeatInv pipelines, and back."""
+"""Converts checkpoint files of the original ldm/cldm code to FeatInv pipelines, and back."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ from featinv_diffusion.errors import InputError, choices_hint
 from featinv_diffusion.files import check_absent, replacing, write_text
 from featinv_diffusion.types import FeatureSpec
 
-# ---- Checkpoint files: tensors in, tensors out, and nothing but tensors is ever unpickled --------
+logger = logging.getLogger(__name__)
+
+# ---- Checkpoint files, from which nothing but tensors is ever read -------------------------------
 
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth")
 
@@ -64,7 +66,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         )
     tensors = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
     if not tensors:
-        raise InputError(f"{path} must hold a model's tensors, but there is none in it.")
+        raise InputError(f"{path} must hold the tensors of a model, but holds none.")
     return tensors
 
 
@@ -91,7 +93,7 @@ def check_suffix(path: Path) -> None:
     """Raises `InputError` unless the name ends in the suffix of a known format."""
     if path.suffix not in SUFFIXES:
         raise InputError(
-            f"A checkpoint's name must end in one of {', '.join(SUFFIXES)}, but {path.name!r} came."
+            f"A checkpoint's name must end in one of {', '.join(SUFFIXES)}, got {path.name!r}."
         )
 
 
@@ -107,21 +109,21 @@ def _read_pickle(path: Path) -> Any:
         # Memory-mapped, so that an optimizer's state in the file costs nothing.
         mmap = zipfile.is_zipfile(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:  # whatever the reader stumbles on is the file's fault
+    except Exception as error:  # whatever the reader raises is the fault of the file
         foreign = re.search(r"(?:GLOBAL|Unsupported class|global:?) ([\w.]+\.\w+)", str(error))
         if foreign:
             raise InputError(
                 f"{path} must hold tensors only, but it holds a pickled object ({foreign[1]}), "
-                "which could run code and is not loaded. Where you trust the file, save its "
+                "which could run code and is not loaded. If you trust the file, save its "
                 "`state_dict` as safetensors and convert that."
             ) from error
         raise InputError(f"{path} is truncated or no PyTorch checkpoint.") from error
 
 
-# ---- The CLIP tokenizer, which no checkpoint holds: from a folder, the cache or the Hub ----------
+# ---- The CLIP tokenizer, which no checkpoint holds -----------------------------------------------
 
 DEFAULT_TOKENIZER = "openai/clip-vit-large-patch14"
-"""The one that the original code names."""
+"""The tokenizer that the original code names."""
 
 SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 
@@ -137,7 +139,7 @@ def load_tokenizer(name: str, text_encoder: CLIPTextModel) -> CLIPTokenizer:
     """
     folder = Path(name) if Path(name).is_dir() else _download(name)
     folder = folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
-    # Of a folder without these files transformers makes an empty tokenizer, and says nothing.
+    # From a folder without these files transformers makes an empty tokenizer without a warning.
     if not any(all((folder / f).is_file() for f in files) for files in TOKENIZER_FILES):
         raise _not_found(name, "has no tokenizer.json, nor vocab.json with merges.txt")
     config = text_encoder.config
@@ -161,19 +163,19 @@ def _download(name: str) -> Path:
         except LocalEntryNotFoundError:
             folder = snapshot_download(name, allow_patterns=patterns)
     except (OSError, HFValidationError, HfHubHTTPError) as error:
-        raise _not_found(name, f"cannot be had ({str(error).splitlines()[0]})") from error
+        raise _not_found(name, f"cannot be loaded ({str(error).splitlines()[0]})") from error
     return Path(folder)
 
 
 def _not_found(name: str, problem: str) -> InputError:
     return InputError(
         f"No checkpoint holds its tokenizer, and the folder or Hub repository {name!r} {problem}. "
-        "Pass the tokenizer folder of any Stable Diffusion 1.x model as --tokenizer, or "
-        "--no-tokenizer: the pipeline then takes prompt_embeds only."
+        "Pass the tokenizer folder of any Stable Diffusion 1.x model as --tokenizer, or pass "
+        "--no-tokenizer; the pipeline then takes prompt_embeds only."
     )
 
 
-logger = logging.getLogger(__name__)
+# ---- Pipelines -----------------------------------------------------------------------------------
 
 DEFAULT_BACKBONE = PUBLISHED["convnext"]
 # Fixed in the original code.
@@ -193,7 +195,7 @@ def read_original(
     """Builds a pipeline from an original checkpoint.
 
     Only the tokenizer and the weights of the backbone, which no checkpoint holds, may need a
-    network. A backbone whose weights cannot be had is left out with a warning.
+    network. A backbone whose weights cannot be loaded is left out with a warning.
 
     Args:
         checkpoint: `.ckpt`, `.pt`, `.pth` or `.safetensors`.
@@ -295,7 +297,7 @@ def _pipeline_settings(config: OriginalConfig) -> dict[str, Any]:
 
 
 def _note_differences(pipeline: FeatInvPipeline, config: OriginalConfig) -> None:
-    """Warns of sizes that the original code has fixed in it and that are others here."""
+    """Warns of sizes that are fixed in the original code and that differ here."""
     text_width = sd15_config().text_encoder["hidden_size"]
     sizes = (
         ("a hint block", pipeline.controlnet.config["feature_hidden_channels"], HINT_WIDTH),
@@ -305,7 +307,7 @@ def _note_differences(pipeline: FeatInvPipeline, config: OriginalConfig) -> None
     changes = [f"{what} of width {a}, not {b}" for what, a, b in sizes if a != b]
     if changes:
         logger.warning(
-            "The original code has sizes fixed in it besides its YAML. Before it can load this "
-            "checkpoint it needs %s.",
+            "Some sizes are fixed in the original code, beside its YAML. Before it can load this "
+            "checkpoint, it needs %s.",
             ", ".join(changes),
         )
