@@ -245,6 +245,40 @@ class SampleSettings:
 
 
 @dataclass(frozen=True)
+class Selection:
+    """Which images of a data set are used.
+
+    Args:
+        n_images: drawn evenly over classes; None takes all.
+        per_class: at most so many of each class.
+        held_back_per_class: only the last k images of each class, which training holds back.
+        selection: `random` draws by a hash of the image's id, whatever the seed is; `first` takes
+            the first of each class in the order of ids.
+        n_null_images: images, spread evenly, for the nulls that cost a sample each.
+
+    Raises:
+        InputError: a value out of range.
+    """
+
+    n_images: int | None = option(
+        None, "Number of images, drawn evenly over classes.", shown="all", least=1
+    )
+    per_class: int | None = option(None, "Maximum number of images of each class.", least=1)
+    selection: str = option(
+        "random",
+        "Which images of a class: drawn with a fixed seed, or the first when sorted.",
+        choices=("random", "first"),
+    )
+    held_back_per_class: int = option(
+        0, "Use only the last k images of each class, which training holds back.", least=0
+    )
+    n_null_images: int = option(256, "Images for the nulls that cost a sample each.", least=0)
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True)
 class ConceptSettings:
     """Which features concepts are found in, and how.
 
@@ -253,7 +287,7 @@ class ConceptSettings:
     """
 
     backbone: str = option(
-        "tiny/convnext", "Backbone: bundled (tiny/convnext), a timm id, or hf/FOLDER_OR_REPOSITORY."
+        "tiny/convnext", "Backbone: a bundled name, a timm id, or hf/FOLDER_OR_REPOSITORY."
     )
     layer: str = option("last", "Layer that the features come from.")
     target: str | None = option(
@@ -325,37 +359,3 @@ class ConceptSettings:
             raise InputError(
                 f"n_concepts must be a number or auto, got {self.n_concepts!r}."
             ) from None
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Which images of a data set are used.
-
-    Args:
-        n_images: drawn evenly over classes; None takes all.
-        per_class: at most so many of each class.
-        held_back_per_class: only the last k images of each class, which training holds back.
-        selection: `random` draws by a hash of the image's id, whatever the seed is; `first` takes
-            the first of each class in the order of ids.
-        n_null_images: images, spread evenly, for the nulls that cost a sample each.
-
-    Raises:
-        InputError: a value out of range.
-    """
-
-    n_images: int | None = option(
-        None, "Number of images, drawn evenly over classes.", shown="all", least=1
-    )
-    per_class: int | None = option(None, "Maximum number of images of each class.", least=1)
-    selection: str = option(
-        "random",
-        "Which images of a class: drawn with a fixed seed, or the first when sorted.",
-        choices=("random", "first"),
-    )
-    held_back_per_class: int = option(
-        0, "Use only the last k images of each class, which training holds back.", least=0
-    )
-    n_null_images: int = option(256, "Images for the nulls that cost a sample each.", least=0)
-
-    def __post_init__(self) -> None:
-        check(self)

@@ -48,8 +48,8 @@ def concepts(
 
     drawn = figure or f"{output.stem}.png"
     own = {(output.parent / inner / drawn).resolve() for inner in ("", "replay")}
-    names = list_pictures(folder).names
-    names = [name for name in names if (folder / name).resolve() not in own]
+    found = list_pictures(folder).names
+    names = [name for name in found if (folder / name).resolve() not in own]
     settings = replace(settings, backbone=resolve_backbone(settings.backbone).name)
     run(settings, folder, names, output, drawn)
 

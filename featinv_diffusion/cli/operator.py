@@ -97,12 +97,13 @@ def apply(
     import sys
 
     from featinv_diffusion.cli.run import quiet_libraries
+    from featinv_diffusion.data.sets import open_pictures
     from featinv_diffusion.features.operators import open_operator
     from featinv_diffusion.images import builtin_photo
     from featinv_diffusion.inverters.open import open_inverter
     from featinv_diffusion.runs.record import MANIFEST
     from featinv_diffusion.runs.samples import GRID
-    from featinv_diffusion.runs.sampling import find_images, make_jobs
+    from featinv_diffusion.runs.sampling import make_jobs
     from featinv_diffusion.runs.scope import scope_line
     from featinv_diffusion.studies.operators import apply_operator
 
@@ -110,7 +111,7 @@ def apply(
     options.check_folder(output)
     powers = options.to_powers(power)
     opened = open_operator(operator)
-    found = find_images(images or [builtin_photo()], exclude=output)
+    found = open_pictures(images or [builtin_photo()], exclude=output)
     jobs = make_jobs(found, settings.seed, 1)
     inverter = open_inverter(settings)
     applied = apply_operator(opened, inverter, jobs, powers, name=operator, progress=True)

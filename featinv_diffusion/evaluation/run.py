@@ -350,9 +350,9 @@ def _to_set(data: Data) -> ImageSet:
 def _content_of(picture: Picture) -> str:
     if isinstance(picture, str | Path):
         return fingerprint([picture]) if Path(picture).is_file() else ""
-    values = picture if isinstance(picture, Tensor) else np.asarray(picture)
-    content = torch.as_tensor(values).contiguous().cpu().numpy().tobytes()
-    return hashlib.sha256(f"{values.dtype} {tuple(values.shape)}\n".encode() + content).hexdigest()
+    array = np.asarray(picture.cpu() if isinstance(picture, Tensor) else picture)
+    shape = f"{array.dtype} {array.shape}\n".encode()
+    return hashlib.sha256(shape + array.tobytes()).hexdigest()
 
 
 def _sampling_of(inverter: Inverter, seed: int, batch_size: int) -> SampleSettings:

@@ -96,7 +96,9 @@ class EvaluationSettings:
 
     def content(self) -> dict[str, Any]:
         """Returns all values by name, as files record them."""
-        return {name: v for name, v in to_flat(self).items() if name != "n_samples"}
+        values = {**to_flat(self), "evaluated_by": list(self.evaluated_by)}
+        del values["n_samples"]
+        return values
 
     def identity(self) -> dict[str, Any]:
         """Returns what a run that is taken up again must share.

@@ -25,8 +25,10 @@ from torch.nn import functional as F
 
 from featinv_diffusion.backbones.traced import to_meta
 from featinv_diffusion.data.boxes import (
+    BoxedImages,
     coco_annotations,
     crop_boxes,
+    open_boxed_images,
 )
 from featinv_diffusion.data.crops import Crop, DataConfig, split_held_back
 from featinv_diffusion.data.sets import open_images

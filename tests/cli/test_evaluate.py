@@ -420,3 +420,14 @@ def test_photos_of_any_size_are_squares_of_their_centre(featinv: Featinv, tmp_pa
     assert featinv("evaluate", "--data", folder, "-o", "out").code == 0
     digests = pq.read_table("out/per_image.parquet")["original_sha256"].to_pylist()
     assert digests[0] == digests[1]
+
+
+def test_a_script_gives_what_the_command_gives(featinv: Featinv, table: Path):
+    options = ("--per-class", 2, "--seed", 3, "--shard-size", 4, "--n-null-images", 2)
+    assert featinv("evaluate", "--data", table, *options, "-o", "out").code == 0
+    inverter = featinv_diffusion.load_inverter("tiny/convnext")
+    result = featinv_diffusion.evaluate(
+        inverter, table, per_class=2, seed=3, shard_size=4, n_null_images=2
+    )
+    assert without_command(result.metrics) == without_command(load("out"))
+    assert str(result.rows()) == str(pq.read_table("out/per_image.parquet").to_pylist())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import featinv_diffusion
 from featinv_diffusion.images import read_image
@@ -179,6 +181,29 @@ def test_other_images_may_not_join_a_run(monkeypatch, capsys, arguments, photos,
     assert "n_images: 7 → 4" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("what", ["weights", "picture"])
+def test_other_weights_or_contents_may_not_join_a_run(
+    monkeypatch, capsys, photos: Path, saved_pipeline: Path, tmp_path: Path, what: str
+):
+    folder, pictures = tmp_path / "pipeline", tmp_path / "some"
+    shutil.copytree(saved_pipeline, folder)
+    shutil.copytree(photos / "class1", pictures)
+    arguments = [str(pictures), "--pipeline", str(folder), "--steps", "1"]
+    assert run_here(monkeypatch, arguments, tmp_path / "out") == 0
+    before = (tmp_path / "out" / "manifest.json").read_bytes()
+    if what == "weights":
+        weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
+        state = load_file(weights)
+        state["decoder.conv_out.bias"][0] += 1e-3
+        save_file(state, weights)
+    else:
+        Image.new("RGB", (64, 64), "red").save(pictures / "1.png")
+    assert run_here(monkeypatch, arguments, tmp_path / "out") == 2
+    key = {"weights": "pipeline_sha256", "picture": "data_fingerprint"}[what]
+    assert f"({key}: " in capsys.readouterr().err
+    assert (tmp_path / "out" / "manifest.json").read_bytes() == before
+
+
 def test_bad_pictures_are_listed_and_the_rest_is_finished(
     monkeypatch, capsys, arguments, photos: Path, tmp_path: Path
 ):
@@ -199,6 +224,7 @@ def test_nothing_but_bad_pictures(monkeypatch, capsys, arguments, tmp_path: Path
     (tmp_path / "bad" / "a.png").touch()
     assert run_here(monkeypatch, [str(tmp_path / "bad"), *arguments[1:]], tmp_path / "out") == 2
     assert "a.png" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_processes_that_do_not_form_a_group_are_refused(

@@ -1,0 +1,163 @@
+"""`evaluate` in Python: pictures of any kind, any inverter, and a result that shows itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from accelerate.state import AcceleratorState
+from PIL import Image
+
+import featinv_diffusion as fi
+from featinv_diffusion.data.sets import open_images
+from featinv_diffusion.errors import InputError
+from featinv_diffusion.evaluation.evaluator import Evaluator
+from featinv_diffusion.evaluation.report import to_markdown
+from featinv_diffusion.evaluation.run import Evaluation, evaluate
+from featinv_diffusion.images import to_pil
+from featinv_diffusion.inverters import DiffusionInverter
+from tests import tiny
+
+N = 3
+QUICK = {"n_null_images": 1, "batch_size": 2}
+
+
+@pytest.fixture(scope="module")
+def inverter() -> DiffusionInverter:
+    return DiffusionInverter(tiny.make_pipeline(), num_inference_steps=1)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    for name, picture in zip("abc", to_pil(tiny.make_images(N)), strict=True):
+        picture.resize((90, 70)).save(folder / f"{name}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(inverter, photos: Path) -> Evaluation:
+    return evaluate(inverter, photos, **QUICK)
+
+
+def columns(result: Evaluation) -> str:
+    """The figures without ids and seeds, as text, in which NaN are equal."""
+    return str({name: result.table[name].to_pylist() for name in result.table.column_names[3:]})
+
+
+def test_it_is_found_where_the_package_says():
+    assert fi.evaluate is evaluate
+    assert fi.Evaluation is Evaluation
+
+
+def test_a_folder_needs_no_accelerator_and_leaves_nothing(inverter, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    result = evaluate(inverter, str(photos), **QUICK)
+    assert not AcceleratorState._shared_state
+    assert not list(tmp_path.iterdir())
+    assert [row["id"] for row in result.rows()] == [row["id"] for row in result.table.to_pylist()]
+    assert {row["id"] for row in result.rows()} == {"a.png", "b.png", "c.png"}
+    assert result.metrics["cosine"]["n"] == N
+    assert result.metrics["cosine"]["nulls"]["prior_only"]["n"] == 1
+
+
+def test_it_shows_itself(whole: Evaluation):
+    assert whole.summary().startswith("3 images: cosine ")
+    assert repr(whole) == f"Evaluation: {whole.summary()}"
+    assert whole._repr_markdown_() == to_markdown(whole.metrics)
+    assert "a pipeline that was built by hand" in whole._repr_markdown_()
+    assert "1 steps of ddim, guidance text 1.75" in whole._repr_markdown_()
+    (axes,) = whole.figure().axes
+    names = [label.get_text() for label in axes.get_xticklabels()]
+    assert names == [
+        "reconstruction",
+        "other image",
+        "permuted cells",
+        "prior only",
+        "vae round trip",
+        "resized original",
+    ]
+    assert axes.patches[0].get_height() == whole.metrics["cosine"]["value"]
+
+
+def test_it_is_saved_as_the_command_writes_it(whole: Evaluation, tmp_path: Path):
+    whole.save(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == whole.metrics
+    assert (tmp_path / "out" / "metrics.md").read_text() == to_markdown(whole.metrics)
+    table = pq.read_table(tmp_path / "out" / "per_image.parquet")
+    assert str(table.to_pydict()) == str(whole.table.to_pydict())
+
+
+@pytest.mark.parametrize("kind", ["paths", "image_set"])
+def test_paths_and_image_sets_are_as_the_folder(inverter, photos: Path, whole, kind: str):
+    images = open_images(str(photos), "validation")
+    data = images if kind == "image_set" else [photos / name for name in images.ids]
+    result = evaluate(inverter, data, **QUICK)
+    assert columns(result) == columns(whole)
+    assert result.metrics["data"]["name"] == "pictures given in Python"
+
+
+@pytest.mark.parametrize("kind", ["PIL", "array", "tensor"])
+def test_pictures_in_memory_are_the_same_whatever_holds_them(inverter, kind: str):
+    images = tiny.make_images(2)
+    pictures = to_pil(images)
+    given = {"PIL": pictures, "array": np.stack([np.asarray(p) for p in pictures])}
+    result = evaluate(inverter, given.get(kind, images), **QUICK)
+    assert [row["id"] for row in result.rows()] == ["picture-00001", "picture-00000"]
+    assert columns(result) == columns(evaluate(inverter, pictures, **QUICK))
+
+
+def test_one_picture_alone_and_two_of_one_name(inverter, photos: Path, tmp_path: Path):
+    picture = Image.open(photos / "a.png")
+    assert evaluate(inverter, picture, **QUICK).metrics["n_images"] == 1
+    picture.save(tmp_path / "a.png")
+    twice = evaluate(inverter, [photos / "a.png", tmp_path / "a.png"], **QUICK).rows()
+    assert {row["id"] for row in twice} == {"0/a.png", "1/a.png"}
+    assert twice[0]["seed"] == twice[1]["seed"]
+    assert twice[0]["cosine"] == pytest.approx(twice[1]["cosine"], abs=1e-4)
+
+
+def test_a_picture_that_cannot_be_read_is_a_failure(inverter, photos: Path):
+    result = evaluate(inverter, [photos / "a.png", photos / "none.png"], **QUICK)
+    assert [failure["id"] for failure in result.metrics["failures"]] == ["none.png"]
+    with pytest.raises(InputError, match=r"No image could be evaluated\.\nA picture must be"):
+        evaluate(inverter, [photos / "none.png"], **QUICK)
+    with pytest.raises(InputError, match="at least one picture to evaluate, got none"):
+        evaluate(inverter, [])
+
+
+def test_a_folder_to_write_to_is_gone_on_with(inverter, photos: Path, whole, tmp_path, monkeypatch):
+    first = evaluate(inverter, photos, output=tmp_path / "out", shard_size=2, **QUICK)
+    assert (tmp_path / "out" / "metrics.json").is_file()
+    monkeypatch.setattr(Evaluator, "run", None)  # nothing is sampled again
+    again = evaluate(inverter, photos, output=tmp_path / "out", shard_size=2, **QUICK)
+    assert again.metrics == first.metrics
+    with pytest.raises(InputError, match=r"\(seed: 0 → 1\)"):
+        evaluate(inverter, photos, seed=1, output=tmp_path / "out", shard_size=2, **QUICK)
+
+
+def test_pictures_in_memory_that_changed_may_not_join_a_run(inverter, tmp_path: Path):
+    images = tiny.make_images(2)
+    evaluate(inverter, images, output=tmp_path, **QUICK)
+    images[0] = 1 - images[0]
+    with pytest.raises(InputError, match="data_fingerprint: "):
+        evaluate(inverter, images, output=tmp_path, **QUICK)
+
+
+def test_a_deterministic_inverter_has_no_prior(photos: Path):
+    inverter = fi.load_inverter("vit", stage="blocks.2", device="cpu")
+    result = evaluate(inverter, photos, n_null_images=1, per_class=None)
+    assert result.metrics["settings"]["inverter"] == "vit"
+    assert result.metrics["cosine"]["nulls"]["prior_only"] is None
+    assert len(result.figure().axes[0].patches) == 4
+
+
+def test_what_the_inverter_decides_and_unknown_options_are_refused(inverter, photos: Path):
+    with pytest.raises(InputError, match="The inverter decides steps: give that to load_inverter"):
+        evaluate(inverter, photos, steps=5)
+    with pytest.raises(InputError, match="did you mean 'per_class'"):
+        evaluate(inverter, photos, per_clas=5)
