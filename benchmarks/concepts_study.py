@@ -28,10 +28,10 @@ from featinv_diffusion.images import center_square, to_tensor
 from featinv_diffusion.inverters.base import Inverter
 from featinv_diffusion.inverters.open import open_inverter
 from featinv_diffusion.metrics.statistics import bootstrap_mean
-from featinv_diffusion.runs.sampling import backbone_of, batched
+from featinv_diffusion.runs.sampling import batched
 from featinv_diffusion.seeds import derive_seed
 from featinv_diffusion.settings import SampleSettings
-from featinv_diffusion.studies.featinv_viz import high_cells, measure_concept, summarise
+from featinv_diffusion.studies.featinv_viz import show_concept
 
 COLUMNS = {
     "effect": "concept map",
@@ -68,7 +68,8 @@ def main() -> None:
     quiet_libraries()
     backbone = None if arguments.pipeline else arguments.backbone
     settings = SampleSettings(pipeline=arguments.pipeline, backbone=backbone)
-    inverter, settings = open_inverter(settings)
+    inverter = open_inverter(settings)
+    settings = inverter.settings or settings
     data = open_images(arguments.data, "validation")
     rows: list[dict[str, Any]] = []
     for name in arguments.classes.split(","):
@@ -88,7 +89,7 @@ def measure_class(
     inverter: Inverter, data: ImageSet, name: str, arguments: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
     """Yields one row per visualised picture and concept."""
-    backbone = backbone_of(inverter)
+    backbone = inverter.require_backbone()
     names = list(data.class_names or ())
     chosen = [i for i, label in enumerate(data.labels or ()) if names[label] == name]
     if len(chosen) <= arguments.n_images:
@@ -98,12 +99,13 @@ def measure_class(
     features = encode(backbone, data, chosen[: -arguments.n_images])
     concepts = MCD(arguments.n_concepts, spec=backbone.spec)
     concepts.fit(features, direction=read_head(backbone).direction(target).float().cpu())
+    concepts.origin = {"class_index": target}
     print(f"{name}: concepts in {time.perf_counter() - start:.0f} s", file=sys.stderr)
     for i in chosen[-arguments.n_images :]:
         maps = encode(backbone, data, [i]).to(backbone.device)
         seeds = [derive_seed(arguments.seed, data.ids[i], j) for j in range(arguments.n_samples)]
         for k in range(arguments.n_concepts):
-            figures = measure_one(inverter, concepts, maps, k, target, seeds, arguments)
+            figures = measure_one(inverter, concepts, maps, k, seeds, arguments)
             yield {"class": name, "image": data.ids[i], "concept": k, **figures}
         print(f"{data.ids[i]} at {time.perf_counter() - start:.0f} s", file=sys.stderr)
 
@@ -126,25 +128,22 @@ def measure_one(
     concepts: ConceptDictionary,
     features: Tensor,
     concept: int,
-    target: int,
     seeds: Sequence[int],
     arguments: argparse.Namespace,
 ) -> dict[str, Any]:
-    found = measure_concept(
+    found = show_concept(
         inverter,
         features,
-        concepts.part(features, concept),
-        arguments.factor,
-        seeds,
+        concepts,
+        concept=concept,
+        factor=arguments.factor,
+        film=[],
         n_directions=arguments.n_directions,
-        class_index=target,
+        seeds=seeds,
     )
-    activation = concepts.activations(features)[0, concept].cpu()
-    figures = summarise(found, high_cells(activation))
-    at = dict(zip(figures["factors"], figures["class_probabilities"], strict=True))
-    return figures | {
-        "probability_before": at[1.0],
-        "probability_after": at[arguments.factor],
+    return found.main_figures() | {
+        "probability_before": found.before.mean_probability,
+        "probability_after": found.after.mean_probability,
     }
 
 

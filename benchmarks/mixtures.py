@@ -17,13 +17,10 @@ import torch
 from featinv_diffusion.data.selection import Item, select_items
 from featinv_diffusion.data.sets import open_images
 from featinv_diffusion.evaluation.settings import EvaluationSettings
-from featinv_diffusion.features import box_mask
 from featinv_diffusion.images import center_square, to_tensor
-from featinv_diffusion.inverters.open import open_inverter
+from featinv_diffusion.inverters.open import load_inverter
 from featinv_diffusion.metrics import feature_cosine
 from featinv_diffusion.metrics.statistics import bootstrap_mean
-from featinv_diffusion.runs.sampling import backbone_of
-from featinv_diffusion.settings import SampleSettings
 from featinv_diffusion.studies.composition import compose
 from featinv_diffusion.studies.interpolation import sample_mixtures
 from featinv_diffusion.types import Features
@@ -58,15 +55,14 @@ def main() -> None:
 
     settings = EvaluationSettings(data=arguments.data)
     images = open_images(arguments.data, settings.split, None)
-    inverter, _ = open_inverter(SampleSettings(pipeline=arguments.pipeline))
-    backbone = backbone_of(inverter)
+    inverter = load_inverter(arguments.pipeline)
+    backbone = inverter.require_backbone()
 
     @torch.no_grad()
     def encode(item: Item) -> Features:
         square = center_square(images.read(item.index), max(backbone.input_size))
         return backbone.features(to_tensor(square).to(backbone.device))
 
-    mask = box_mask(BOX, backbone.spec.grid)
     cosines: list[list[float]] = []
     natural: list[float] = []
     inside: list[float] = []
@@ -81,7 +77,7 @@ def main() -> None:
         natural.append(float(feature_cosine(*maps)))
         weights = [(weight, 1 - weight) for weight in WEIGHTS]
         cosines.append(sample_mixtures(inverter, maps, weights, [first.seed]).cosine[:, 0].tolist())
-        composed = compose(inverter, *maps, mask, [first.seed])
+        composed = compose(inverter, *maps, box=BOX, seeds=[first.seed])
         assert composed.change_inside is not None
         assert composed.change_outside is not None
         inside += composed.change_inside

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from featinv_diffusion.inverters.open import list_inverters, load_inverter
     from featinv_diffusion.runs.samples import Samples, sample
     from featinv_diffusion.studies.composition import Composition, compose
-    from featinv_diffusion.studies.concepts import find_concepts
+    from featinv_diffusion.studies.concepts import FoundConcepts, find_concepts
     from featinv_diffusion.studies.featinv_viz import ConceptViz, show_concept
     from featinv_diffusion.studies.interpolation import Interpolation, interpolate
     from featinv_diffusion.studies.operators import fit_operator
@@ -51,6 +51,7 @@ _MODULES = {
     "FeatureControlNet": "diffusion.featinv_controlnet",
     "FeatureMaps": "types",
     "FeatureSpec": "types",
+    "FoundConcepts": "studies.concepts",
     "InputError": "errors",
     "Interpolation": "studies.interpolation",
     "Inverter": "inverters.base",
@@ -86,6 +87,7 @@ __all__ = [
     "FeatureControlNet",
     "FeatureMaps",
     "FeatureSpec",
+    "FoundConcepts",
     "InputError",
     "Interpolation",
     "Inverter",
