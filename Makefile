@@ -4,13 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: sample test test-slow lint clean
+.PHONY: sample test coverage test-slow lint clean
 
 sample: $(VENV)/installed
 	$(BIN)/featinv sample --output outputs/sample
 
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" --cov --cov-report=term
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
+
+coverage: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not gpu" --cov --cov-report=term
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m "slow and not gpu"

@@ -24,22 +24,20 @@ from pyarrow import parquet
 from torch import Tensor
 
 from featinv_diffusion.backbones import load_backbone
-from featinv_diffusion.class_embedding import Anatomy, read_anatomy, read_images, record
-from featinv_diffusion.class_embedding.measures import chance_identifiability
-from featinv_diffusion.class_embedding.pictures import draw_identifiability, draw_removal
-from featinv_diffusion.class_embedding.probes import fit_probes
-from featinv_diffusion.class_embedding.study import (
+from featinv_diffusion.class_embedding.anatomy import Anatomy, read_anatomy, record
+from featinv_diffusion.class_embedding.images import (
     Batch,
     FindMask,
-    MemoryTables,
-    Tally,
     TokenImages,
-    TokenSettings,
     box_token_mask,
-    measure_tokens,
     open_token_images,
-    read_batches,
 )
+from featinv_diffusion.class_embedding.measures import MemoryTables, Tally, chance_identifiability
+from featinv_diffusion.class_embedding.pictures import draw_identifiability, draw_removal
+from featinv_diffusion.class_embedding.probes import fit_probes
+from featinv_diffusion.class_embedding.reading import read_images
+from featinv_diffusion.class_embedding.settings import TokenMeasures
+from featinv_diffusion.class_embedding.study import measure_tokens
 from featinv_diffusion.evaluation.report import to_cell
 from featinv_diffusion.figures.board import write_figure
 from featinv_diffusion.metrics.statistics import bootstrap_difference, bootstrap_mean
@@ -107,7 +105,7 @@ def read_boxes(data: str, images: TokenImages, anatomy: Anatomy) -> FindMask | N
 
 
 def compare_probes(
-    anatomy: Anatomy, train: TokenImages, test: TokenImages, settings: TokenSettings
+    anatomy: Anatomy, train: TokenImages, test: TokenImages, settings: TokenMeasures
 ) -> dict[str, list[dict[str, Any]]]:
     """Top-1 of image tokens by the class embedding and by a probe at each token, with intervals."""
     collected = {
@@ -130,23 +128,23 @@ def compare_probes(
     return found
 
 
-def collect(anatomy: Anatomy, images: TokenImages, settings: TokenSettings) -> list[Tensor]:
+def collect(anatomy: Anatomy, images: TokenImages, settings: TokenMeasures) -> list[Tensor]:
     """Returns the image tokens of all images, one `[n, patches, d]` for each state, in float16."""
     parts: list[list[Tensor]] = []
-    for batch in read_batches(images, anatomy, settings):
+    for batch in images.batches(anatomy.backbone, settings.batch_size):
         states = record(anatomy, batch.images, frozenset({"states"})).states
         parts.append([x[:, anatomy.n_prefix :].half() for x in states])
     return [torch.cat(block) for block in zip(*parts, strict=True)]
 
 
-def time_both(anatomy: Anatomy, images: TokenImages, settings: TokenSettings) -> dict[str, Any]:
+def time_both(anatomy: Anatomy, images: TokenImages, settings: TokenMeasures) -> dict[str, Any]:
     """CPU seconds of all measures in one pass and of a pass for each, side by side by batch.
 
     CPU seconds of this process, for others may compete for the cores.
     """
     tables = MemoryTables.of(anatomy)
     seconds = {"one pass": 0.0, **dict.fromkeys(REPEATED, 0.0)}
-    for number, batch in enumerate(read_batches(images, anatomy, settings)):
+    for number, batch in enumerate(images.batches(anatomy.backbone, settings.batch_size)):
         if number == 0:
             read_images(anatomy, batch.images, batch.labels)  # not counted: first use of kernels
         seconds["one pass"] += clock(read_and_tally, anatomy, tables, batch)
@@ -451,7 +449,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     every = open_token_images(arguments.data, anatomy.backbone)
     probe, rest = split_images(every, arguments.n_probe)
     train, test = subset(every, probe), subset(every, rest[: arguments.n_images])
-    settings = TokenSettings(batch_size=arguments.batch_size)
+    settings = TokenMeasures(batch_size=arguments.batch_size)
     m = read_raw(arguments)
     if "identifiability_rate" not in m:
         say(f"one pass, ablations, null and context of {len(test)} images")
@@ -478,7 +476,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def perturb(
-    anatomy: Anatomy, images: TokenImages, settings: TokenSettings, arguments: argparse.Namespace
+    anatomy: Anatomy, images: TokenImages, settings: TokenMeasures, arguments: argparse.Namespace
 ) -> dict[str, Any]:
     settings = replace(
         settings, perturbation=True, n_points=arguments.n_points, n_random=arguments.n_random

@@ -21,7 +21,7 @@ from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from featinv_diffusion.config import load_config
-from featinv_diffusion.data.crops import load_records, to_images
+from featinv_diffusion.data.crops import open_training_images, to_images
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
 from featinv_diffusion.training import controlnet as training
 from featinv_diffusion.training.entry import make_datasets
@@ -77,7 +77,7 @@ def main() -> None:
         ],
     )
     parts = training.load_frozen_parts(config.model)
-    train, held = make_datasets(load_records(config.data), config.data, 0)
+    train, held = make_datasets(open_training_images(config.data), config.data, 0)
     controlnet = training.make_controlnet(config.model, parts)
     networks = {
         "unet": parts.unet,

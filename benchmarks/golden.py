@@ -20,6 +20,7 @@ import argparse
 import difflib
 import fnmatch
 import hashlib
+import importlib
 import importlib.metadata
 import importlib.util
 import io
@@ -27,6 +28,7 @@ import json
 import os
 import platform
 import re
+import resource
 import shlex
 import shutil
 import subprocess
@@ -51,22 +53,19 @@ TIMEOUT = 300
 """Seconds that a case may take."""
 
 SCRIPTS = {
+    "autoencoder": "train/autoencoder.py",
+    "classifier": "train/classifier.py",
+    "contrastive": "train/contrastive.py",
+    "controlnet": "train/controlnet.py",
+    "detector": "train/detector.py",
+    "inverter": "train/inverter.py",
     "reconstruct": "sample/reconstruct.py",
+    "text_to_image": "train/text_to_image.py",
     "tiny": "train/tiny.py",
-    **{
-        name: f"train/{name}.py"
-        for name in (
-            "autoencoder",
-            "classifier",
-            "contrastive",
-            "controlnet",
-            "detector",
-            "inverter",
-            "text_to_image",
-        )
-    },
 }
-"""The scripts of a checkout by the name that cases call them."""
+"""The scripts of a checkout by the names that cases call them."""
+HELPED = ("reconstruct", "controlnet", "tiny")
+"""Scripts whose `--help` is recorded: those in train/ share their options."""
 
 COMMANDS = (
     *("sample", "interpolate", "compose", "variability", "concepts", "viz", "replay", "evaluate"),
@@ -86,9 +85,10 @@ class Case:
 
     Args:
         name: `KIND:NAME`.
-        command: begins with `featinv` or `script NAME`. In it {data} are the inputs, {models}
-            random models, {run} the folder in which the training scripts run, {tiny} the bundled
-            family, {done}/KIND/NAME the output folder of another case and {out} that of this one.
+        command: begins with `featinv`, `script NAME` or a command of this script. In it {data} are
+            the inputs, {models} random models, {run} the folder in which the training scripts run,
+            {tiny} the bundled family, {done}/KIND/NAME the output folder of another case and {out}
+            that of this one.
         needs: names of cases that must have run before.
         output: folder that is read afterwards.
         files: pattern of the files in it that are recorded.
@@ -134,7 +134,6 @@ def sample_cases() -> list[Case]:
             + FEW,
         ),
         case("sample:once-siglip2", f"{once} siglip2"),
-        case("sample:once-siglip", f"{once} siglip"),
         case("sample:once-vit", f"{once} vit --stage blocks.2"),
         case("sample:once-detr", f"{once} detr --stage decoder"),
         case("sample:once-rae", f"{once} rae --pipeline {{models}}/rae", "input:models"),
@@ -159,7 +158,6 @@ def sample_cases() -> list[Case]:
             "replay {done}/sample/once-detr/manifest.json --output {out}",
             "sample:once-detr",
         ),
-        case("replay:odd", "replay {done}/sample/odd --output {out}", "sample:odd"),
     ]
 
 
@@ -203,7 +201,7 @@ def study_cases() -> list[Case]:
         case("concepts:kmeans", f"{concepts} --method kmeans --layer stages.1"),
         case(
             "concepts:nmf",
-            f"{concepts} --method nmf --n-concepts 2 --backbone tiny/resnet --figure seen.svg",
+            f"{concepts} --method nmf --backbone tiny/resnet --figure seen.svg",
         ),
         case(
             "concepts:directions",
@@ -225,7 +223,6 @@ def study_cases() -> list[Case]:
             "replay {done}/interpolate/mixed --output {out}",
             "interpolate:mixed",
         ),
-        case("replay:viz", "replay {done}/viz/photo --output {out}", "viz:photo"),
     ]
 
 
@@ -325,7 +322,6 @@ def pipeline_cases() -> list[Case]:
     original = "{done}/convert/reverse/back"
     return [
         case("layers:convnext", "layers convnext"),
-        case("layers:vit", "layers vit"),
         case("layers:tiny-siglip2", "layers tiny/siglip2"),
         case(
             "layers:folder",
@@ -595,14 +591,10 @@ def error_cases() -> list[Case]:
         "no-samples": f"sample {PHOTO} --n-samples 0 --output {{out}}",
         "absent-device": f"{sample} --device cuda",
         "output-is-a-file": f"sample {PHOTO} --inverter siglip --output {{data}}/text.txt",
-        "unknown-option": "sample --nothing 1",
         "box-of-two": f"compose {mix} --box 0,1",
-        "box-of-words": f"compose {mix} --box a,b,c,d",
         "no-region": f"compose {mix}",
         "weights-of-words": f"interpolate {mix} --weights half",
-        "weights-too-large": f"interpolate {mix} --weights 0,2",
         "concepts-method": "concepts {data}/classes --method mdc --output {out}/c.safetensors",
-        "evaluate-no-data": "evaluate --output {out}",
         "evaluate-too-many": f"{evaluate} --n-images 99",
         "evaluate-tar": "evaluate --data {data}/pictures.tar --output {out}",
         "evaluate-split": "evaluate --data {data}/tables --split test --output {out}",
@@ -610,10 +602,7 @@ def error_cases() -> list[Case]:
         "replay-missing": "replay {data}/nothing --output {out}",
         "classemb-no-vit": f"classemb {PHOTO} --backbone tiny/resnet --output {{out}}",
         "analyze-name": "analyze stage --output {out}",
-        "analyze-no-inverter": "analyze stages --data {data}/classes --output {out}",
         "analyze-one-encoder": "analyze encoders --inverter siglip --data {data}/classes",
-        "operator-operation": "operator fit --backbone tiny/vit --operation swop "
-        "--data {data}/classes --output {out}/o.safetensors",
         "operator-features": f"operator apply {PHOTO} --operator {swap} --inverter vit "
         "--output {out}",
         "layers-unknown": "layers convnect",
@@ -625,8 +614,6 @@ def error_cases() -> list[Case]:
         "train-no-data": f"{CONTROLNET} run.output={{out}}",
         "train-no-folder": f"{CONTROLNET} data.root={{data}}/nothing run.output={{out}}",
         "train-family": "script inverter model.family=dtr run.output={out}",
-        "train-batch": f"{CONTROLNET} data.root={{data}}/classes optim.batch_size=99 "
-        "run.output={out}",
     }
     return [
         *(case(f"error:{name}", command) for name, command in commands.items()),
@@ -647,9 +634,9 @@ def error_cases() -> list[Case]:
 
 
 def help_cases() -> list[Case]:
-    """`--help` of every command and script."""
+    """`--help` of every command and of some scripts."""
     commands = [case(f"help:{name.replace(' ', '-')}", f"{name} --help") for name in COMMANDS]
-    scripts = [Case(f"help:script-{name}", f"script {name} --help") for name in SCRIPTS]
+    scripts = [Case(f"help:script-{name}", f"script {name} --help") for name in HELPED]
     return [case("help:featinv", "--help"), case("help:version", "--version"), *commands, *scripts]
 
 
@@ -667,6 +654,7 @@ def all_cases() -> list[Case]:
         *reconstruct_cases(),
         *evaluation_cases(),
         *error_cases(),
+        Case("import:benchmarks", "imports {tree}/benchmarks"),
         *help_cases(),
     ]
     seen: set[str] = set()
@@ -958,6 +946,22 @@ def make_models(folder: Path) -> None:
     ).save_pretrained(folder / "rae")
 
 
+def import_all(folder: Path) -> int:
+    """Imports each module of a folder and prints whether that went well.
+
+    Runs as a process of its own, on the checkout that PYTHONPATH names.
+    """
+    sys.path.insert(0, str(folder))
+    for path in sorted(folder.glob("*.py")):
+        if path.stem != Path(__file__).stem:
+            try:
+                importlib.import_module(path.stem)
+                print(f"{path.stem} can be imported")
+            except Exception as error:
+                print(f"{path.stem}: {type(error).__name__}: {error}")
+    return 0
+
+
 # ---- running -----------------------------------------------------------------------------------
 
 
@@ -1028,8 +1032,8 @@ def to_arguments(one: Case, places: Places) -> list[str]:
     program, *arguments = words
     if program == "featinv":
         return [sys.executable, "-m", "featinv_diffusion", *arguments]
-    if program == "models":
-        return [sys.executable, str(Path(__file__).resolve()), "models", *arguments]
+    if program in ("models", "imports"):
+        return [sys.executable, str(Path(__file__).resolve()), program, *arguments]
     name, *arguments = arguments
     return [sys.executable, str(places.tree / SCRIPTS[name]), *arguments]
 
@@ -1116,6 +1120,7 @@ def read_file(path: Path, places: Places) -> Any:
         ".safetensors": read_tensors,
         ".ckpt": read_checkpoint,
         ".npy": read_array,
+        ".npz": read_arrays,
         ".md": read_text,
         ".yaml": read_text,
         ".txt": read_text,
@@ -1156,7 +1161,15 @@ def read_text(path: Path, places: Places) -> list[str]:
 
 
 def read_array(path: Path, places: Places) -> str:
-    values = np.load(path)
+    return describe_array(np.load(path))
+
+
+def read_arrays(path: Path, places: Places) -> dict[str, str]:
+    with np.load(path) as arrays:
+        return {name: describe_array(arrays[name]) for name in sorted(arrays)}
+
+
+def describe_array(values: np.ndarray) -> str:
     return f"{values.dtype} {list(values.shape)} {digest(np.ascontiguousarray(values).tobytes())}"
 
 
@@ -1273,7 +1286,11 @@ def record(arguments: argparse.Namespace) -> int:
             content["cases"][one.name]["same_final"] = have_same_final(content["cases"], one)
     write_record(content, [one.name for one in chosen], output)
     (places.work / "running").unlink()
-    print(f"{len(chosen)} cases in {time.monotonic() - start:.0f} s: {output}")
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    print(
+        f"{len(chosen)} cases in {time.monotonic() - start:.0f} s, "
+        f"{used.ru_utime + used.ru_stime:.0f} s of the CPU: {output}"
+    )
     return 0
 
 
@@ -1468,6 +1485,9 @@ def main() -> int:
     models = commands.add_parser("models", help="Write the random models that cases need.")
     models.add_argument("folder", type=Path)
     models.set_defaults(run=lambda given: make_models(given.folder) or 0)
+    imports = commands.add_parser("imports", help="Import the modules of a folder.")
+    imports.add_argument("folder", type=Path)
+    imports.set_defaults(run=lambda given: import_all(given.folder))
     arguments = parser.parse_args()
     return arguments.run(arguments)
 

@@ -49,7 +49,7 @@ def read_features(data: str, n_images: int, class_index: int | None) -> tuple[Te
     """Features of `n_images`, of one class or evenly of all, and the direction of the class."""
     settings = EvaluationSettings(data=data, n_images=None)
     images = open_images(data, settings.split, None)
-    items = [i for i in select_items(images, settings) if class_index in (None, i.label)]
+    items = [i for i in select_items(images, settings.chosen) if class_index in (None, i.label)]
     backbone = load_backbone("tiny/convnext")
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(len(items), generator=generator)[:n_images].tolist()

@@ -73,7 +73,9 @@ def main() -> None:
     outside: list[float] = []
     pasted: list[float] = []
     unpasted: list[float] = []
-    pairs = list(draw_pairs(select_items(images, settings), arguments.n_pairs, arguments.seed))
+    pairs = list(
+        draw_pairs(select_items(images, settings.chosen), arguments.n_pairs, arguments.seed)
+    )
     for first, second in pairs:
         maps = encode(first), encode(second)
         natural.append(float(feature_cosine(*maps)))

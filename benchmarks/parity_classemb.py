@@ -29,25 +29,23 @@ from PIL import Image
 from torch import Tensor, nn
 
 from featinv_diffusion.backbones import wrap_model
-from featinv_diffusion.class_embedding import (
-    Anatomy,
+from featinv_diffusion.class_embedding import measures
+from featinv_diffusion.class_embedding.anatomy import Anatomy, make_random, read_anatomy, record
+from featinv_diffusion.class_embedding.images import to_input
+from featinv_diffusion.class_embedding.probes import fit_probes
+from featinv_diffusion.class_embedding.reading import (
     Reading,
     attention_rollout_relevance,
-    make_random,
-    measures,
+    negative_probability,
+    read_images,
+    relevance_of,
+)
+from featinv_diffusion.class_embedding.removal import (
     order_by,
     read_ablated,
-    read_anatomy,
-    read_images,
     read_tokens_alone,
-    record,
-    relevance_of,
     removal_curve,
 )
-from featinv_diffusion.class_embedding import measures as memories
-from featinv_diffusion.class_embedding.probes import fit_probes
-from featinv_diffusion.class_embedding.reading import negative_probability
-from featinv_diffusion.class_embedding.study import to_input
 
 NAME, DEPTH, GRID, CLASSES, PER_CLASS, N_CLASSES = "vit_b_32", 12, (7, 7), 1000, 5, 3
 SIZE: dict[str, Any] = {"img_size": 56, "patch_size": 8, "embed_dim": 48, "num_heads": 4}
@@ -294,16 +292,16 @@ def memory_measures(bench: Bench) -> list[Row]:
             memory.compute_key_value_agreement(b, short)
         frame = module.compute_key_value_agr_rate(NAME, short, bench.folder / "results")
         theirs = frame["agreement rate"].to_numpy().reshape(DEPTH, -1).mean(1) / 100
-        agreed = memories.key_value_agreement(
-            activated, memories.class_memories(bench.anatomy, layer), reading.labels
+        agreed = measures.key_value_agreement(
+            activated, measures.class_memories(bench.anatomy, layer), reading.labels
         )
         ours = measures.mean_over_classes(agreed.float().mean(2), reading.labels)
         rows.append(compare(f"key–value agreement, {layer}", theirs, ours))
         memory.compute_composition(BLOCK, short)
         file = bench.folder / f"results/memories/{NAME}/{short}_{BLOCK}_top5_pred-match.pt"
         matched = torch.load(file).flatten(0, 1).any(-1)
-        composed = memories.memory_compositionality(
-            activated, memories.memory_classes(bench.anatomy, layer), points.top
+        composed = measures.memory_compositionality(
+            activated, measures.memory_classes(bench.anatomy, layer), points.top
         )
         rows.append(
             compare(
@@ -312,13 +310,13 @@ def memory_measures(bench: Bench) -> list[Row]:
         )
     for layer, short in (("attention", "attn"), ("mlp", "mlp")):
         frame, p_values, random = memory.compute_class_value_agr(short)
-        ours = memories.class_value_agreement(bench.anatomy, layer)
-        null = memories.class_value_agreement(bench.random, layer)
+        ours = measures.class_value_agreement(bench.anatomy, layer)
+        null = measures.class_value_agreement(bench.random, layer)
         theirs = frame["top-1 logits"].to_numpy().reshape(DEPTH, -1)
         rows.append(compare(f"class–value agreement, {layer}", theirs, ours))
         rows.append(compare(f"its random model, {layer}", random, null.mean(1)))
         rows.append(
-            compare(f"its p-values, {layer}", p_values, memories.agreement_p_values(ours, null))
+            compare(f"its p-values, {layer}", p_values, measures.agreement_p_values(ours, null))
         )
     changed = sum(not torch.equal(before[k], v) for k, v in memory.model.state_dict().items())
     rows.append(("weights that were changed by it", f"{changed} tensors; ours: 0", "in place"))

@@ -172,7 +172,9 @@ def patch_pca_psnr(data: str, n_images: int, factor: int, channels: int) -> floa
     """Mean PSNR of `channels` principal components of factor×factor patches, fitted on the same."""
     settings = EvaluationSettings(data=data, n_images=n_images)
     images = open_images(data, settings.split, None)
-    squares = [center_square(images.read(i.index), 64) for i in select_items(images, settings)]
+    squares = [
+        center_square(images.read(i.index), 64) for i in select_items(images, settings.chosen)
+    ]
     patches = F.unfold(to_tensor(squares), factor, stride=factor).movedim(1, 2)
     cells = patches.flatten(0, 1).double()
     cells = cells - cells.mean(0)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from featinv_diffusion.backbones import list_backbones, load_backbone, wrap_model
     from featinv_diffusion.backbones.base import Backbone
-    from featinv_diffusion.class_embedding import TokenReading, read_tokens
+    from featinv_diffusion.class_embedding.study import TokenReading, read_tokens
     from featinv_diffusion.concepts import ConceptDictionary
     from featinv_diffusion.diffusion.featinv_controlnet import FeatureControlNet
     from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
@@ -56,7 +56,7 @@ _MODULES = {
     "Inverter": "inverters.base",
     "Operator": "features.operators",
     "Samples": "runs.samples",
-    "TokenReading": "class_embedding",
+    "TokenReading": "class_embedding.study",
     "Variability": "studies.variability",
     "compose": "studies.composition",
     "evaluate": "evaluation.run",
@@ -68,7 +68,7 @@ _MODULES = {
     "load_backbone": "backbones",
     "load_inverter": "inverters.open",
     "load_pipeline": "diffusion.hub",
-    "read_tokens": "class_embedding",
+    "read_tokens": "class_embedding.study",
     "sample": "runs.samples",
     "show_concept": "studies.featinv_viz",
     "variability": "studies.variability",

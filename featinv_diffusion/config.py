@@ -1,4 +1,7 @@
-"""YAML plus dotted overrides to a frozen dataclass; unknown keys and wrong types are refused."""
+"""Configs: YAML, by path or by name, plus dotted overrides to a frozen dataclass.
+
+Unknown keys and wrong types are refused.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +18,56 @@ from featinv_diffusion.settings import flat_fields
 
 T = TypeVar("T")
 
+_PACKAGE = Path(__file__).parent
+CONFIGS = next(
+    folder / "configs" for folder in (_PACKAGE, _PACKAGE.parent) if (folder / "configs").is_dir()
+)
+"""The configs that ship with the package; in a checkout they lie beside it."""
+NAMED = ("controlnet", "evaluation", "inverters")
+"""The folders of them that an installed package has."""
 
-def load_config(cls: type[T], path: str | Path | None = None, overrides: Sequence[str] = ()) -> T:
-    """Builds `cls` from its defaults, then the YAML file, then overrides such as `optim.lr=1e-4`.
+
+def list_configs() -> list[str]:
+    """Returns the names of the configs that ship with the package, such as `controlnet/swin`."""
+    return sorted(
+        f"{folder}/{path.stem}" for folder in NAMED for path in (CONFIGS / folder).glob("*.yaml")
+    )
+
+
+def find_config(name: str | Path) -> Path:
+    """Returns the file that a path or a name such as `controlnet/convnext` means.
+
+    Raises:
+        InputError: neither a file nor a name of `list_configs`, with or without `.yaml`.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    key = str(name).removesuffix(".yaml")
+    if key not in list_configs():
+        raise InputError(
+            f"A config must be a YAML file or a name, but there is no file at {str(name)!r}; "
+            f"{choices_hint(key, list_configs())}"
+        )
+    return CONFIGS / f"{key}.yaml"
+
+
+def load_config(cls: type[T], name: str | Path | None = None, overrides: Sequence[str] = ()) -> T:
+    """Builds `cls` from its defaults, then a YAML file, then overrides such as `optim.lr=1e-4`.
+
+    Args:
+        name: a file or a name, see `find_config`.
 
     Raises:
         InputError: unknown key (the nearest is named), wrong type, unreadable file.
     """
     config = OmegaConf.structured(cls)
-    if path is not None:
-        config = _merge(config, _read_yaml(Path(path)), f"config file {path}")
+    if name is not None:
+        path = find_config(name)
+        config = _merge(config, _read_yaml(path), f"config file {path}")
     for override in overrides:
         if "=" not in override:
-            raise InputError(f"An override must read key=value, but {override!r} came.")
+            raise InputError(f"An override must read key=value, got {override!r}.")
         config = _merge(config, _read_override(override), f"override {override!r}")
     try:
         return OmegaConf.to_object(config)  # pyright: ignore[reportReturnType]
@@ -35,15 +75,19 @@ def load_config(cls: type[T], path: str | Path | None = None, overrides: Sequenc
         raise InputError(f"The configuration is incomplete: {_first_line(error)}") from error
 
 
-def load_flat(cls: type[T], path: str | Path | None, values: Mapping[str, Any]) -> T:
+def load_flat(cls: type[T], name: str | Path | None, values: Mapping[str, Any]) -> T:
     """Builds settings of `featinv_diffusion.settings` from a YAML file, then values by name.
+
+    Args:
+        name: of a file or a packaged config, see `find_config`.
 
     Raises:
         InputError: unknown key, wrong type, unreadable file, or values that the class refuses.
     """
     config = OmegaConf.structured(cls)
-    if path is not None:
-        content = OmegaConf.to_container(_read_yaml(Path(path)), resolve=False)
+    if name is not None:
+        path = find_config(name)
+        content = OmegaConf.to_container(_read_yaml(path), resolve=False)
         config = _merge(config, _nested(cls, content), f"config file {path}")
     config = _merge(config, _nested(cls, values), "options")
     try:
@@ -68,13 +112,13 @@ def _nested(cls: type, values: Any) -> dict[str, Any]:
     return nested
 
 
-def read_setting(key: str, path: str | Path | None = None, overrides: Sequence[str] = ()) -> Any:
-    """Returns one value of what `load_config` reads, before any class checks it; None without it.
+def read_setting(key: str, name: str | Path | None = None, overrides: Sequence[str] = ()) -> Any:
+    """Returns one value of what `load_config` reads, before a class checks it; None where unset.
 
     Raises:
         InputError: unreadable file, override or value.
     """
-    config = OmegaConf.create() if path is None else _read_yaml(Path(path))
+    config = OmegaConf.create() if name is None else _read_yaml(find_config(name))
     for override in overrides:
         if "=" in override:  # `load_config` refuses what has none
             config = _merge(config, _read_override(override), f"override {override!r}")
@@ -92,8 +136,6 @@ def to_yaml(config: Any) -> str:
 def _read_yaml(path: Path) -> Any:
     try:
         loaded = OmegaConf.load(path)
-    except FileNotFoundError:
-        raise InputError(f"A config file must exist at {path}, but nothing is there.") from None
     except Exception as error:
         raise InputError(f"{path} must be valid YAML: {_first_line(error)}") from error
     if not OmegaConf.is_dict(loaded):

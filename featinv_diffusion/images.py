@@ -7,7 +7,8 @@ import struct
 import unicodedata
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.resources import as_file, files
 from io import BytesIO
 from pathlib import Path
@@ -98,6 +99,16 @@ def _decode(source: Path | BytesIO, name: str) -> Image.Image:
         raise InputError(f"{name} is cut off or corrupt: {error}.") from error
 
 
+@contextmanager
+def without_notes() -> Iterator[None]:
+    """Reads without a line for each picture that loses something, as training does."""
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
 def center_square(image: Image.Image, size: int) -> Image.Image:
     """Scales the shorter side to `size` pixels and cuts the centre square out, in one step.
 
@@ -115,7 +126,7 @@ def to_tensor(images: Image.Image | Sequence[Image.Image]) -> Images:
     batch = [images] if isinstance(images, Image.Image) else images
     if len({(image.size, image.mode) for image in batch}) != 1 or batch[0].mode != "RGB":
         found = ", ".join(f"{image.mode} {image.width}×{image.height}" for image in batch)
-        raise InputError(f"Pictures of a batch must be RGB and of one size, but came: {found}.")
+        raise InputError(f"Pictures of a batch must be RGB and of one size, got {found}.")
     stacked = torch.from_numpy(np.stack([np.asarray(image) for image in batch]))
     return stacked.permute(0, 3, 1, 2).float() / 255
 
@@ -123,7 +134,7 @@ def to_tensor(images: Image.Image | Sequence[Image.Image]) -> Images:
 def to_pil(images: Float[Tensor, "b 3 h w"]) -> list[Image.Image]:
     """Converts a batch in [0, 1] to 8-bit pictures; values beyond are clamped."""
     if not bool(images.isfinite().all()):
-        raise InputError("Images must be finite, but NaN or infinite values came.")
+        raise InputError("Images must be finite, got NaN or infinite values.")
     pixels = (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
     return [Image.fromarray(p) for p in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
@@ -132,22 +143,6 @@ def write_png(image: Image.Image, path: str | Path) -> None:
     """Writes a PNG, whole or not at all; makes the folder where it is missing."""
     with replacing(Path(path)) as partial:
         image.save(partial, format="PNG")
-
-
-def list_images(folder: str | Path) -> list[Path]:
-    """Lists the pictures below a folder by suffix, sorted by path; hidden ones are left out.
-
-    Raises:
-        InputError: no such folder, or no picture in it.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"A folder of pictures must exist at {folder}, but there is none.")
-    found = [p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()]
-    visible = [p for p in found if not any(x.startswith(".") for x in p.relative_to(folder).parts)]
-    if not visible:
-        raise InputError(f"{folder} holds no picture; looked for {', '.join(SUFFIXES)}.")
-    return sorted(visible, key=lambda path: path.relative_to(folder).as_posix())
 
 
 def builtin_photo() -> Path:
@@ -192,6 +187,15 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     return _over_white(image, name) if image.has_transparency_data else image.convert("RGB")
 
 
+def to_upright_rgb(picture: Image.Image) -> Image.Image:
+    """Returns a PIL image as `read_image` gives that of a file: 8-bit RGB, upright.
+
+    Raises:
+        InputError: pixels of 32 bits.
+    """
+    return _to_rgb(_upright(picture), "the picture")
+
+
 def _over_white(image: Image.Image, name: str) -> Image.Image:
     rgba = image.convert("RGBA")
     if rgba.getchannel("A").getextrema() != (255, 255):
@@ -234,27 +238,30 @@ def _read_one(picture: object, size: int) -> tuple[Images, list[Source]]:
     if isinstance(picture, np.ndarray | Tensor):
         images = _from_array(picture)
         return images, [Source("")] * len(images)
-    if isinstance(picture, Image.Image):
-        whole, name, location = _to_rgb(_upright(picture), "the picture"), "", None
-    elif isinstance(picture, str | Path):
-        whole = read_image(picture)
+    name, location = "", None
+    if isinstance(picture, str | Path):
         name, location = picture_id(Path(picture).name), str(Path(picture).absolute())
-    else:
-        raise InputError(
-            "A picture must be a path, a PIL image, an array or a tensor, got "
-            f"{type(picture).__name__}."
-        )
+    whole = as_picture(picture)
     square = center_square(whole, size)
     return to_tensor(square), [Source(name, location, square, whole.size)]
 
 
-def as_picture(picture: Picture) -> Image.Image:
-    """Returns a picture of any kind as `read_image` does, whole; floats are rounded to 8 bits."""
+def as_picture(picture: object) -> Image.Image:
+    """Returns a picture of any kind as `read_image` does, whole; floats are rounded to 8 bits.
+
+    Raises:
+        InputError: a file that cannot be read, or no picture.
+    """
     if isinstance(picture, str | Path):
         return read_image(picture)
     if isinstance(picture, Image.Image):
-        return _to_rgb(_upright(picture), "the picture")
-    return to_pil(_from_array(picture))[0]
+        return to_upright_rgb(picture)
+    if isinstance(picture, np.ndarray | Tensor):
+        return to_pil(_from_array(picture))[0]
+    raise InputError(
+        "A picture must be a path, a PIL image, an array or a tensor, got "
+        f"{type(picture).__name__}."
+    )
 
 
 def _from_array(values: np.ndarray | Tensor) -> Images:

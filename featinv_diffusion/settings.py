@@ -36,6 +36,11 @@ GUIDANCE = ("text", "features")
 ATTENTION = ("native", "xformers")
 DTYPES = ("float32", "float16", "bfloat16")
 OF_PIPELINE = "the pipeline's"
+METHODS = ("mcd", "pca", "nmf", "kmeans", "directions")
+"""Ways to find concepts; `directions` takes them from a file."""
+ENCODINGS = ("least_squares", "projection", "sparse")
+"""Ways to split features over given directions."""
+AUTO = "auto"
 
 
 def option(
@@ -43,6 +48,7 @@ def option(
     help: str,
     *,
     metavar: str | None = None,
+    flag: str | None = None,
     shown: str | bool = True,
     choices: Collection[str] = (),
     least: float | None = None,
@@ -53,6 +59,7 @@ def option(
     Args:
         help: one sentence for `--help`.
         metavar: the shape of the value; the choices by default.
+        flag: the option where it is not named after the field.
         shown: what `--help` gives as the default where the value itself says little.
         choices: the values that `check` allows.
         least, most: the range that `check` allows.
@@ -60,6 +67,7 @@ def option(
     metadata = {
         "help": help,
         "metavar": metavar or ("|".join(choices) if 0 < len(choices) < 5 else None),
+        "flag": flag,
         "shown": shown,
         "choices": tuple(choices),
         "least": least,
@@ -234,3 +242,120 @@ class SampleSettings:
     def is_deterministic(self) -> bool:
         """Whether every sample of a picture would be the same."""
         return self.inverter != DIFFUSION
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which images of a data set are used.
+
+    Args:
+        n_images: drawn evenly over classes; None takes all.
+        per_class: at most so many of each class.
+        held_back_per_class: only the last k images of each class, which training holds back.
+        selection: `random` draws by a hash of the image's id, whatever the seed is; `first` takes
+            the first of each class in the order of ids.
+        n_null_images: images, spread evenly, for the nulls that cost a sample each.
+
+    Raises:
+        InputError: a value out of range.
+    """
+
+    n_images: int | None = option(
+        None, "Number of images, drawn evenly over classes.", shown="all", least=1
+    )
+    per_class: int | None = option(None, "Maximum number of images of each class.", least=1)
+    selection: str = option(
+        "random",
+        "Which images of a class: drawn with a fixed seed, or the first when sorted.",
+        choices=("random", "first"),
+    )
+    held_back_per_class: int = option(
+        0, "Use only the last k images of each class, which training holds back.", least=0
+    )
+    n_null_images: int = option(256, "Images for the nulls that cost a sample each.", least=0)
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True)
+class ConceptSettings:
+    """Which features concepts are found in, and how.
+
+    Raises:
+        InputError: a value out of range, or values that do not go together.
+    """
+
+    backbone: str = option(
+        "tiny/convnext", "Backbone: a bundled name, a timm id, or hf/FOLDER_OR_REPOSITORY."
+    )
+    layer: str = option("last", "Layer that the features come from.")
+    target: str | None = option(
+        None,
+        "Class whose concepts to find.",
+        metavar="NAME_OR_INDEX",
+        flag="--class",
+        shown="the class of most pictures",
+    )
+    method: str | None = option(
+        None,
+        "Method that finds the concepts.",
+        metavar="|".join(METHODS),
+        choices=METHODS,
+        shown="mcd, or directions where a file is given",
+    )
+    n_concepts: str | None = option(
+        None,
+        "Number of concepts; auto takes the fewest that are half complete (mcd only).",
+        metavar="K|auto",
+        shown="3, or all directions of a file",
+    )
+    directions: str | None = option(
+        None,
+        "File with a matrix of one direction per row (CAVs, the decoder of an SAE): .npy, or "
+        ".safetensors with `directions` and perhaps `offset`.",
+        metavar="FILE",
+    )
+    encoding: str = option(
+        "least_squares", "How features split over the directions of a file.", choices=ENCODINGS
+    )
+    max_cells: int = option(
+        20_000, "Cells that mcd draws where there are more; 0 takes all.", least=0
+    )
+    seed: int = option(42, "Random seed of whatever the method draws.", least=0, most=2**32 - 1)
+    batch_size: int = option(32, "Pictures per batch of the backbone.", least=1)
+    device: str = option("auto", "Device to compute on: auto, cpu, cuda, cuda:1, mps …")
+
+    def __post_init__(self) -> None:
+        check(self)
+        number = self.number
+        if (self.resolved_method == "directions") != (self.directions is not None):
+            raise InputError(
+                "The method directions and a file of directions go together, got the method "
+                f"{self.resolved_method} with the file {self.directions or 'none'}."
+            )
+        if number is None and self.resolved_method not in ("mcd", "directions"):
+            raise InputError(
+                f"{self.resolved_method} must be told the number of concepts; only mcd chooses it."
+            )
+        if number is not None and number < 1:
+            raise InputError(f"n_concepts must be at least 1, got {number}.")
+
+    @property
+    def resolved_method(self) -> str:
+        """The method, also where none was named."""
+        return self.method or ("mcd" if self.directions is None else "directions")
+
+    @property
+    def number(self) -> int | None:
+        """The number of concepts; None lets mcd choose, and keeps all directions of a file."""
+        if self.n_concepts is None:
+            return None if self.resolved_method == "directions" else 3
+        if self.n_concepts == AUTO:
+            return None
+        try:
+            return int(self.n_concepts)
+        except ValueError:
+            raise InputError(
+                f"n_concepts must be a number or auto, got {self.n_concepts!r}."
+            ) from None

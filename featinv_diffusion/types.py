@@ -27,7 +27,7 @@ class FeatureSpec:
     """Where features come from and which shape they have; wiring compares two of these.
 
     Args:
-        backbone: the name the backbone was loaded by, e.g. `convnext`.
+        backbone: the name the backbone was loaded by, e.g. `tiny/convnext`.
         layer: dotted module path, or `last` for the last spatial map before pooling.
         kind: `map` is `[b, c, h, w]`; `tokens` and `queries` are `[b, n, c]`.
         channels: c.

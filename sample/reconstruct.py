@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from featinv_diffusion.cli import exits, options
 from featinv_diffusion.cli.run import quiet_libraries, report
 from featinv_diffusion.data.selection import digest
+from featinv_diffusion.data.sets import open_pictures
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.figures.grid import GridRow
 from featinv_diffusion.images import center_square, read_image, write_png
@@ -28,7 +29,7 @@ from featinv_diffusion.processes import device_name, make_accelerator
 from featinv_diffusion.runs.progress import advancing
 from featinv_diffusion.runs.record import read_environment
 from featinv_diffusion.runs.samples import Manifest, SampleFolder, to_captions, to_jobs
-from featinv_diffusion.runs.sampling import Job, find_images, make_jobs, reconstruct
+from featinv_diffusion.runs.sampling import Job, make_jobs, reconstruct
 from featinv_diffusion.runs.scope import open_scope
 from featinv_diffusion.runs.units import (
     FAILURES,
@@ -61,7 +62,7 @@ def main(
     quiet_libraries()
     accelerator = make_accelerator()
     settings = replace(name_inverter(settings), device=device_name(accelerator))
-    jobs = make_jobs(find_images(images, exclude=output), settings.seed, settings.n_samples)
+    jobs = make_jobs(open_pictures(images, exclude=output), settings.seed, settings.n_samples)
     manifest = reconstruct_all(accelerator, settings, jobs, shard_size, output)
     accelerator.end_training()
     if manifest is not None and manifest.failures:

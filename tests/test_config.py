@@ -4,11 +4,17 @@ from typing import Literal
 
 import pytest
 
-from featinv_diffusion.config import load_config, read_setting, to_yaml
+from featinv_diffusion.backbones.names import PUBLISHED
+from featinv_diffusion.config import (
+    CONFIGS,
+    find_config,
+    list_configs,
+    load_config,
+    read_setting,
+    to_yaml,
+)
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.training.controlnet import ControlNetConfig
-
-ROOT = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
@@ -55,8 +61,9 @@ def test_one_setting_that_cannot_be_read() -> None:
 
 
 def test_missing_and_broken_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="nothing is there"):
-        load_config(Outer, tmp_path / "absent.yaml")
+    for read in (lambda path: load_config(Outer, path), lambda path: read_setting("name", path)):
+        with pytest.raises(InputError, match="there is no file at"):
+            read(tmp_path / "absent.yaml")
     (tmp_path / "broken.yaml").write_text("a: [1")
     with pytest.raises(InputError, match="valid YAML"):
         load_config(Outer, tmp_path / "broken.yaml")
@@ -69,8 +76,35 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
     assert load_config(Outer, path) == config
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs/controlnet").glob("*.yaml")), ids=str)
-def test_shipped_controlnet_configs_load(path: Path) -> None:
-    config = load_config(ControlNetConfig, path)
+def test_a_config_is_found_by_its_name_from_anywhere(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    expected = CONFIGS / "controlnet/convnext.yaml"
+    assert expected.is_file()
+    assert find_config("controlnet/convnext") == find_config("controlnet/convnext.yaml") == expected
+
+
+def test_a_file_comes_before_a_name(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "controlnet").mkdir()
+    (tmp_path / "controlnet/convnext.yaml").write_text("seed: 3\n")
+    assert load_config(ControlNetConfig, "controlnet/convnext.yaml").seed == 3
+    assert load_config(ControlNetConfig, "controlnet/convnext").seed == 0
+
+
+@pytest.mark.parametrize("name", ["controlnet/convnxt", "tiny/vit", "../configs/controlnet/swin"])
+def test_an_unknown_config_is_refused_with_the_choices(name: str) -> None:
+    with pytest.raises(InputError, match=r"Choices: controlnet/convnext, .*, inverters/vit\.$"):
+        find_config(name)
+
+
+def test_the_nearest_config_is_named() -> None:
+    with pytest.raises(InputError, match="did you mean 'controlnet/convnext'"):
+        find_config("controlnet/convnxt.yaml")
+
+
+@pytest.mark.parametrize("name", [n for n in list_configs() if n.startswith("controlnet/")])
+def test_shipped_controlnet_configs_train_on_the_papers_models(name: str) -> None:
+    config = load_config(ControlNetConfig, name)
     assert config.model.base == "lambdalabs/miniSD-diffusers"
     assert config.optim.lr == 1e-5
+    assert config.model.backbone == PUBLISHED[name.removeprefix("controlnet/")]

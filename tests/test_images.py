@@ -23,7 +23,6 @@ from featinv_diffusion.errors import InputError
 from featinv_diffusion.images import (
     builtin_photo,
     center_square,
-    list_images,
     read_image,
     to_pil,
     to_tensor,
@@ -241,25 +240,6 @@ def test_nan_never_becomes_a_picture():
 def test_batches_of_two_sizes_are_refused():
     with pytest.raises(InputError, match="40×30, RGB 20×20"):
         to_tensor([make_photo((40, 30)), make_photo((20, 20))])
-
-
-# ---- folders -----------------------------------------------------------------------------------
-
-
-def test_listing_is_sorted_recursive_and_by_suffix(tmp_path):
-    for name in ["b/2.JPG", "b/10.png", "a.jpeg", "notes.txt", ".hidden.png", ".cache/x.png"]:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    names = [path.relative_to(tmp_path).as_posix() for path in list_images(tmp_path)]
-    assert names == ["a.jpeg", "b/10.png", "b/2.JPG"]
-
-
-def test_folder_without_pictures(tmp_path):
-    (tmp_path / "notes.txt").touch()
-    with pytest.raises(InputError, match="holds no picture; looked for"):
-        list_images(tmp_path)
-    with pytest.raises(InputError, match="there is none"):
-        list_images(tmp_path / "nowhere")
 
 
 def test_builtin_photo_is_there():

@@ -15,7 +15,7 @@ from featinv_diffusion.diffusion.folders import ASSETS, SCOPE_FILE, list_bundled
 from featinv_diffusion.features.operators import open_operator
 from featinv_diffusion.features.pixel_operations import make_operation
 from featinv_diffusion.images import builtin_photo, center_square, read_image, to_tensor
-from featinv_diffusion.inverters.open import open_chosen, open_inverter
+from featinv_diffusion.inverters.open import open_inverter
 from featinv_diffusion.metrics.features import feature_cosine, psnr, shuffled_cosine
 from featinv_diffusion.seeds import make_generator
 from featinv_diffusion.settings import SampleSettings
@@ -81,7 +81,7 @@ def test_the_backbone_knows_its_hundred_classes() -> None:
 
 @pytest.mark.parametrize("name", MEMBERS)
 def test_reconstructions_beat_the_shuffled_null(name: str) -> None:
-    inverter, _ = open_inverter(SampleSettings(pipeline=f"tiny/{name}"))
+    inverter = open_inverter(SampleSettings(pipeline=f"tiny/{name}"))
     backbone = inverter.backbone
     assert backbone is not None
     assert (backbone.spec.channels, backbone.spec.grid) == MEMBERS[name]
@@ -102,7 +102,7 @@ DETERMINISTIC = {"detr": 9.0, "vit": 17.0, "siglip": 17.0, "siglip2": 18.0}
 
 @pytest.mark.parametrize("name", DETERMINISTIC)
 def test_deterministic_inverters_bring_the_photos_back(name: str) -> None:
-    inverter, _ = open_chosen(SampleSettings(inverter=name))
+    inverter = open_inverter(SampleSettings(inverter=name))
     assert inverter.backbone is not None
     photos = to_tensor(
         [center_square(read_image(builtin_photo().with_name(n)), 64) for n in PHOTOS]

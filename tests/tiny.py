@@ -27,7 +27,7 @@ T = TypeVar("T")
 IMAGE_SIZE, LATENT_SIZE, CHANNELS, GRID, CLASSES = 64, 8, 32, (8, 8), 10
 STABLE_DIFFUSION = ("vae", "text_encoder", "tokenizer", "unet")
 FEATURE_SPEC = {
-    "backbone": "convnext",
+    "backbone": "tiny/convnext",
     "layer": "last",
     "channels": CHANNELS,
     "grid": list(GRID),

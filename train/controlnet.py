@@ -1,7 +1,6 @@
-"""Train a FeatInv ControlNet: `accelerate launch train/controlnet.py --config FILE key=value`."""
+"""`featinv train controlnet` in a checkout: `accelerate launch train/controlnet.py --config …`."""
 
-from featinv_diffusion.training.controlnet import ControlNetConfig, train_controlnet
-from featinv_diffusion.training.entry import run_script
+from featinv_diffusion.cli.train import controlnet, run_script
 
 if __name__ == "__main__":
-    run_script(ControlNetConfig, train_controlnet, __doc__)
+    run_script(controlnet)

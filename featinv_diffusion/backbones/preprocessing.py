@@ -61,5 +61,5 @@ def _check_images(images: Tensor) -> None:
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise InputError(
             "Images must be a float tensor [batch, 3, height, width] in [0, 1], "
-            f"but {images.dtype} of shape {list(images.shape)} came."
+            f"got {images.dtype} of shape {list(images.shape)}."
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any
@@ -40,26 +40,6 @@ def create_timm(timm_id: str, *, pretrained: bool, **model_kwargs: Any) -> nn.Mo
             f"The weights of {timm_id!r} must be in the Hugging Face cache or be downloadable, "
             f"but loading them failed: {str(error).strip().splitlines()[0]}"
         ) from error
-
-
-def check_timm_id(timm_id: str, other_names: Sequence[str]) -> None:
-    """Raises `InputError` with the nearest names unless timm has this model and tag of weights.
-
-    Args:
-        other_names: what would have been valid besides, for the nearest names.
-    """
-    stem, _, tag = timm_id.partition(".")
-    tagged = timm.list_pretrained(f"{stem}.*")
-    if timm.is_model(stem) and (not tag or timm_id in tagged):
-        return
-    names = [*other_names, *timm.list_models(), *timm.list_pretrained()]
-    near = (tag and tagged) or get_close_matches(timm_id, names, n=4, cutoff=0.5)
-    nearest = f" Nearest names: {', '.join(near)}." if near else ""
-    slash = f" A folder or repository of transformers is hf/{timm_id}." if "/" in timm_id else ""
-    raise InputError(
-        f"A backbone must be one of {', '.join(other_names)}, a timm id or hf/<folder or "
-        f"repository>, but {timm_id!r} came.{nearest}{slash}"
-    )
 
 
 def _check_has_weights(timm_id: str) -> None:
@@ -104,7 +84,7 @@ class TimmBackbone(TracedBackbone):
         if not hasattr(model, "forward_features") or not hasattr(model, "forward_head"):
             raise InputError(
                 f"{name!r} must be a timm model with forward_features and forward_head, "
-                f"but a {type(model).__name__} came. Create it without features_only."
+                f"got a {type(model).__name__}. Create it without features_only."
             )
         preprocessing = read_preprocessing(model, pretrained_cfg)
         if input_size is not None:
@@ -211,7 +191,7 @@ def read_preprocessing(
 
 
 def wrapper_settings(wrapper: Any) -> dict[str, Any]:
-    """Returns what a timm wrapper of transformers knows beside its `timm_model`."""
+    """Returns the weights' configuration and labels that a timm wrapper of transformers holds."""
     config = wrapper.config
     return {
         "pretrained_cfg": getattr(config, "pretrained_cfg", None),
@@ -220,6 +200,6 @@ def wrapper_settings(wrapper: Any) -> dict[str, Any]:
 
 
 def class_names(config: Any) -> tuple[str, ...] | None:
-    """Returns the class names of a configuration of transformers, None where it only numbers."""
+    """Returns the class names of a transformers configuration; None where it only has numbers."""
     names = tuple(str(config.id2label[i]) for i in range(config.num_labels))
     return None if names and names[0] == "LABEL_0" else names

@@ -1,4 +1,4 @@
-"""`TracedBackbone`: a model whose layers and their shapes are found by running it on nothing."""
+"""`TracedBackbone`: finds a model's layers and their shapes by running it on the meta device."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def to_meta(module: M) -> M:
 
 
 def first_tensor(output: Any) -> Tensor | None:
-    """Returns the tensor that a layer's output is, or starts with."""
+    """Returns a layer's output where it is a tensor, or the first tensor in it."""
     if isinstance(output, Tensor):
         return output
     if isinstance(output, dict):  # the outputs of transformers are dicts
@@ -241,7 +241,7 @@ class LayerTrace:
 
 @dataclass(frozen=True)
 class LastLayer:
-    """What a model is at its end.
+    """The last layer of a model.
 
     Args:
         layout: axes of the output.
@@ -260,7 +260,7 @@ class LastLayer:
 
 
 class TracedBackbone(Backbone):
-    """A backbone that shows any layer of a model, of which an adapter says how it runs.
+    """A backbone that shows any layer of a model; adapters say how the model runs.
 
     The model is frozen in place. Shapes are found on the meta device, so that building one costs
     no forward pass.
@@ -281,7 +281,7 @@ class TracedBackbone(Backbone):
 
     @abstractmethod
     def _inspect(self, pixels: Tensor) -> LastLayer:
-        """Runs the model once, on the meta device, and says what its last layer is."""
+        """Runs the model once on the meta device and returns its last layer."""
 
     @abstractmethod
     def _run_last(self, pixels: Tensor) -> Tensor:

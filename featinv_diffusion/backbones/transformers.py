@@ -38,7 +38,7 @@ CLIP: Statistics = (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
 
 @dataclass(frozen=True)
 class Tower:
-    """What the classes of a model type declare.
+    """The attributes that the classes of a model type declare.
 
     Args:
         n_prefix: number of class, distillation and register tokens before the patches.
@@ -80,10 +80,10 @@ TOWERS: dict[str, Tower] = {
     "siglip_vision_model": Tower(lambda c: 0, HALF),
     "vit": Tower(lambda c: 1, HALF, "bilinear"),
 }
-"""By `config.model_type`."""
+"""The towers by `config.model_type`."""
 
 TOWER_ATTRIBUTES = ("vision_model", "vision_encoder", "vision_tower")
-"""Where models of transformers keep the tower that they are built on."""
+"""Attributes under which models of transformers keep the tower that they are built on."""
 
 MEAN_POOLED = (
     "CLIPForImageClassification",
@@ -208,7 +208,7 @@ def find_tower(model: nn.Module, name: str) -> PreTrainedModel:
             return candidate
     raise InputError(
         f"{name!r} must be a vision tower of one of the types {', '.join(TOWERS)}, "
-        f"but a {type(model).__name__} came. Many other models are in timm under timm/<id>."
+        f"got a {type(model).__name__}. Many other models are in timm under timm/<id>."
     )
 
 
@@ -255,14 +255,12 @@ def _interpolation(resample: Any) -> str:
 def _read_statistics(name: str, values: Any) -> tuple[float, ...]:
     is_row = isinstance(values, Sequence) and len(values) == 3
     if not is_row or not all(isinstance(value, int | float) for value in values):
-        raise InputError(
-            f"{name} of an image processor must be three numbers, but {values!r} came."
-        )
+        raise InputError(f"{name} of an image processor must be three numbers, got {values!r}.")
     return tuple(values)
 
 
 def _processor_size(size: Any) -> tuple[int, int] | None:
-    """Reads today's and yesterday's forms: {height, width}, {shortest_edge}, a number, a pair."""
+    """Reads every form of a size: {height, width}, {shortest_edge}, a number or a pair."""
     if isinstance(size, Mapping):
         is_pair = "height" in size
         size = (size["height"], size.get("width")) if is_pair else size.get("shortest_edge")
@@ -279,7 +277,7 @@ def _pair(value: Any) -> tuple[int, int]:
     is_pair = isinstance(pair, Sequence) and len(pair) == 2
     if not is_pair or not all(isinstance(side, int) and side > 0 for side in pair):
         raise InputError(
-            f"A size in pixels must be a positive whole number or two of them, but {value!r} came."
+            f"A size in pixels must be a positive whole number or two of them, got {value!r}."
         )
     return pair[0], pair[1]
 
@@ -289,7 +287,7 @@ def _pair(value: Any) -> tuple[int, int]:
 CONFIG_FILE = "config.json"
 PROCESSOR_FILE = "preprocessor_config.json"
 WHOLE_PROCESSOR_FILE = "processor_config.json"
-"""Where transformers 5 keeps the image processor of a model of image and text, nested."""
+"""The file in which transformers 5 nests the image processor of a model of images and text."""
 
 VISION_TOWERS = {
     "clip": "CLIPVisionModel",
@@ -300,10 +298,10 @@ VISION_TOWERS = {
 """Larger models, by `config.model_type`, of which only the vision tower is loaded."""
 
 UNREAD = ("pooler.", "head.", "embeddings.mask_token")
-"""What a tower's last hidden state does not depend on, and checkpoints may therefore lack."""
+"""Weights that the last hidden state does not depend on, so that checkpoints may lack them."""
 
 KEY_MAPPINGS = {"internvl": {r"^(model\.)?vision_tower\.": ""}}
-"""From the names of weights in a larger model to those in its tower, unless transformers knows."""
+"""Names of weights in a larger model and in its tower, where transformers does not know them."""
 
 ELSEWHERE = {
     "intern_vit_6b": "its code is not part of transformers. timm has InternViT-300M under "
@@ -311,7 +309,7 @@ ELSEWHERE = {
     "siglip2": "NaFlex checkpoints read patches of varying grids instead of images. SigLIP2 of one "
     "resolution, such as hf/google/siglip2-base-patch16-256, is of the type siglip",
 }
-"""Types that cannot be loaded, and what can be loaded in their place."""
+"""Types that cannot be loaded, with what to load instead."""
 
 
 def load_transformers(
@@ -346,7 +344,7 @@ def load_transformers(
 
 
 def _check_type(source: str) -> None:
-    """Raises `InputError` for a type of `ELSEWHERE`, before any code is asked for."""
+    """Raises `InputError` for a type of `ELSEWHERE`, before its own code would be needed."""
     if Path(source).is_dir():
         _read_json(source, CONFIG_FILE)
     raw, _ = PretrainedConfig.get_config_dict(source)
@@ -359,7 +357,7 @@ def _check_type(source: str) -> None:
 
 
 def _load(factory: Any, source: str, model_type: str, **model_kwargs: Any) -> PreTrainedModel:
-    """Loads weights; those that are read must all be there, for transformers leaves gaps random."""
+    """Loads weights, all of which must be there: transformers leaves missing ones random."""
     if model_type in KEY_MAPPINGS:
         model_kwargs["key_mapping"] = KEY_MAPPINGS[model_type]
     model, found = factory.from_pretrained(source, output_loading_info=True, **model_kwargs)
@@ -412,7 +410,7 @@ def _read_processor(source: str) -> dict[str, Any]:
 
 
 def _read_json(source: str, name: str) -> dict[str, Any]:
-    """Reads a file of a folder or repository; empty where that is known not to have it."""
+    """Reads a file of a folder or repository; empty where it is known to have none."""
     path = Path(source) / name
     if not Path(source).is_dir():
         try:

@@ -1,7 +1,6 @@
-"""Where a vision transformer keeps what the class-embedding measures read, timm's or transformers'.
+"""The parts of a vision transformer, timm's or transformers', that the measures read.
 
-Modules are named, never changed: everything else in this package hooks into them for one forward
-pass and lets go.
+Modules are found, never changed: the rest of this package hooks into them for one forward pass.
 """
 
 from __future__ import annotations
@@ -44,8 +43,8 @@ class BlockParts:
         attention_tail: from the output of W_O to what the block adds to the stream: layer scale,
             or the norm of a residual-post-norm block.
         attention_added: its output is that addition.
-        mlp_keys: its output are the memory coefficients before the activation; None where the MLP
-            is gated and has as many only after it.
+        mlp_keys: its output holds the memory coefficients before the activation; None for a gated
+            MLP, which has them only after it.
         mlp_values: the last linear layer of the MLP.
         mlp_added: its output is what the MLP adds to the stream.
     """
@@ -261,9 +260,6 @@ def make_random(anatomy: Anatomy, seed: int = 0) -> Anatomy:
 
 # ---- Hooks for one forward pass ----
 
-Part = Literal["states", "attention", "mlp"]
-"""The residual stream after a block, or what one of its sub-layers adds to it."""
-
 AttentionEdit = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """From queries, keys, values and the concatenated heads of A V to other concatenated heads."""
 
@@ -272,7 +268,7 @@ ALL = frozenset({"states", "attention", "mlp", "values", "memories"})
 
 @dataclass(eq=False)
 class Trace:
-    """What one forward pass left; lists have one entry per block but for `states`.
+    """What one forward pass leaves; lists have one entry per block, `states` has one more.
 
     Attributes:
         logits: of the model itself, `[b, k]`.
@@ -280,7 +276,7 @@ class Trace:
         attention, mlp: what each sub-layer adds to the stream.
         mixed: concatenated heads of A V, the input of W_O.
         values: V, `[b, heads, n, head_dim]`.
-        attention_memories, mlp_memories: numbers of the memories with the largest coefficients.
+        attention_memories, mlp_memories: indices of the memories with the largest coefficients.
     """
 
     logits: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -291,9 +287,6 @@ class Trace:
     values: list[Tensor] = field(default_factory=list)
     attention_memories: list[Tensor] = field(default_factory=list)
     mlp_memories: list[Tensor] = field(default_factory=list)
-
-    def of(self, part: Part) -> list[Tensor]:
-        return {"states": self.states, "attention": self.attention, "mlp": self.mlp}[part]
 
 
 @torch.no_grad()
@@ -308,7 +301,7 @@ def record(
     """Runs the model once and keeps what `wanted` names.
 
     Args:
-        wanted: of `states`, `attention`, `mlp`, `values` (with `mixed`) and `memories`.
+        wanted: any of `states`, `attention`, `mlp`, `values` (with `mixed`) and `memories`.
         mlp_key: memory coefficients of the MLP before or after its activation; published: before.
     """
     trace = Trace()
@@ -347,7 +340,7 @@ def keeping_tokens(anatomy: Anatomy, kept: Int[Tensor, "b m"]) -> Iterator[None]
     """Drops patches after the position embeddings: only those of `kept` enter the first block.
 
     Args:
-        kept: numbers of patches per image, from 0; the prefix tokens always stay.
+        kept: indices of the patches to keep in each image; the prefix tokens always stay.
     """
     index = torch.cat(
         [torch.arange(anatomy.n_prefix).expand(len(kept), -1), kept.cpu() + anatomy.n_prefix], dim=1

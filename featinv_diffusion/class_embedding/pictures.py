@@ -1,4 +1,4 @@
-"""What the blocks say and what they show, in one figure; and identifiability by token and block."""
+"""Figures: what each block says and shows of a picture, identifiability, the perturbation test."""
 
 from __future__ import annotations
 
@@ -15,11 +15,20 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from featinv_diffusion.backbones import same_backbone, wrap_model
+from featinv_diffusion.backbones.base import LAST, Backbone
 from featinv_diffusion.class_embedding.anatomy import Anatomy
 from featinv_diffusion.class_embedding.measures import chance_identifiability, class_identifiability
 from featinv_diffusion.class_embedding.reading import Reading
+from featinv_diffusion.errors import InputError
 from featinv_diffusion.figures import board as figures
 from featinv_diffusion.figures.board import Board
+from featinv_diffusion.inverters.base import Inverter
+from featinv_diffusion.inverters.chain import MapChain
+from featinv_diffusion.runs.record import count
+from featinv_diffusion.runs.sampling import sample_all
+from featinv_diffusion.seeds import derive_seed
+from featinv_diffusion.types import FeatureSpec
 
 MAX_BLOCKS = 8
 OVERLAY = 0.55
@@ -31,6 +40,87 @@ COLOURS = {
     "random": figures.GREY,
 }
 NO_INVERTER = "No inverter of this backbone's blocks is at hand: what they show is left out."
+
+
+# ---- Inverters of the blocks ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class BlockInverter:
+    """An inverter and the block whose patches it reads.
+
+    Args:
+        block: from 1; the last one also stands for the layer `last`, after the final norm.
+        backbone: the model of the anatomy at that layer.
+    """
+
+    block: int
+    backbone: Backbone
+    inverter: Inverter
+
+    def reconstruct(
+        self, image: Float[Tensor, "1 3 h w"], name: str, seed: int = 0
+    ) -> Float[Tensor, "3 height width"]:
+        """Returns an image made from the patches, with the noise of the first sample of `name`."""
+        features = self.backbone.features(image)
+        return sample_all(self.inverter, features, [derive_seed(seed, name, 0)], 1).images[0]
+
+
+def match_inverters(anatomy: Anatomy, inverters: Sequence[Inverter]) -> dict[int, BlockInverter]:
+    """Finds the block that each inverter reads.
+
+    Raises:
+        InputError: an inverter of another backbone, of no block, or two of one block.
+    """
+    found: dict[int, BlockInverter] = {}
+    for inverter in inverters:
+        matched = _match(anatomy, inverter)
+        if matched.block in found:
+            raise InputError(
+                f"There must be one inverter per block, but two read block {matched.block}: "
+                f"{found[matched.block].inverter.spec} and {inverter.spec}."
+            )
+        found[matched.block] = matched
+    return found
+
+
+def _match(anatomy: Anatomy, inverter: Inverter) -> BlockInverter:
+    own, spec = anatomy.backbone, inverter.spec
+    if not same_backbone(spec.backbone, own.name):
+        raise InputError(
+            f"The inverter reads a {spec}, but the tokens are those of {own.name!r}. Use an "
+            "inverter that was trained on this backbone."
+        )
+    if isinstance(inverter, MapChain):
+        return BlockInverter(_block_of_stage(anatomy, spec), inverter.backbone, inverter)
+    backbone = wrap_model(own.model, name=own.name, layer=spec.layer, input_size=own.input_size)
+    backbone.preprocessing = own.preprocessing
+    spec.check_matches(backbone.spec)
+    if spec.layer == LAST:
+        return BlockInverter(len(anatomy.blocks), backbone, inverter)
+    layer = own.model.get_submodule(spec.layer)
+    blocks = [b for b, parts in enumerate(anatomy.blocks, start=1) if parts.block is layer]
+    if not blocks:
+        raise InputError(
+            f"The inverter must read a block, but reads a {spec}. Use one of a block, such as the "
+            "layer 'blocks.5', or of the layer 'last'."
+        )
+    return BlockInverter(blocks[0], backbone, inverter)
+
+
+def _block_of_stage(anatomy: Anatomy, spec: FeatureSpec) -> int:
+    """A chain names the blocks as `VitPath` does, and reads tokens of a model of its own."""
+    last = len(anatomy.blocks)
+    stages = {f"blocks.{b}": b + 1 for b in range(last)} | {"encoder": last, LAST: last}
+    if spec.layer not in stages:
+        raise InputError(
+            f"The inverter must read a block, but reads a {spec}. Take the stage of one: "
+            f"{', '.join(stages)}."
+        )
+    return stages[spec.layer]
+
+
+# ---- The figure of one picture -------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,6 +253,9 @@ def show_overlay(axes: Axes, picture: Image.Image, values: Float[Tensor, "h w"])
     )
 
 
+# ---- Figures of all images -----------------------------------------------------------------------
+
+
 def draw_identifiability(
     anatomy: Anatomy,
     tokens: Float[Tensor, "blocks n"],
@@ -175,7 +268,7 @@ def draw_identifiability(
         tokens: mean over images, the embeddings first.
         curves: intervals by block, of `image` and perhaps `cls`.
     """
-    title = f"Class identifiability in {anatomy.backbone.name}, {_counted(n_images)}"
+    title = f"Class identifiability in {anatomy.backbone.name}, {count(n_images, 'image')}"
     note = (
         "Left: mean over images at each token, prefix tokens first, patches in raster order. "
         "Right: means with 95 % bootstrap intervals over images; dotted: chance."
@@ -228,7 +321,7 @@ def _draw_curves(
 
 def draw_removal(perturbation: Mapping[str, Any], n_images: int) -> Figure:
     """Draws accuracy over the number of kept tokens, one line per order."""
-    title = f"Perturbation test, {_counted(n_images)}"
+    title = f"Perturbation test, {count(n_images, 'image')}"
     note = (
         "Accuracy with so many patches left. Solid: the least relevant go first (higher is "
         "better); dashed: the most relevant go first (lower is better); dotted: random."
@@ -259,7 +352,3 @@ def _draw_order(axes: Axes, name: str, n_kept: Sequence[int], accuracy: Sequence
         label=label,
         linewidth=1.2,
     )
-
-
-def _counted(n_images: int) -> str:
-    return f"{n_images} image" + ("s" if n_images > 1 else "")

@@ -48,8 +48,8 @@ def fit_probes(
     """
     if len(tokens) < 2 or alpha <= 0:
         raise InputError(
-            f"Probes need at least 2 images and a positive alpha, but {len(tokens)} images and "
-            f"alpha {alpha} came."
+            f"Probes need at least 2 images and a positive alpha, got {len(tokens)} images and "
+            f"alpha {alpha}."
         )
     x = tokens.double().transpose(0, 1)
     y = torch.full((len(labels), n_classes), -1.0, dtype=torch.float64)

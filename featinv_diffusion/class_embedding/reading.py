@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Literal, TypeAlias
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -100,7 +100,8 @@ def attention_rollout_relevance(
     return relevance[:, anatomy.read_tokens].mean(dim=1)
 
 
-MEASURES = frozenset({"states", "attention", "mlp", "memories", "relevance"})
+STATES = frozenset({"states"})
+MEASURES = STATES | {"attention", "mlp", "memories", "relevance"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +122,7 @@ class PointReading:
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """Numbers of a batch, on the CPU; what was not asked for is None.
+    """The numbers of a batch, on the CPU; what was not asked for is None.
 
     Args:
         labels: the class that is read.
@@ -157,7 +158,7 @@ def read_images(
 
     Args:
         labels: class of each image; None takes the one that the model predicts.
-        measures: of `MEASURES`, what is wanted; the less, the less is computed.
+        measures: which of `MEASURES` to take; the fewer, the less is computed.
         mlp_key: see `record`.
     """
     wanted = measures | ({"values"} if "relevance" in measures else set())
@@ -201,8 +202,8 @@ def read_points(
         projection = anatomy.project(tokens).float()
         if not bool(projection.isfinite().all()):
             raise InputError(
-                "Projections on the class embedding must be finite, but NaN or infinite values "
-                "came: look at the weights of the model."
+                "Projections on the class embedding must be finite, got NaN or infinite "
+                "values. Look at the weights of the model."
             )
         score = projection.gather(2, labels[:, None, None].expand(-1, projection.shape[1], 1))
         ranks.append(rank_of(projection, score).cpu())
@@ -216,22 +217,6 @@ def rank_of(projection: Float[Tensor, "... k"], score: Float[Tensor, "... 1"]) -
     higher = (projection > score).sum(dim=-1)
     same = (projection == score).sum(dim=-1) - 1
     return higher + same / 2
-
-
-def concatenate(readings: Sequence[Reading]) -> Reading:
-    """Joins batches."""
-    columns = {
-        field.name: [getattr(reading, field.name) for reading in readings]
-        for field in fields(Reading)
-    }
-    return Reading(**{name: _join(values) for name, values in columns.items()})
-
-
-def _join(values: list[Any]) -> Any:
-    if isinstance(values[0], PointReading):
-        names = [field.name for field in fields(PointReading)]
-        return PointReading(*(torch.cat([getattr(v, name) for v in values]) for name in names))
-    return None if values[0] is None else torch.cat(values)
 
 
 def _stack(found: list[Tensor]) -> Tensor | None:

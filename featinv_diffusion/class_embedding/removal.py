@@ -1,31 +1,140 @@
-"""The perturbation test over many images: gradient relevance, Chefer's and random orders."""
+"""What is left when something is taken away: attention, the other tokens, tokens by relevance."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from featinv_diffusion.class_embedding.anatomy import Anatomy, keeping_tokens
-from featinv_diffusion.class_embedding.reading import Reading, attention_rollout_relevance
-from featinv_diffusion.errors import InputError
+from featinv_diffusion.class_embedding.anatomy import (
+    Anatomy,
+    AttentionEdit,
+    attention_weights,
+    editing_attention,
+    keeping_tokens,
+    merge_heads,
+)
+from featinv_diffusion.class_embedding.reading import (
+    MEASURES,
+    STATES,
+    Reading,
+    attention_rollout_relevance,
+    read_images,
+)
+from featinv_diffusion.errors import InputError, choices_hint
 from featinv_diffusion.metrics.statistics import bootstrap_difference, bootstrap_mean
 from featinv_diffusion.seeds import make_generator
 from featinv_diffusion.types import Images
 
-# ---- The perturbation test ----
+# ---- Without attention to others, or without the others ------------------------------------------
+
+AttentionAblation = Literal["self_only", "no_cls"]
+
+
+@contextmanager
+def ablating_attention(anatomy: Anatomy, kind: str) -> Iterator[None]:
+    """Changes the attention of image tokens in every block; prefix rows stay as they are.
+
+    Args:
+        kind: `self_only`: each image token attends to itself with weight 1; `no_cls`: the weight of
+            the class token is set to 0 without renormalising the others.
+
+    Raises:
+        InputError: another kind, or `no_cls` where the head reads no class token.
+    """
+    kinds = list(get_args(AttentionAblation))
+    if kind not in kinds:
+        raise InputError(f"No attention ablation is named {kind!r}; {choices_hint(kind, kinds)}")
+    if kind == "no_cls" and not anatomy.has_class_token:
+        raise InputError(
+            f"The ablation no_cls needs a class token, but the head of {anatomy.backbone.name!r} "
+            "reads the mean of the tokens. Use self_only."
+        )
+    edit = _self_only if kind == "self_only" else _without_class_token
+    with editing_attention(anatomy, edit(anatomy.n_prefix)):
+        yield
+
+
+def read_ablated(
+    anatomy: Anatomy,
+    images: Images,
+    labels: Int[Tensor, " b"],
+    kind: str,
+    measures: frozenset[str] = MEASURES,
+) -> Reading:
+    """Reads a batch under `ablating_attention`."""
+    with ablating_attention(anatomy, kind):
+        return read_images(anatomy, images, labels, measures)
+
+
+@dataclass(frozen=True, eq=False)
+class TokensAlone:
+    """Image tokens that went through the model without the others.
+
+    Args:
+        rate: share of the kept tokens with rank 0 after the last block; NaN where none is kept.
+        correct: whether the model still predicts the label; NaN likewise.
+    """
+
+    rate: Float[Tensor, " b"]
+    correct: Float[Tensor, " b"]
+
+
+def read_tokens_alone(
+    anatomy: Anatomy,
+    images: Images,
+    labels: Int[Tensor, " b"],
+    kept: Bool[Tensor, "b patches"],
+) -> TokensAlone:
+    """Drops the image tokens that are not `kept` after the position embeddings, and reads the rest.
+
+    Prefix tokens stay and are not counted. Images that keep as many tokens run as one batch.
+    """
+    rate = torch.full((len(images),), torch.nan)
+    correct = rate.clone()
+    counts = kept.sum(dim=1)
+    for count in counts[counts > 0].unique().tolist():
+        chosen = (counts == count).nonzero()[:, 0]
+        index = kept[chosen].nonzero()[:, 1].view(len(chosen), count)
+        with keeping_tokens(anatomy, index):
+            found = read_images(anatomy, images[chosen], labels[chosen], STATES)
+        assert found.states is not None
+        last = found.states.rank[:, -1, anatomy.n_prefix :]
+        rate[chosen] = (last == 0).float().mean(dim=1)
+        correct[chosen] = (found.logits.argmax(dim=1) == labels[chosen]).float()
+    return TokensAlone(rate, correct)
+
+
+def _self_only(n_prefix: int) -> AttentionEdit:
+    def edit(_q: Tensor, _k: Tensor, v: Tensor, mixed: Tensor) -> Tensor:
+        return torch.cat([mixed[:, :n_prefix], merge_heads(v)[:, n_prefix:]], dim=1)
+
+    return edit
+
+
+def _without_class_token(n_prefix: int) -> AttentionEdit:
+    def edit(q: Tensor, k: Tensor, v: Tensor, mixed: Tensor) -> Tensor:
+        to_class = attention_weights(q, k)[:, :, n_prefix:, :1]
+        lost = merge_heads(to_class * v[:, :, :1])
+        return torch.cat([mixed[:, :n_prefix], mixed[:, n_prefix:] - lost], dim=1)
+
+    return edit
+
+
+# ---- Tokens removed in the order of their relevance: the perturbation test ----------------------
 
 Direction = Literal["negative", "positive"]
 
 
 @dataclass(frozen=True, eq=False)
 class RemovalCurve:
-    """Whether each image is still classified right with so many image tokens left.
+    """Whether each image is still classified correctly when only some image tokens are kept.
 
     Args:
         n_kept: increasing, the last is all tokens.
@@ -56,7 +165,7 @@ class RemovalCurve:
 
 
 def order_by(relevance: Float[Tensor, "b patches"]) -> Int[Tensor, "b patches"]:
-    """Returns the numbers of the patches, the most relevant first; ties in raster order."""
+    """Returns the indices of the patches, the most relevant first; ties in raster order."""
     return relevance.argsort(dim=1, descending=True, stable=True)
 
 
@@ -69,12 +178,12 @@ def removal_curve(
     direction: Direction,
     n_points: int | None = None,
 ) -> RemovalCurve:
-    """Classifies images whose tokens go, after the position embeddings, in the order of relevance.
+    """Classifies images while tokens are removed, after the position embeddings, by relevance.
 
     Args:
-        order: of `order_by`.
+        order: what `order_by` returns.
         direction: `negative` removes the least relevant tokens first, `positive` the most.
-        n_points: how many counts of kept tokens are run, evenly spread over 1 … n; None is all.
+        n_points: how many numbers of kept tokens to try, evenly spread over 1 … n; None is all.
 
     Raises:
         InputError: fewer than two points or more than tokens.
@@ -97,7 +206,7 @@ def spread_counts(n: int, n_points: int) -> tuple[int, ...]:
         InputError: fewer than two points or more than n.
     """
     if not 2 <= n_points <= n:
-        raise InputError(f"There must be 2 to {n} points of a removal curve, but {n_points} came.")
+        raise InputError(f"There must be 2 to {n} points of a removal curve, got {n_points}.")
     return tuple(round(float(x)) for x in np.linspace(1, n, n_points))
 
 
@@ -119,13 +228,13 @@ DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 
 @dataclass
 class RemovalTest:
-    """Runs batches and sums up.
+    """The perturbation test over many images, batch by batch.
 
     Args:
-        n_points: counts of kept tokens that are run, see `removal_curve`; None is all.
-        n_random: random orders of each image, drawn from (seed, image id, number); none is shared
-            by images.
-        methods: of `METHODS`.
+        n_points: how many numbers of kept tokens to try, see `removal_curve`.
+        n_random: random orders of each image, drawn from (seed, image id, number), so that no two
+            images share one.
+        methods: some of `METHODS`.
     """
 
     anatomy: Anatomy
@@ -136,7 +245,7 @@ class RemovalTest:
     curves: dict[str, list[RemovalCurve]] = field(default_factory=dict)
 
     def add(self, images: Images, reading: Reading, ids: Sequence[str]) -> None:
-        """Takes a batch with its reading, which holds the gradient relevance."""
+        """Adds a batch with its reading, which holds the gradient relevance."""
         for method in self.methods:
             order = order_by(self._relevance(method, images, reading))
             for direction in DIRECTIONS:

@@ -31,7 +31,7 @@ COMMANDS = {
     "convert": "export",
 }
 """The module of this package that holds each command."""
-GROUPS = ("operator",)
+GROUPS = ("operator", "train")
 """Commands that have commands of their own."""
 
 app = typer.Typer(

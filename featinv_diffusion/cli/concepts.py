@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,68 +10,25 @@ import typer
 
 from featinv_diffusion.cli import options
 from featinv_diffusion.errors import InputError
+from featinv_diffusion.settings import ConceptSettings
 
 if TYPE_CHECKING:
-    from featinv_diffusion.studies.concepts import ConceptFit, Fitted
-
-DEFAULT_N_CONCEPTS = 3
+    from featinv_diffusion.studies.concepts import FoundConcepts
 
 
+@options.with_settings(ConceptSettings)
 def concepts(
     folder: Annotated[
         Path, typer.Argument(metavar="FOLDER", help="Pictures of one class, also in folders below.")
     ],
-    backbone: Annotated[
-        str, typer.Option(help="A bundled one such as convnext, a timm id, or hf/FOLDER_OR_REPO.")
-    ] = "convnext",
-    layer: Annotated[str, typer.Option(help="Layer of the features.")] = "last",
-    target: Annotated[
-        str | None,
-        typer.Option(
-            "--class",
-            metavar="NAME_OR_INDEX",
-            help="That concepts are relevant to.",
-            show_default="as most pictures are classified",
-        ),
-    ] = None,
-    method: Annotated[
-        str | None,
-        typer.Option(metavar="mcd|pca|nmf|kmeans|directions", show_default="mcd"),
-    ] = None,
-    n_concepts: Annotated[
-        str | None,
-        typer.Option(
-            metavar="K|auto",
-            help="auto: the fewest that are half complete, by mcd.",
-            show_default=f"{DEFAULT_N_CONCEPTS}, or all directions of a file",
-        ),
-    ] = None,
-    directions: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="A matrix of one direction per row (CAVs, the decoder of an SAE): .npy, or "
-            ".safetensors with `directions` and perhaps `offset`.",
-        ),
-    ] = None,
-    encoding: Annotated[
-        str,
-        typer.Option(
-            metavar="least_squares|projection|sparse", help="How features split over such a file."
-        ),
-    ] = "least_squares",
-    max_cells: Annotated[
-        int, typer.Option(help="Cells that mcd draws where there are more; 0 takes all.")
-    ] = 20_000,
-    seed: Annotated[int, typer.Option(help="Of whatever the method draws.")] = 42,
-    batch_size: Annotated[int, typer.Option(help="Pictures per batch of the backbone.")] = 32,
-    device: options.Device = "auto",
+    *,
+    settings: ConceptSettings,
     figure: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Its suffix decides: .png, .pdf or .svg.",
-            show_default="the output's name .png",
+            help="File name of the figure: a .png, .pdf or .svg.",
+            show_default="the output's name with .png",
         ),
     ] = None,
     output: Annotated[
@@ -83,54 +41,55 @@ def concepts(
     concept most, with activation maps), a JSON file, a parquet table (one row per picture and
     concept) and a manifest for `featinv replay`. Needs no pipeline.
     """
-    from featinv_diffusion.images import list_images
-    from featinv_diffusion.studies.concepts import ConceptFit, backbone_name
+    from dataclasses import replace
 
-    method = method or ("mcd" if directions is None else "directions")
+    from featinv_diffusion.backbones import resolve_backbone
+    from featinv_diffusion.data.places import list_pictures
+
     drawn = figure or f"{output.stem}.png"
     own = {(output.parent / inner / drawn).resolve() for inner in ("", "replay")}
-    pictures = [path for path in list_images(folder) if path.resolve() not in own]
-    fit = ConceptFit(
-        folder=str(folder.absolute()),
-        images=[path.relative_to(folder).as_posix() for path in pictures],
-        backbone=backbone_name(backbone),
-        layer=layer,
-        target=target,
-        method=method,
-        n_concepts=_to_number(n_concepts, method),
-        directions=None if directions is None else str(directions.absolute()),
-        encoding=encoding,
-        max_cells=max_cells or None,
-        seed=seed,
-        batch_size=batch_size,
-        device=device,
-        output=output.name,
-        figure=drawn,
-    )
-    run(fit, output.parent)
+    found = list_pictures(folder).names
+    names = [name for name in found if (folder / name).resolve() not in own]
+    settings = replace(settings, backbone=resolve_backbone(settings.backbone).name)
+    run(settings, folder, names, output, drawn)
 
 
-def run(fit: ConceptFit, folder: Path) -> Fitted:
-    """Fits, writes, and prints what was found."""
+def run(
+    settings: ConceptSettings, folder: Path, images: Sequence[str], output: Path, figure: str
+) -> FoundConcepts:
+    """Finds the concepts of images below a folder, writes them, and prints what was found."""
     import sys
 
+    from featinv_diffusion.backbones import load_backbone
     from featinv_diffusion.cli.run import quiet_libraries
-    from featinv_diffusion.studies.concepts import fit_concepts, to_table, write_fit
+    from featinv_diffusion.diffusion.folders import without_progress_bars
+    from featinv_diffusion.figures.board import check_name
+    from featinv_diffusion.inverters.open import find_device
+    from featinv_diffusion.studies.concepts import SUFFIX, find_concepts
 
     quiet_libraries()
-    fitted = fit_concepts(fit, progress=sys.stderr.isatty())
-    names = write_fit(fit, fitted, folder)
-    print(to_table(fitted))
-    print(f"Wrote {folder / names[0]}; beside it {', '.join(names[1:])}.")
-    return fitted
-
-
-def _to_number(text: str | None, method: str) -> int | None:
-    if text is None:
-        return None if method == "directions" else DEFAULT_N_CONCEPTS
-    if text == "auto":
-        return None
-    try:
-        return int(text)
-    except ValueError:
-        raise InputError(f"--n-concepts must be a number or auto, but {text!r} came.") from None
+    check_name(figure)
+    if output.suffix != SUFFIX:
+        raise InputError(f"Concepts must go to a file that ends in {SUFFIX}, got {output.name!r}.")
+    device = find_device(settings.device)
+    with without_progress_bars():
+        backbone = load_backbone(settings.backbone, settings.layer).to(device)
+    found = find_concepts(
+        backbone,
+        images,
+        folder=folder,
+        target=settings.target,
+        method=settings.method,
+        n_concepts=settings.n_concepts,
+        directions=settings.directions,
+        encoding=settings.encoding,
+        max_cells=settings.max_cells,
+        seed=settings.seed,
+        batch_size=settings.batch_size,
+        progress=sys.stderr.isatty(),
+    )
+    found.save(output, figure)
+    print(found.summary())
+    beside = [figure, *(output.stem + end for end in (".json", ".parquet", ".manifest.json"))]
+    print(f"Wrote {output}; beside it {', '.join(beside)}.")
+    return found

@@ -1,4 +1,4 @@
-"""`featinv export`: a pipeline folder that loads with diffusers alone."""
+"""`featinv export`, `push` and `convert`: pipeline folders, the Hub, original checkpoints."""
 
 from __future__ import annotations
 
@@ -19,64 +19,72 @@ def convert(
         typer.Argument(
             metavar="CKPT",
             help="Checkpoint of the original code: .ckpt, .pt, .pth or .safetensors. "
-            "With --reverse a pipeline: folder, Hub repo or bundled name.",
+            "With --reverse, a pipeline: a folder, a Hub repository or a bundled name.",
         ),
     ],
     out: Annotated[
         Path,
         typer.Argument(
             metavar="OUT",
-            help="Pipeline folder to write; must be new. With --reverse a checkpoint file, beside "
-            "which the YAML of the original code is written.",
+            help="New folder to write the pipeline to. With --reverse, a new checkpoint file; the "
+            "YAML of the original code is written beside it.",
         ),
     ],
     original_config: Annotated[
         Path | None,
         typer.Option(
             metavar="YAML",
-            help="The YAML it was trained with. [default: Stable Diffusion 1.x at 256 pixels]",
+            help="YAML that the checkpoint was trained with. "
+            "[default: Stable Diffusion 1.x at 256 pixels]",
         ),
     ] = None,
     reverse: Annotated[
-        bool, typer.Option("--reverse", help="From a pipeline to the original layout.")
+        bool, typer.Option("--reverse", help="Convert a pipeline to the original layout.")
     ] = False,
     tokenizer: Annotated[
         str | None,
         typer.Option(
             metavar="FOLDER_OR_REPO",
-            help="CLIP's tokenizer; no checkpoint holds it. "
+            help="CLIP tokenizer, which no checkpoint holds. "
             "[default: openai/clip-vit-large-patch14]",
         ),
     ] = None,
     no_tokenizer: Annotated[
         bool,
-        typer.Option("--no-tokenizer", help="Leave it out: the pipeline takes prompt_embeds only."),
+        typer.Option(
+            "--no-tokenizer",
+            help="Leave the tokenizer out; the pipeline then takes prompt_embeds only.",
+        ),
     ] = False,
     backbone: Annotated[
-        str | None, typer.Option(help="Whose features the ControlNet reads. [default: convnext]")
+        str | None,
+        typer.Option(help="Backbone whose features it reads. [default: the paper's ConvNeXt]"),
     ] = None,
     layer: Annotated[
-        str | None, typer.Option(help="Layer of the features. [default: last]")
+        str | None, typer.Option(help="Layer that the features come from. [default: last]")
     ] = None,
     pooled: Annotated[
-        bool, typer.Option("--pooled", help="It was trained on average-pooled features.")
+        bool,
+        typer.Option("--pooled", help="The ControlNet was trained on average-pooled features."),
     ] = False,
     no_backbone: Annotated[
         bool,
-        typer.Option("--no-backbone", help="Leave it out: the pipeline takes features only."),
+        typer.Option(
+            "--no-backbone", help="Leave the backbone out; the pipeline then takes features only."
+        ),
     ] = False,
 ) -> None:
     """Convert a checkpoint of the original code to a pipeline folder, or back.
 
-    Nothing is lost or rounded on either way. Only tensors are read from a checkpoint: pickled
-    objects are refused. Tokenizer and backbone are not part of a checkpoint; they come from
-    folders, from the cache or from the Hub.
+    Neither direction loses or rounds anything. Only tensors are read from a checkpoint; pickled
+    objects are refused. The tokenizer and the backbone are not part of a checkpoint: they come
+    from folders, from the cache or from the Hub.
     """
     from transformers.utils.logging import disable_progress_bar
 
     from featinv_diffusion.errors import InputError
 
-    disable_progress_bar()  # over files that are written in seconds
+    disable_progress_bar()  # the files are written in seconds
     forward_only = {
         "--original-config": original_config,
         "--tokenizer": tokenizer,
@@ -88,14 +96,15 @@ def convert(
     }
     given = [name for name, value in forward_only.items() if value]
     if reverse and given:
-        raise InputError(f"With --reverse all is in the pipeline; leave {', '.join(given)} out.")
+        raise InputError(f"With --reverse the pipeline decides; leave {', '.join(given)} out.")
     if tokenizer and no_tokenizer:
         raise InputError("Give --tokenizer or --no-tokenizer, not both.")
     if reverse:
         _to_checkpoint(source, out)
         return
+    from featinv_diffusion.diffusion.cards import CardInfo
     from featinv_diffusion.diffusion.convert.folder import DEFAULT_TOKENIZER, read_original
-    from featinv_diffusion.diffusion.hub import CardInfo, check_target, export_pipeline
+    from featinv_diffusion.diffusion.hub import check_target, export_pipeline
 
     check_target(out)
     pipeline = read_original(
@@ -127,29 +136,34 @@ def _to_checkpoint(source: str, out: Path) -> None:
 
 
 def export(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must be new.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder to write to.")],
     pipeline: Annotated[
         str | None,
-        typer.Option(metavar="FOLDER_OR_REPO", help="Copy this pipeline, or a bundled name."),
+        typer.Option(
+            metavar="FOLDER_OR_REPO",
+            help="Pipeline to export: a folder, a Hub repository or a bundled name.",
+        ),
     ] = None,
     backbone: Annotated[
         str | None,
         typer.Option(
-            help="Alone: the bundled pipeline of this backbone. [default: convnext] "
-            "With --controlnet: the backbone, where it is not the one that the ControlNet names."
+            help="Backbone whose bundled pipeline to export. [default: tiny/convnext] "
+            "With --controlnet, the backbone to use instead of the one that the ControlNet names."
         ),
     ] = None,
     controlnet: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="A trained FeatureControlNet.")
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Trained FeatureControlNet to build a pipeline from."),
     ] = None,
     base: Annotated[
         str | None,
         typer.Option(
-            metavar="SD_FOLDER_OR_REPO", help="The Stable Diffusion model it was trained on."
+            metavar="SD_FOLDER_OR_REPO",
+            help="Stable Diffusion model that the ControlNet was trained on.",
         ),
     ] = None,
 ) -> None:
-    """Write a pipeline to a folder: weights as safetensors, the code they need, a model card.
+    """Write a pipeline to a folder: safetensors weights, the code that they need, a model card.
 
     The folder loads where this package is not installed, with
     DiffusionPipeline.from_pretrained(OUT, trust_remote_code=True).
@@ -167,11 +181,12 @@ def export(
 def _load(
     pipeline: str | None, backbone: str | None, controlnet: Path | None, base: str | None
 ) -> tuple[Any, Any, Path | None]:
-    """Returns the pipeline that the options mean, what its model card says of its origin, and the
-    file of its statistics of natural maps."""
+    """Returns the pipeline that the options mean, its origin for the model card, and the file of
+    its statistics of natural maps."""
     from featinv_diffusion.diffusion.folders import assemble
     from featinv_diffusion.diffusion.hub import find_scope_file, load_pipeline, origin_of
     from featinv_diffusion.errors import InputError
+    from featinv_diffusion.inverters.open import SampleSettings, pipeline_name
 
     command = command_line()
     if (controlnet is None) != (base is None):
@@ -185,8 +200,7 @@ def _load(
     if controlnet is not None and base is not None:
         loaded = assemble(controlnet, base, backbone)
         return loaded, replace(origin_of(base, command, loaded), notes=""), None
-    bundled = backbone or "convnext"
-    name = pipeline or (bundled if bundled.startswith("tiny/") else f"tiny/{bundled}")
+    name = pipeline or pipeline_name(SampleSettings(backbone=backbone))
     loaded = load_pipeline(name)
     return loaded, origin_of(name, command, loaded), find_scope_file(name)
 
@@ -195,13 +209,15 @@ def _load(
 
 
 def push(
-    folder: Annotated[Path, typer.Argument(help="Pipeline folder, as `featinv export` writes it.")],
-    repo: Annotated[str, typer.Argument(metavar="REPO", help="user/name; made where it is new.")],
+    folder: Annotated[Path, typer.Argument(help="Pipeline folder that `featinv export` wrote.")],
+    repo: Annotated[
+        str, typer.Argument(metavar="REPO", help="Hub repository, user/name; a new one is created.")
+    ],
     private: Annotated[
-        bool, typer.Option("--private", help="Make a new repository visible to you only.")
+        bool, typer.Option("--private", help="Make a new repository private.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check the folder, list its files, upload nothing.")
+        bool, typer.Option("--dry-run", help="Check the folder and list its files; upload nothing.")
     ] = False,
 ) -> None:
     """Upload a pipeline folder to the Hub, after checking that it loads.

@@ -1,4 +1,4 @@
-"""`featinv layers`: which layers of a backbone can be inverted, and the shapes of their maps."""
+"""`featinv layers`: the layers of a backbone that hold a feature map, and the maps' shapes."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ import typer
 BackboneName = Annotated[
     str,
     typer.Argument(
-        metavar="BACKBONE", help="convnext, resnet, swin, vit, any timm id, or hf/FOLDER_OR_REPO."
+        metavar="BACKBONE",
+        help="Bundled (tiny/convnext, tiny/resnet, tiny/swin, tiny/vit …), a timm id, or "
+        "hf/FOLDER_OR_REPOSITORY.",
     ),
 ]
 
 
-def layers(backbone: BackboneName = "convnext") -> None:
+def layers(backbone: BackboneName = "tiny/convnext") -> None:
     """List the layers of a backbone that hold a feature map, with channels×height×width.
 
-    Needs no weights. `last` is the default of every command: the last map before pooling.
+    No weights are downloaded. Every command reads the layer `last`, the last map before pooling,
+    unless another one is named.
     """
     import torch
 
@@ -27,6 +30,6 @@ def layers(backbone: BackboneName = "convnext") -> None:
         model = load_backbone(backbone, pretrained=False)
     specs = model.layers()
     width = max(len(spec.layer) for spec in specs)
-    typer.echo(f"{backbone} reads images of {'×'.join(map(str, model.input_size))} px.", err=True)
+    typer.echo(f"{model.name} reads images of {'×'.join(map(str, model.input_size))} px.", err=True)
     for spec in specs:
         typer.echo(f"{spec.layer:<{width}}  {spec.channels}×{spec.grid[0]}×{spec.grid[1]}")

@@ -14,10 +14,10 @@ from featinv_diffusion.errors import InputError
 from featinv_diffusion.settings import flat_fields, flat_types, from_flat
 
 Images = Annotated[
-    list[Path] | None,
+    list[str] | None,
     typer.Argument(
         metavar="IMAGE|FOLDER",
-        help="Pictures, or folders whose pictures to take.",
+        help="Pictures, folders of pictures, parquet files, tars, or URLs of these.",
         show_default="a photo",
     ),
 ]
@@ -37,27 +37,8 @@ Config = Annotated[
         metavar="YAML", help="File, or name of a packaged config, with settings; options win."
     ),
 ]
-
-OperatorName = Annotated[
-    str,
-    typer.Option("--operator", metavar="FILE_OR_NAME", help="That `fit` wrote, or a bundled one."),
-]
-InverterName = Annotated[
-    str,
-    typer.Option(
-        metavar="NAME_OR_FOLDER",
-        help="Of the operator's features: siglip, vit, a folder, or diffusion.",
-    ),
-]
-Data = Annotated[
-    str,
-    typer.Option(metavar="PATH_OR_NAME", help="Images: a folder, parquet file or Hub name."),
-]
-Split = Annotated[str, typer.Option(help="Of the data, where they have any.")]
-Classes = Annotated[
-    str | None, typer.Option(metavar="FILE", help="Only these class folders, one a line.")
-]
-ImageBatchSize = Annotated[int, typer.Option(help="Images per batch.")]
+REQUIRED: Any = inspect.Parameter.empty
+"""As a default in `with_settings`: the option must be given."""
 
 
 def to_powers(text: str) -> list[int]:
@@ -70,7 +51,7 @@ def to_powers(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise InputError(
-            f"--power must be whole numbers with commas between, such as 1,2, but {text!r} came."
+            f"--power must be whole numbers with commas between, such as 1,2, got {text!r}."
         ) from None
 
 
@@ -127,7 +108,7 @@ def with_settings(
             shown = _shown(default) if shown is True else shown
             default, hint = None, (str if _is_list(hint) else _plain(hint)) | None
         option = typer.Option(
-            "--" + name.replace("_", "-"),
+            field.metadata["flag"] or "--" + name.replace("_", "-"),
             help=field.metadata["help"],
             metavar=field.metadata["metavar"],
             show_default=shown,

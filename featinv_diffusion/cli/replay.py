@@ -4,53 +4,96 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass, fields, make_dataclass, replace
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from featinv_diffusion.errors import InputError
+
 if TYPE_CHECKING:
     from featinv_diffusion.settings import SampleSettings
-    from featinv_diffusion.studies.concepts import ConceptFit
-    from featinv_diffusion.studies.study import Study
+
+
+@dataclass(frozen=True)
+class Verb:
+    """What makes the pictures of a command again.
+
+    Args:
+        name: of the function, in this module of `featinv_diffusion.studies`.
+        files: its positional arguments, as the manifest names them: paths.
+        arguments: its other arguments and their types.
+    """
+
+    module: str
+    name: str
+    files: tuple[str, ...]
+    arguments: Mapping[str, Any]
+
+
+VERBS = {
+    "interpolate": Verb("interpolation", "interpolate", ("a", "b"), {"weights": list[float]}),
+    "compose": Verb(
+        "composition", "compose", ("a", "b"), {"box": list[float] | None, "mask": str | None}
+    ),
+    "variability": Verb("variability", "variability", ("image",), {}),
+    "viz": Verb(
+        "featinv_viz",
+        "show_concept",
+        ("image", "concepts"),
+        {"concept": int, "factor": float, "film": list[float], "n_directions": int},
+    ),
+}
+"""By command; those of samples and of concepts have manifests of their own."""
 
 
 def replay(
-    manifest: Annotated[Path, typer.Argument(help="manifest.json, or the folder that holds it.")],
+    manifest: Annotated[
+        Path, typer.Argument(help="A manifest, or the folder that holds manifest.json.")
+    ],
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Folder to write to.", show_default="replay beside it"),
     ] = None,
     device: Annotated[
         str | None,
-        typer.Option(help="Last bits differ on another.", show_default="the manifest's"),
+        typer.Option(
+            help="Device to compute on; another one changes the last bits.",
+            show_default="the manifest's",
+        ),
     ] = None,
 ) -> None:
     """Make the pictures (or concepts) of a manifest again, from the seeds and settings in it.
 
     On the same machine and libraries they are identical; says how many are.
     """
-    from featinv_diffusion.studies import read_study
-    from featinv_diffusion.studies.concepts import read_fit
+    from featinv_diffusion.runs.record import path_of, read_content
 
+    path = path_of(manifest)
+    content = read_content(path)
     folder = manifest if manifest.is_dir() else manifest.parent
     target = output or folder / "replay"
-    if (fit := read_fit(manifest)) is not None:
-        _replay_fit(*fit, folder, target, device)
-    elif (found := read_study(manifest)) is None:
-        _replay_samples(manifest, folder, target, device)
+    command = content.get("command") if isinstance(content, dict) else None
+    if command is None:
+        _replay_samples(path, folder, target, device)
+    elif command == "concepts":
+        _replay_concepts(path, content, folder, target, device)
+    elif str(command) in VERBS:
+        _replay_study(path, content, folder, target, device)
     else:
-        _replay_study(*found, folder, target, device)
+        raise InputError(f"{path} is of the command {command!r}, which has no replay.")
 
 
-def _replay_samples(manifest: Path, folder: Path, target: Path, device: str | None) -> None:
-    from featinv_diffusion.cli.run import report, run_jobs
-    from featinv_diffusion.runs.record import read_manifest, to_jobs
+def _replay_samples(path: Path, folder: Path, target: Path, device: str | None) -> None:
+    from featinv_diffusion.cli.run import quiet_libraries, report
+    from featinv_diffusion.runs.samples import read_manifest, run_jobs, to_jobs
 
-    before = read_manifest(manifest)
+    before = read_manifest(path)
     digests = _digests(folder, [name for entry in before.images for name in entry["outputs"]])
     _use_threads(before.environment)
+    quiet_libraries()
+    assert before.settings is not None
     after = run_jobs(_on(before.settings, device), to_jobs(before), target)
     report(after, target)
     _compare(digests, target, [name for entry in after.images for name in entry["outputs"]])
@@ -59,40 +102,99 @@ def _replay_samples(manifest: Path, folder: Path, target: Path, device: str | No
 
 
 def _replay_study(
-    study: Study,
-    settings: SampleSettings,
-    content: dict[str, Any],
-    folder: Path,
-    target: Path,
-    device: str | None,
+    path: Path, content: dict[str, Any], folder: Path, target: Path, device: str | None
 ) -> None:
-    from featinv_diffusion.cli import studies
+    from importlib import import_module
 
-    digests = _digests(folder, content["outputs"])
-    _use_threads(content["environment"])
-    after = studies.run(study, _on(settings, device), target)
-    _compare(digests, target, after["outputs"])
+    from featinv_diffusion.cli.run import run_study
+    from featinv_diffusion.settings import SampleSettings
+
+    verb = VERBS[content["command"]]
+    outputs = content.get("outputs")
+    if not (isinstance(outputs, list) and all(map(_is_plain, outputs))):
+        raise InputError(f"{path} must list file names as its outputs, but holds {outputs!r}.")
+    kinds = {"seeds": list[int], "figure": str, **dict.fromkeys(verb.files, str), **verb.arguments}
+    given = vars(_read(path, content, make_dataclass("Arguments", kinds.items())))
+    settings = _read(path, content, SampleSettings)
+    digests = _digests(folder, outputs)
+    _use_threads(_environment(path, content))
+    study = getattr(import_module(f"featinv_diffusion.studies.{verb.module}"), verb.name)
+    files, figure = [given.pop(name) for name in verb.files], given.pop("figure")
+    after = run_study(study, _on(settings, device), target, figure, *files, **given)
+    _compare(digests, target, list(after.pictures()))
 
 
-def _replay_fit(
-    fit: ConceptFit, content: dict[str, Any], folder: Path, target: Path, device: str | None
+def _replay_concepts(
+    path: Path, content: dict[str, Any], folder: Path, target: Path, device: str | None
 ) -> None:
     """Concepts are compared as numbers, for their file's header has no fixed order."""
     from featinv_diffusion.cli import concepts
     from featinv_diffusion.concepts import ConceptDictionary
+    from featinv_diffusion.settings import AUTO, ConceptSettings
 
-    before = folder / fit.output
+    if content.get("n_concepts", "") is None and content.get("method") == "mcd":
+        content["n_concepts"] = AUTO
+    if content.get("max_cells", "") is None:
+        content["max_cells"] = 0
+    kinds = {"folder": str, "images": list[str], "output": str, "figure": str}
+    given = vars(_read(path, content, make_dataclass("Arguments", kinds.items())))
+    settings = _read(path, content, ConceptSettings)
+    if not _is_plain(given["output"]):
+        raise InputError(f"{path} must name a file as its output, but holds {given['output']!r}.")
+    before = folder / given["output"]
     earlier = ConceptDictionary.load(before).directions if before.is_file() else None
-    _use_threads(content["environment"])
-    after = concepts.run(fit if device is None else replace(fit, device=device), target)
+    _use_threads(_environment(path, content))
+    after = concepts.run(
+        settings if device is None else replace(settings, device=device),
+        Path(given["folder"]),
+        given["images"],
+        target / given["output"],
+        given["figure"],
+    )
     if earlier is not None:
         same = after.concepts.directions.equal(earlier)
         verb = "are identical to" if same else "differ from"
         print(f"The concepts {verb} those beside the manifest.")
 
 
+def _read(path: Path, content: dict[str, Any], kind: type) -> Any:
+    """Builds a dataclass of those values of a manifest that it has fields for.
+
+    Raises:
+        InputError: a value that is missing, of a wrong type, or known in memory only.
+    """
+    from featinv_diffusion.runs.record import from_values
+
+    names = [field.name for field in fields(kind)]
+    if missing := [name for name in names if name not in content]:
+        raise InputError(
+            f"{path} is no manifest of featinv {content['command']}; it lacks {', '.join(missing)}."
+        )
+    for name in {"a", "b", "image", "concepts", "folder"}.intersection(names):
+        if content[name] is None:
+            raise InputError(
+                f"{path} names no file as {name!r}, for it was given in memory. Only runs of files "
+                "can be replayed."
+            )
+    return from_values(kind, {name: content[name] for name in names}, path)
+
+
+def _environment(path: Path, content: dict[str, Any]) -> dict[str, Any]:
+    environment = content.get("environment")
+    if not isinstance(environment, dict):
+        raise InputError(f"{path} must tell its environment, but holds {environment!r}.")
+    return environment
+
+
+def _is_plain(name: Any) -> bool:
+    return isinstance(name, str) and name == PurePosixPath(name).name
+
+
 def _on(settings: SampleSettings, device: str | None) -> SampleSettings:
-    return settings if device is None else replace(settings, device=device)
+    from featinv_diffusion.backbones.names import recorded_name
+
+    backbone = None if settings.backbone is None else recorded_name(settings.backbone)
+    return replace(settings, backbone=backbone, device=device or settings.device)
 
 
 def _use_threads(environment: dict[str, Any]) -> None:

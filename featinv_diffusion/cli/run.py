@@ -10,6 +10,7 @@ from typing import Any
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
+from featinv_diffusion.data.sets import ImageSet
 from featinv_diffusion.figures.board import check_name
 from featinv_diffusion.inverters.open import open_inverter
 from featinv_diffusion.runs.record import MANIFEST, Result, reserved
@@ -57,6 +58,12 @@ def run_study(
     print(scope_line(result.scope_p_value, result.scope_basis, deterministic=deterministic))
     print(f"Wrote {output / figure}, {result.command}.json, .parquet and manifest.json.")
     return result
+
+
+def say_notes(images: ImageSet) -> None:
+    """Prints what a user may not expect of the images."""
+    for note in images.notes:
+        print(f"Note: {note}", file=sys.stderr)
 
 
 def report(manifest: Manifest, output: Path) -> None:

@@ -26,17 +26,19 @@ def sample(
     nyu-visionx/RAE-dinov2-wReg-base-ViTXL-n08, RAE-siglip2-base-p16-i256-ViTXL-n08 or
     RAE-mae-base-p16-ViTXL-n08 there.
     """
-    from featinv_diffusion.cli.run import quiet_libraries, report
+    from featinv_diffusion.cli.run import quiet_libraries, report, say_notes
+    from featinv_diffusion.data.sets import open_pictures
     from featinv_diffusion.images import builtin_photo
     from featinv_diffusion.inverters.open import name_inverter
     from featinv_diffusion.runs.samples import run_jobs
-    from featinv_diffusion.runs.sampling import find_images, make_jobs
+    from featinv_diffusion.runs.sampling import make_jobs
 
     quiet_libraries()
-    found = find_images(images or [builtin_photo()], exclude=output)
+    found = open_pictures(images or [builtin_photo()], exclude=output)
     is_named = settings.pipeline is not None or settings.is_deterministic
     settings = name_inverter(settings)
     _say_defaults(None if is_named else settings.pipeline, photo=not images)
+    say_notes(found)
     jobs = make_jobs(found, settings.seed, settings.n_samples)
     manifest = run_jobs(settings, jobs, output)
     report(manifest, output)

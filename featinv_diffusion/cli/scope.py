@@ -1,4 +1,4 @@
-"""`featinv scope`: what tells natural feature maps from others, fitted for a pipeline."""
+"""`featinv scope`: fits the statistics that tell natural feature maps from others."""
 
 from __future__ import annotations
 
@@ -8,55 +8,41 @@ from typing import Annotated
 import typer
 
 from featinv_diffusion.cli import options
+from featinv_diffusion.studies.settings import ScopeSettings
 
 
+@options.with_settings(ScopeSettings, data=options.REQUIRED, split="train")
 def scope(
     pipeline: Annotated[
         Path, typer.Argument(metavar="FOLDER", help="Pipeline folder; gets scope.safetensors.")
     ],
-    data: Annotated[
-        str,
-        typer.Option(
-            metavar="PATH_OR_NAME",
-            help="Images such as the backbone was made for: a folder, parquet file or Hub name.",
-        ),
-    ],
-    split: Annotated[str, typer.Option(help="Of the data, where they have any.")] = "train",
-    classes: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Only these class folders, one a line.")
-    ] = None,
-    held_back_per_class: Annotated[
-        int, typer.Option(help="Calibrate on the last k of each class; 0 is on a fifth of all.")
-    ] = 0,
-    n_images: Annotated[int, typer.Option(help="At most so many to fit on.")] = 10_000,
-    n_reconstructions: Annotated[
-        int, typer.Option(help="Held-out images to sample once each, to know how they come back.")
-    ] = 256,
-    batch_size: options.BatchSize = 8,
-    device: options.Device = "auto",
+    *,
+    settings: ScopeSettings,
 ) -> None:
-    """Fit the natural maps of a pipeline's backbone, so that others are told from them.
+    """Learn what feature maps of real images look like, to flag unnatural ones.
 
-    After this the applications print and record scope_p_value: how often the map of an image looks
-    less natural than the map that was inverted. Calibrate on images that the backbone was not
-    trained on.
+    Afterwards commands print and record scope_p_value: how often the map of a real image looks
+    less natural than the map that was inverted. Give images of the kind that the backbone was
+    trained for, and calibrate on images that it was not trained on.
     """
-    from featinv_diffusion.cli.run import progress_bar, quiet_libraries
+    from featinv_diffusion.cli.run import quiet_libraries
     from featinv_diffusion.data.sets import open_images
     from featinv_diffusion.diffusion.folders import SCOPE_FILE, check_pipeline_folder
-    from featinv_diffusion.inverters.open import open_inverter
+    from featinv_diffusion.inverters.open import load_inverter
+    from featinv_diffusion.runs.progress import progress_bar
     from featinv_diffusion.runs.scope import fit_scope, split_images
-    from featinv_diffusion.settings import SampleSettings
 
     quiet_libraries()
     check_pipeline_folder(pipeline)
-    images = open_images(data, split, classes)
-    parts = split_images(images, held_back_per_class, n_images)
-    settings = SampleSettings(pipeline=str(pipeline), batch_size=batch_size, device=device)
-    inverter, _ = open_inverter(settings)
+    choice = settings.images
+    images = open_images(choice.data, choice.split, choice.classes)
+    parts = split_images(images, settings.held_back_per_class, settings.n_images)
+    inverter = load_inverter(pipeline, device=settings.device)
     n_all = len(parts.fitted) + len(parts.held_out)
     with progress_bar(n_all, doing="fitting", noun="images") as advance:
-        natural = fit_scope(inverter, images, parts, n_reconstructions, batch_size, advance)
+        natural = fit_scope(
+            inverter, images, parts, settings.n_reconstructions, settings.batch_size, advance
+        )
     natural.save(pipeline / SCOPE_FILE)
     print(
         f"Wrote {pipeline / SCOPE_FILE}: natural maps of {natural.n_fitted} images, calibrated on "

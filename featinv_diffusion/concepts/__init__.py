@@ -1,4 +1,4 @@
-"""Concepts: dictionaries of directions in feature space, with one set of verbs."""
+"""Concepts: dictionaries of directions in feature space, all used in the same way."""
 
 from featinv_diffusion.concepts.base import ConceptDictionary, principal_angles
 from featinv_diffusion.concepts.elastic_net import ElasticNet, self_representation, sparse_codes

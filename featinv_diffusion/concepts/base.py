@@ -16,12 +16,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from featinv_diffusion.backbones.names import read_spec
 from featinv_diffusion.concepts.heads import PooledHead
 from featinv_diffusion.errors import InputError, choices_hint
 from featinv_diffusion.files import read_tensors, write_tensors
 from featinv_diffusion.types import Features, FeatureSpec
 
-# ---- `concepts.safetensors` ----
+# ---- Files of concepts and of directions ---------------------------------------------------------
 
 FORMAT = "featinv-concepts/1"
 
@@ -42,34 +43,37 @@ def read_concepts(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         InputError: no such file, a damaged one, or one that holds something else.
     """
     if not path.is_file():
-        raise InputError(f"A file of concepts must be there, but {path} is not. Fit one first.")
-    return read_tensors(path, FORMAT, "Fit the concepts again.")
+        raise InputError(
+            f"There must be a file of concepts at {path}. Write one with featinv concepts."
+        )
+    return read_tensors(path, FORMAT, "Find the concepts again.")
 
 
 def read_directions(path: str | Path) -> tuple[Tensor, Tensor | None]:
-    """Reads a matrix of directions from elsewhere, and the offset that it may come with.
+    """Reads a matrix of directions, and the offset where the file holds one.
 
     Args:
         path: `.npy` with one matrix `[k, c]`, or `.safetensors` with `directions` and perhaps
-            `offset`, or with a single matrix of whatever name.
+            `offset`, or with a single matrix of any name.
 
     Raises:
-        InputError: no such file, another format, or no matrix that is clearly meant.
+        InputError: no such file, another format, or several matrices of which none is named
+            `directions`.
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"A file of directions must be there, but {path} is not.")
+        raise InputError(f"There must be a file of directions at {path}.")
     tensors = _read_tensors(path)
     matrices = [name for name, tensor in tensors.items() if tensor.ndim == 2]
     name = "directions" if "directions" in matrices else matrices[0] if matrices else ""
     if name != "directions" and len(matrices) != 1:
         raise InputError(
-            f"{path} must hold a matrix named directions, or one matrix alone, "
-            f"but holds {', '.join(sorted(tensors)) or 'nothing'}."
+            f"{path} must hold a matrix named directions, or a single matrix, "
+            f"but it holds {', '.join(sorted(tensors)) or 'nothing'}."
         )
     offset = tensors.get("offset")
     if tensors[name].is_complex():
-        raise InputError(f"{path} must hold real numbers, but holds complex ones.")
+        raise InputError(f"{path} must hold real numbers, but it holds complex ones.")
     return tensors[name].float(), None if offset is None else offset.float()
 
 
@@ -80,8 +84,8 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
     except (EOFError, OSError, ValueError, TypeError, SafetensorError) as error:
-        raise InputError(f"{path} must hold directions, but cannot be read: {error}.") from error
-    raise InputError(f"Directions must be a .npy or .safetensors file, but {path} came.")
+        raise InputError(f"{path} must hold directions, but it cannot be read: {error}.") from error
+    raise InputError(f"Directions must be a .npy or .safetensors file, got {path}.")
 
 
 def spec_to_json(spec: FeatureSpec | None) -> dict[str, Any] | None:
@@ -89,10 +93,10 @@ def spec_to_json(spec: FeatureSpec | None) -> dict[str, Any] | None:
 
 
 def spec_from_json(fields: Mapping[str, Any] | None) -> FeatureSpec | None:
-    return None if fields is None else FeatureSpec(**{**fields, "grid": tuple(fields["grid"])})
+    return None if fields is None else read_spec(fields)
 
 
-# ---- Linear subspaces spanned by rows ----
+# ---- Linear subspaces spanned by rows ------------------------------------------------------------
 
 RANK_TOLERANCE = 1e-4
 """Singular values below this share of the largest count as zero: subspaces at an angle of less
@@ -143,7 +147,7 @@ def principal_basis(
 ) -> Float[Tensor, "r c"]:
     """Returns the leading principal directions of rows, most energy first, in float64.
 
-    Kept are those whose eigenvalue exceeds `threshold` of the largest (the rule of Fukunaga and
+    Those whose eigenvalue exceeds `threshold` of the largest are kept (the rule of Fukunaga and
     Olsen, 1971). `centred` subtracts the mean, as MCD was published; otherwise directions go
     through the origin and may hold the mean itself. Rows without any spread give no direction.
     """
@@ -184,7 +188,7 @@ def check_direction(direction: Tensor, channels: int) -> None:
     if direction.shape != (channels,):
         raise InputError(
             f"The direction of a class must be one vector of {channels} channels, "
-            f"but shape {list(direction.shape)} came."
+            f"got the shape {list(direction.shape)}."
         )
     if not bool(direction.isfinite().all()) or not bool(direction.any()):
         raise InputError("The direction of a class must be finite and not zero.")
@@ -198,7 +202,7 @@ def principal_angles(
     if len(a) > len(b):
         a, b = b, a
     cosines = torch.linalg.svdvals(a @ b.T).clamp(max=1)
-    # The cosine hardly tells small angles apart, the sine hardly those near 90°.
+    # The cosine is inexact for small angles, the sine for those near 90°.
     sines = torch.linalg.svdvals(a - (a @ b.T) @ b).clamp(max=1).flip(0)
     return torch.where(cosines.square() < 0.5, cosines.acos(), sines.asin())
 
@@ -206,9 +210,9 @@ def principal_angles(
 def orthogonalise(
     bases: Sequence[Float[Tensor, "_ c"]], direction: Float[Tensor, " c"]
 ) -> tuple[list[Float[Tensor, "_ c"]], list[int]]:
-    """Makes subspaces orthogonal: one after the other, that which adds most completeness first.
+    """Makes subspaces orthogonal one after the other; whichever adds most completeness comes first.
 
-    Each is projected on what the chosen ones leave; one that lies within them is left out.
+    Each is projected on what the chosen ones leave over, and left out where that is nothing.
 
     Returns:
         The bases and, for each, its position among the given.
@@ -242,7 +246,7 @@ class ConceptDictionary(ABC):
         settings: what the subclass was built with; saved, so values must be plain.
 
     Attributes:
-        report: figures of the last fit, plain values that are saved too.
+        report: numbers of the last fit; plain values, which are saved too.
         origin: what else is known of the fit, such as its class; plain values, saved too.
     """
 
@@ -262,7 +266,7 @@ class ConceptDictionary(ABC):
         self._offset: Tensor | None = None
         self._sizes: tuple[int, ...] = ()
 
-    # What a dictionary supplies.
+    # ---- What a subclass defines
 
     @abstractmethod
     def fit(self, features: Features, *, progress: bool = False) -> ConceptDictionary:
@@ -272,7 +276,7 @@ class ConceptDictionary(ABC):
     def _encode(self, cells: Float[Tensor, "n c"]) -> Float[Tensor, "n k"]:
         """Returns the codes of vectors from which the offset is subtracted."""
 
-    # What everyone uses.
+    # ---- Public methods
 
     @property
     def directions(self) -> Float[Tensor, "k c"]:
@@ -307,14 +311,14 @@ class ConceptDictionary(ABC):
         return _to_map(codes, features)
 
     def decode(self, codes: Float[Tensor, "b k h w"]) -> Features:
-        """Returns what the codes stand for; of MCD all that was encoded, of others most of it.
+        """Returns the features that codes stand for; exact for MCD, an approximation for others.
 
         Raises:
             InputError: another number of codes than `encode` gives.
         """
         decoder = self._decoder
         if codes.shape[1] != len(decoder):
-            raise InputError(f"Codes must have {len(decoder)} channels, but {codes.shape[1]} came.")
+            raise InputError(f"Codes must have {len(decoder)} channels, got {codes.shape[1]}.")
         cells = _from_map(codes) @ decoder.to(codes)
         if self._offset is not None:
             cells = cells + self._offset.to(cells)
@@ -362,7 +366,7 @@ class ConceptDictionary(ABC):
     def local_relevance(
         self, features: Features, head: PooledHead, class_index: int
     ) -> Float[Tensor, "b n_concepts_and_rest h w"]:
-        """Returns what each cell of each concept, and last of the remainder, adds to a logit.
+        """Returns what each cell of each concept adds to a logit; the remainder comes last.
 
         `R_l(y, x) = s u · part_l(y, x)` with s and u of the `PooledHead`, so that exactly
         `logit − b = Σ_l mean_yx R_l(y, x)`.
@@ -378,9 +382,9 @@ class ConceptDictionary(ABC):
     def global_relevance(
         self, direction: Float[Tensor, " c"]
     ) -> Float[Tensor, " n_concepts_and_rest"]:
-        """Returns ‖w_l‖ of the split of w / ‖w‖ over the concepts, and last over their complement.
+        """Returns ‖w_l‖ of the split of w / ‖w‖ over the concepts; their complement comes last.
 
-        As published, not squared: only squares add up to 1, and only for orthogonal subspaces.
+        The norms are not squared, as published; only squares of orthogonal subspaces add up to 1.
         Where directions depend on each other, the split is that of least norm.
 
         Args:
@@ -398,7 +402,7 @@ class ConceptDictionary(ABC):
     def completeness(self, direction: Float[Tensor, " c"]) -> float:
         """Returns ‖P w‖ / ‖w‖ in [0, 1], P the projection on all concepts together.
 
-        The published figure is this norm; its square is the share of the squared length.
+        The published number is this norm; its square is the share of the squared length.
         """
         return completeness(self._split.span, direction)
 
@@ -409,7 +413,7 @@ class ConceptDictionary(ABC):
             order: positions of the concepts to keep, each at most once.
         """
         if len(set(order)) != len(order) or not order:
-            raise InputError(f"An order must name concepts, each once, but {list(order)} came.")
+            raise InputError(f"An order must name each concept at most once, got {list(order)}.")
         bases = [self.basis(i) for i in order]
         self._set(torch.cat(bases), [len(basis) for basis in bases], self._offset)
         return self
@@ -445,7 +449,7 @@ class ConceptDictionary(ABC):
         if header["kind"] not in ConceptDictionary.kinds:
             hint = choices_hint(header["kind"], sorted(ConceptDictionary.kinds))
             raise InputError(
-                f"{path} must hold a known kind of concepts, not {header['kind']!r}; {hint}"
+                f"{path} must hold a known kind of concepts, got {header['kind']!r}; {hint}"
             )
         kind = ConceptDictionary.kinds[header["kind"]]
         dictionary = kind._rebuild(tensors, header["settings"], spec_from_json(header["spec"]))
@@ -459,7 +463,7 @@ class ConceptDictionary(ABC):
     ) -> ConceptDictionary:
         return cls(spec=spec, **settings)
 
-    # How it works.
+    # ---- Internals
 
     def _cells_to_fit(self, features: Features) -> Float[Tensor, "n c"]:
         return to_cells(features.detach(), self.spec.channels if self.spec else None)
@@ -480,9 +484,7 @@ class ConceptDictionary(ABC):
 
     def _slice(self, concept: int) -> slice:
         if not 0 <= concept < self.n_concepts:
-            raise InputError(
-                f"The concept must lie in 0 … {self.n_concepts - 1}, but {concept} came."
-            )
+            raise InputError(f"The concept must lie in 0 … {self.n_concepts - 1}, got {concept}.")
         first = sum(self._sizes[:concept])
         return slice(first, first + self._sizes[concept])
 
@@ -499,19 +501,19 @@ def to_cells(features: Tensor, channels: int | None) -> Tensor:
     if features.ndim != 4 or channels not in (None, features.shape[1]) or not features.numel():
         raise InputError(
             f"Features must be maps [batch, {channels or 'channels'}, height, width], "
-            f"but came with shape {list(features.shape)}."
+            f"got the shape {list(features.shape)}."
         )
     if not bool(features.isfinite().all()):
-        raise InputError("Features must be finite, but NaN or infinite values came.")
+        raise InputError("Features must be finite, got NaN or infinite values.")
     cells = _from_map(features)
     return cells if cells.dtype == torch.float64 else cells.float()
 
 
 def check_n_concepts(n_concepts: int, n_cells: int) -> None:
-    """Raises `InputError` unless there are at least as many cells as concepts, and one of these."""
+    """Raises `InputError` unless there is at least one concept, and a cell for each."""
     if not 1 <= n_concepts <= n_cells:
         raise InputError(
-            f"n_concepts must lie in 1 … {n_cells} (the cells), but {n_concepts} came."
+            f"n_concepts must lie in 1 … {n_cells}, the number of cells, got {n_concepts}."
         )
 
 

@@ -1,4 +1,4 @@
-"""Elastic net and lasso for many rows at once: all on a growing support."""
+"""Elastic net and lasso for many rows at once, each on a support that grows."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ _TOLERANCE = 1e-5
 _RIDGE = 1e-6
 """Relative: added to the curvature of Newton steps, so that equal atoms do not stop them."""
 _SLACK = 1e-4
-"""Relative: what a correlation may exceed the penalty by before it counts as a violation."""
+"""Relative: how much a correlation may exceed the penalty before it counts as a violation."""
 _BATCH_FLOATS = {"cpu": 2**25, "cuda": 2**29}
 """Numbers that the supports of one batch may hold: 128 MiB and 2 GiB in float32."""
 
 
 @dataclass(frozen=True)
 class ElasticNet:
-    """The problem that gives each row x its coefficients c over atoms A.
+    """The problem whose solution is the coefficients c of each row x over atoms A.
 
         min_c  τ ‖c‖₁ + (1 − τ)/2 ‖c‖² + 1/(2α) ‖x − c A‖² ,   α = max_i |⟨x, a_i⟩| / (τ γ)
 
-    α γ is the smallest penalty for which c = 0, so γ says how far below it to go.
+    α γ is the smallest penalty for which c = 0, so γ says how far the penalty lies below it.
 
     Args:
         gamma: γ > 1; greater values give denser coefficients.
         tau: τ in (0, 1]; 1 is the lasso.
         positive: coefficients may not be negative.
-        n_nonzero: keep only so many of each row, the largest; None keeps all.
-        support: atoms tried at first for each row, those most correlated with it.
+        n_nonzero: keep this many coefficients of each row, the largest; None keeps all.
+        support: number of atoms tried first for each row, those most correlated with it.
     """
 
     gamma: float = 10.0
@@ -51,13 +51,13 @@ class ElasticNet:
 
     def __post_init__(self) -> None:
         if not self.gamma > 1:
-            raise InputError(f"gamma must be above 1, else nothing is kept, but {self.gamma} came.")
+            raise InputError(f"gamma must be above 1, else nothing is kept, got {self.gamma}.")
         if not 0 < self.tau <= 1:
-            raise InputError(f"tau must lie in (0, 1] (1 is the lasso), but {self.tau} came.")
+            raise InputError(f"tau must lie in (0, 1], where 1 is the lasso, got {self.tau}.")
         if self.n_nonzero is not None and self.n_nonzero < 1:
-            raise InputError(f"n_nonzero must be at least 1 or None, but {self.n_nonzero} came.")
+            raise InputError(f"n_nonzero must be at least 1 or None, got {self.n_nonzero}.")
         if self.support < 1:
-            raise InputError(f"support must be at least 1, but {self.support} came.")
+            raise InputError(f"support must be at least 1, got {self.support}.")
 
 
 def self_representation(
@@ -65,7 +65,7 @@ def self_representation(
 ) -> csr_array:
     """Returns the sparse `[n, n]` coefficients of each row over all other rows."""
     if len(rows) < 2:
-        raise InputError(f"Self-representation needs at least 2 cells, but {len(rows)} came.")
+        raise InputError(f"Self-representation needs at least 2 cells, got {len(rows)}.")
     return _solve(rows, rows, problem, exclude_self=True, progress=progress)
 
 
@@ -80,7 +80,7 @@ def sparse_codes(
 def _solve(
     rows: Tensor, atoms: Tensor, problem: ElasticNet, *, exclude_self: bool, progress: bool
 ) -> csr_array:
-    """Collects triples batch by batch; nothing of size n·n is ever held."""
+    """Collects triples batch by batch, so that nothing of size n·n is ever held."""
     n, c = rows.shape
     width = min(problem.support, len(atoms) - exclude_self)
     size = max(1, _BATCH_FLOATS.get(rows.device.type, 2**25) // (width * (c + 2 * width)))
@@ -120,7 +120,7 @@ def _triples(
 
 
 class _Batch:
-    """Rows solved together: each on a small support, which grows until no atom outside matters."""
+    """Rows solved together, each on a small support that grows until no atom outside matters."""
 
     def __init__(self, rows: Tensor, atoms: Tensor, problem: ElasticNet, first: int | None):
         self.rows, self.atoms, self.problem = rows, atoms, problem
@@ -150,7 +150,7 @@ class _Batch:
             self._change_support(size[open_])
 
     def _correlate(self, rest: Tensor) -> Tensor:
-        """How much each atom could take of what is left of the rows; -inf for a row itself."""
+        """Returns how much of each row's residual each atom explains; -inf for a row itself."""
         size = rest @ self.atoms.T
         if not self.problem.positive:
             size = size.abs_()
@@ -159,7 +159,7 @@ class _Batch:
         return size
 
     def _descend(self) -> Tensor:
-        """Solves on the supports; returns what they leave of the rows."""
+        """Solves on the supports; returns the residuals of the rows."""
         atoms = self.atoms[self.indices]
         gram = torch.bmm(atoms, atoms.transpose(1, 2))
         linear = torch.bmm(atoms, self.rows[:, :, None])[:, :, 0]
@@ -174,7 +174,7 @@ class _Batch:
             setattr(self, name, None if tensor is None else tensor[chosen])
 
     def _change_support(self, size: Tensor) -> None:
-        """Takes the non-zeros along and fills up with the worst violators."""
+        """Keeps the non-zero coefficients and fills the support up with the worst violators."""
         active = self.values != 0
         most = int(active.sum(dim=1).max())
         limit = len(self.atoms) - (self.own is not None)
@@ -199,8 +199,8 @@ def minimise(
 ) -> Float[Tensor, "b m"]:
     """Minimises ½ cᵀ G c − qᵀ c + l1 ‖c‖₁ + l2/2 ‖c‖² of every row.
 
-    Sweeps over the coefficients alternate with a Newton step on those that are not zero; both
-    only ever go down. A row is done once its optimality conditions hold to 1e-5 of max |q|.
+    Sweeps over the coefficients alternate with a Newton step on those that are not zero; neither
+    ever raises the objective. A row is done once its optimality conditions hold to 1e-5 of max |q|.
     """
     result = start.clone()
     rows = torch.arange(len(start), device=start.device)
@@ -235,7 +235,7 @@ class _Problem:
         self._find_gradient()
 
     def _find_gradient(self) -> None:
-        """q − G c, what each atom still correlates with the rest."""
+        """Updates q − G c, the correlation of each atom with the residual."""
         self.gradient = self.linear - torch.einsum("ijb,jb->ib", self.columns, self.values)
 
     def sweep(self) -> None:
@@ -253,7 +253,7 @@ class _Problem:
             self.values[j] = new
 
     def newton(self) -> None:
-        """Steps towards the minimum for the present signs, at most to where the first one flips."""
+        """Steps towards the minimum for the current signs, at most until the first sign flips."""
         n_active = int((self.values != 0).sum(dim=0).max())
         if not n_active:
             return
@@ -280,7 +280,7 @@ class _Problem:
         return torch.where((failed == 0) & step.isfinite().all(dim=0), step, 0.0)
 
     def violation(self) -> Tensor:
-        """How far each row is from its optimality conditions."""
+        """Returns how far each row is from its optimality conditions."""
         slope = self.gradient - self.l2 * self.values
         idle = (slope if self.positive else slope.abs()) - self.l1
         active = (slope - self.l1 * self.values.sign()).abs()

@@ -1,4 +1,4 @@
-"""Dictionaries of one direction per concept: PCA, NMF and k-means, through scikit-learn."""
+"""Dictionaries of given directions, and of those that PCA, NMF and k-means find."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from featinv_diffusion.concepts.base import (
 )
 from featinv_diffusion.concepts.elastic_net import ElasticNet, minimise, sparse_codes
 from featinv_diffusion.errors import InputError
+from featinv_diffusion.settings import ENCODINGS
 from featinv_diffusion.types import Features, FeatureSpec
 
-# ---- Directions from elsewhere: activation vectors (CAV), decoders of sparse autoencoders --------
+# ---- Given directions: concept activation vectors (CAV), decoders of sparse autoencoders ---------
 
 Encoding = Literal["least_squares", "projection", "sparse"]
-_ENCODINGS: tuple[Encoding, ...] = ("least_squares", "projection", "sparse")
 
 
 class DirectionConcepts(ConceptDictionary):
@@ -34,11 +34,11 @@ class DirectionConcepts(ConceptDictionary):
     Args:
         directions: `[k, c]`, one row per direction; k may exceed c.
         offset: `[d]`, d = c, subtracted before encoding, such as the decoder bias of an SAE.
-        encoding: `least_squares` (of least norm where directions depend on each other),
-            `projection` on each direction by itself, as a CAV is read, or `sparse`, an elastic net
+        encoding: `least_squares` (of least norm where directions depend on each other);
+            `projection` on each direction by itself, as a CAV is read; or `sparse`, an elastic net
             over the directions, for an SAE.
         sizes: directions per concept, where concepts have more than one; they must add up to k.
-        gamma, positive: of the sparse encoding, see `ElasticNet`; the codes of an SAE are positive.
+        gamma, positive: for the sparse encoding, see `ElasticNet`; codes of an SAE are positive.
         spec: as in `ConceptDictionary`.
 
     Raises:
@@ -59,17 +59,15 @@ class DirectionConcepts(ConceptDictionary):
         spec: FeatureSpec | None = None,
     ):
         super().__init__(spec, encoding=encoding, gamma=gamma, positive=positive)
-        if encoding not in _ENCODINGS:
-            raise InputError(
-                f"encoding must be one of {', '.join(_ENCODINGS)}, but {encoding!r} came."
-            )
+        if encoding not in ENCODINGS:
+            raise InputError(f"encoding must be one of {', '.join(ENCODINGS)}, got {encoding!r}.")
         self.problem = ElasticNet(gamma, positive=positive)
         sizes = [1] * len(directions) if sizes is None else sizes
         _check_directions(directions, offset, sizes, spec)
         self._set(directions, sizes, offset)
 
     def fit(self, features: Features, *, progress: bool = False) -> DirectionConcepts:
-        """Changes nothing but `report`: the share of the features' energy that is held."""
+        """Only sets `report`: the share of the features' energy that the directions span."""
         cells = to_cells(features.detach(), self.channels)
         span = self._split.span.to(cells)
         self.report = {"n_cells": len(cells), "energy": energy_share(span, cells)}
@@ -99,21 +97,22 @@ def _check_directions(
     if not directions.numel() or channels != wanted:
         raise InputError(
             f"Directions must be a matrix [number, {wanted or 'channels'}], "
-            f"but shape {list(directions.shape)} came."
+            f"got the shape {list(directions.shape)}."
         )
     if not bool(directions.isfinite().all()) or not bool(directions.any(dim=1).all()):
-        raise InputError("Directions must be finite and none of them zero. Leave out dead rows.")
+        raise InputError("Directions must be finite and not zero. Leave out dead rows.")
     if offset is not None and offset.shape != (channels,):
         raise InputError(
             f"The offset must be one vector of {channels} channels, "
-            f"but shape {list(offset.shape)} came."
+            f"got the shape {list(offset.shape)}."
         )
     if min(sizes) < 1 or sum(sizes) != len(directions):
         raise InputError(
-            f"Sizes must be positive and add up to {len(directions)} directions, "
-            f"but {list(sizes)} came."
+            f"Sizes must be positive and add up to {len(directions)} directions, got {list(sizes)}."
         )
 
+
+# ---- Found directions, through scikit-learn ------------------------------------------------------
 
 _ROWS = 4096
 """Cells that NMF encodes at once."""
@@ -126,8 +125,8 @@ class PCAConcepts(ConceptDictionary):
         n_concepts: number of directions.
         basis: `centred` subtracts the mean of all cells, which then stays in the remainder;
             `uncentred` goes through the origin; `auto` takes whichever directions hold more of the
-            cells' energy. By construction that is the uncentred one; `report` has both figures.
-        seed: of scikit-learn's solver.
+            cells' energy. By construction that is the uncentred one; `report` has both shares.
+        seed: random seed of scikit-learn's solver.
         spec: as in `ConceptDictionary`.
     """
 
@@ -143,10 +142,10 @@ class PCAConcepts(ConceptDictionary):
     ):
         super().__init__(spec, n_concepts=n_concepts, basis=basis, seed=seed)
         if basis not in ("auto", "uncentred", "centred"):
-            raise InputError(f"basis must be auto, uncentred or centred, but {basis!r} came.")
+            raise InputError(f"basis must be auto, uncentred or centred, got {basis!r}.")
 
     def fit(self, features: Features, *, progress: bool = False) -> PCAConcepts:
-        """Finds the directions of maps; there is no bar, `progress` is for the shared signature."""
+        """Finds the principal directions of maps; there is no progress bar."""
         cells = self._cells_to_fit(features)
         n_concepts = self.settings["n_concepts"]
         check_n_concepts(n_concepts, min(cells.shape))
@@ -169,12 +168,12 @@ class PCAConcepts(ConceptDictionary):
 
 
 class NMFConcepts(ConceptDictionary):
-    """Non-negative parts: cells ≈ codes · directions, nothing below zero.
+    """Non-negative parts: cells ≈ codes · directions, all at least zero.
 
     Args:
         n_concepts: number of directions.
         max_iter: updates of scikit-learn's solver.
-        seed: of its initialisation.
+        seed: random seed of its initialisation.
         spec: as in `ConceptDictionary`.
     """
 
@@ -191,7 +190,7 @@ class NMFConcepts(ConceptDictionary):
         super().__init__(spec, n_concepts=n_concepts, max_iter=max_iter, seed=seed)
 
     def fit(self, features: Features, *, progress: bool = False) -> NMFConcepts:
-        """Factorises maps of a layer after ReLU; `progress` is for the shared signature.
+        """Factorises maps of a layer after ReLU; there is no progress bar.
 
         Raises:
             InputError: values below zero.
@@ -202,8 +201,8 @@ class NMFConcepts(ConceptDictionary):
         least = float(cells.min())
         if least < 0:
             raise InputError(
-                f"NMF needs features that are nowhere below zero, but {least:.3g} came. "
-                "Take a layer after a ReLU, or MCD or PCA."
+                f"NMF needs features that are nowhere below zero, got {least:.3g}. "
+                "Use a layer after a ReLU, or the methods mcd or pca."
             )
         init = "nndsvda" if n_concepts <= min(cells.shape) else "random"
         model = decomposition.NMF(
@@ -232,13 +231,13 @@ class NMFConcepts(ConceptDictionary):
 
 
 class KMeansConcepts(ConceptDictionary):
-    """Centres of the cells' directions; a cell belongs to the nearest concept alone.
+    """Centres of the cells' directions; each cell belongs to the nearest concept only.
 
     Centres are those of unit-norm cells, and the code of a cell is its component along its centre.
 
     Args:
         n_concepts: number of centres.
-        seed: of the 20 starts.
+        seed: random seed of the 20 starts.
         spec: as in `ConceptDictionary`.
     """
 
@@ -248,7 +247,7 @@ class KMeansConcepts(ConceptDictionary):
         super().__init__(spec, n_concepts=n_concepts, seed=seed)
 
     def fit(self, features: Features, *, progress: bool = False) -> KMeansConcepts:
-        """Clusters the cells of maps; there is no bar, `progress` is for the shared signature."""
+        """Clusters the cells of maps; there is no progress bar."""
         cells = self._cells_to_fit(features)
         rows = _to_unit(cells)[cells.norm(dim=1) > 0]
         n_concepts = self.settings["n_concepts"]
@@ -258,7 +257,10 @@ class KMeansConcepts(ConceptDictionary):
         labels = model.fit_predict(rows.cpu().numpy())
         centres = torch.from_numpy(model.cluster_centers_)
         if not bool((centres.norm(dim=1) > 0).all()):
-            raise InputError("Centres must not be zero, but cells of opposite sign met in one.")
+            raise InputError(
+                "Centres must not be zero, but one cluster holds cells of opposite sign. "
+                "Use another number of concepts."
+            )
         self._set(centres, [1] * n_concepts)
         counts = np.bincount(labels, minlength=n_concepts).tolist()
         self.report = {"n_cells": len(cells), "cluster_sizes": counts}

@@ -1,4 +1,4 @@
-"""Classification heads that read the mean of a map, in a form that splits over concepts."""
+"""Classification heads that read the mean of a map, in a form that can be split by concept."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from featinv_diffusion.errors import InputError
 from featinv_diffusion.types import Features
 
 _SHIFT = 0.5
-"""Mean of the random maps that a head is tried on, so that centring and scaling show."""
+"""Mean of the random maps that a head is tested on, so that centring and scaling show."""
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,14 @@ class PooledHead:
 
         u_k = C (γ ⊙ w_k),   b_k = w_k · β + b₀_k,   s(p) = 1 / √(var(p) + ε)
 
-    with C the centring over channels (C v = v − mean v, which is symmetric, so that centring p is
-    left out). s is one positive number per image: it scales all relevances of an image alike and
-    is taken from the image as it is, so an edit that changes s changes more than its own share.
+    with C the centring over channels (C v = v − mean v, which is symmetric, so p need not
+    be centred). s is one positive number per image: it scales all relevances of an image alike and
+    is taken from the unedited image, so an edit that changes s changes more than its own share.
 
     Args:
         weight: u, `[k, c]`.
         bias: b, `[k]`.
-        norm: what stands between pooling and the linear layer.
+        norm: the norm between pooling and the linear layer.
         eps: ε of the norm.
     """
 
@@ -71,7 +71,7 @@ class PooledHead:
         """
         if not 0 <= class_index < len(self.weight):
             raise InputError(
-                f"The class must lie in 0 … {len(self.weight) - 1}, but {class_index} came."
+                f"The class must lie in 0 … {len(self.weight) - 1}, got {class_index}."
             )
         return self.weight[class_index]
 
@@ -91,7 +91,7 @@ def make_head(linear: nn.Linear, norm: nn.LayerNorm | None = None) -> PooledHead
 
 @torch.no_grad()
 def read_head(backbone: Backbone) -> PooledHead:
-    """Finds the form of a backbone's head and holds it against the backbone's own scores.
+    """Finds the form of a backbone's head, checked against the backbone's own scores.
 
     Raises:
         InputError: no head that reads the map, or one of another form (maximum pooling, several
@@ -114,7 +114,7 @@ def read_head(backbone: Backbone) -> PooledHead:
 
 
 def _candidates(model: nn.Module, channels: int, n_classes: int) -> list[PooledHead]:
-    """The forms that the last fitting linear layer could have, the plain one first."""
+    """Returns the forms that the last matching linear layer could have, the plain one first."""
     modules = list(model.modules())
     linear = [
         m for m in modules if isinstance(m, nn.Linear) and m.weight.shape == (n_classes, channels)

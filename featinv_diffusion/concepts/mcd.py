@@ -27,14 +27,14 @@ from featinv_diffusion.concepts.elastic_net import ElasticNet, self_representati
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.types import Features, FeatureSpec
 
-# ---- Grouping cells: outliers and spectral clustering of sparse self-representations -------------
+# ---- Groups of cells: outliers, and spectral clustering of sparse self-representations -----------
 
 _DENSE = 1000
-"""Up to so many rows the affinities are decomposed as a full matrix, which never fails."""
+"""With at most this many rows, affinities are decomposed as a full matrix, which never fails."""
 
 
 def find_inliers(coefficients: csr_array, quantile: float) -> np.ndarray:
-    """Marks rows whose coefficients' L1 norm is at most this quantile of all rows' norms.
+    """Marks rows whose coefficients have an L1 norm of at most this quantile of all such norms.
 
     A cell far from every subspace needs many others to be represented. 1 keeps all.
     """
@@ -89,12 +89,12 @@ _BASES: tuple[Literal["uncentred", "centred"], ...] = ("uncentred", "centred")
 
 
 class MCD(ConceptDictionary):
-    """Concepts are subspaces, found by clustering cells that represent each other sparsely.
+    """Concepts as subspaces, found by clustering cells that represent each other sparsely.
 
-    Cells of unit norm → sparse self-representation → outliers out, again → spectral clustering →
-    the principal directions of each cluster. What no concept holds is the complement subspace:
-    codes of concepts and complement together are as many as channels (more where subspaces
-    intersect) and decode to the features without loss.
+    The steps: cells of unit norm → sparse self-representation → the same without outliers →
+    spectral clustering → the principal directions of each cluster. What no concept holds is the
+    complement subspace. There are as many codes of concepts and complement together as channels
+    (more where subspaces intersect), and they decode to the features without loss.
 
     Args:
         n_concepts: K; None takes the smallest that reaches `min_completeness` for the class
@@ -102,20 +102,20 @@ class MCD(ConceptDictionary):
         clustering: `sparse` self-representation, or `kmeans` on the unit cells as a baseline.
         basis: of each cluster: `centred` subtracts its mean, as published; `uncentred` goes
             through the origin and may hold the mean; `auto` takes whichever concepts hold more of
-            the unit cells' energy with as many directions for each cluster, the fewer of the two:
-            noisy cells keep so many centred directions that these hold all. The figures of both
-            are in `report`, at equal dimensions and at their own.
+            the unit cells' energy with equally many directions for each cluster, the fewer of the
+            two, because noisy cells keep so many centred directions that these hold everything.
+            `report` has the shares of both, at equal dimensions and at their own.
         gamma, tau, n_nonzero: of `ElasticNet`; tau 1 is the lasso.
-        outlier_quantile: share of the cells to keep, those with the smallest L1 norm of
-            coefficients; 1 keeps all.
+        outlier_quantile: share of the cells to keep, those whose coefficients have the smallest
+            L1 norm; 1 keeps all.
         fo_threshold: eigenvalues above this share of the cluster's largest count (Fukunaga-Olsen).
-        one_dimensional: keeps the leading direction of each cluster only.
-        orthogonal: makes the subspaces orthogonal, see `orthogonalise`; needs a class direction.
+        one_dimensional: keep only the leading direction of each cluster.
+        orthogonal: make the subspaces orthogonal, see `orthogonalise`; needs a class direction.
         min_completeness: ‖P w‖ / ‖w‖ to reach where `n_concepts` is None.
-        max_concepts: where to give up.
+        max_concepts: largest K to try.
         max_cells: cells drawn without replacement where there are more; None takes all. Time grows
             with the square.
-        seed: of the draw, the eigenvectors' start and k-means.
+        seed: random seed of the draw, of the eigenvectors' start and of k-means.
         spec: as in `ConceptDictionary`.
 
     Attributes:
@@ -159,14 +159,14 @@ class MCD(ConceptDictionary):
     ) -> MCD:
         """Finds the concepts of maps, usually of images of one class.
 
-        Concepts come sorted by global relevance where there is a direction, else by the number of
-        their cells.
+        Concepts are sorted by global relevance where there is a direction, else by their number
+        of cells.
 
         Args:
             features: `[b, c, h, w]`.
             direction: w of the class, `PooledHead.direction`, d = c; needed to choose the number of
                 concepts and to make them orthogonal.
-            progress: show a bar.
+            progress: show a progress bar on stderr.
 
         Raises:
             InputError: too few cells, no direction where one is needed, or a completeness that is
@@ -198,20 +198,20 @@ class MCD(ConceptDictionary):
     def _decoder(self) -> Tensor:
         return torch.cat([self.directions.double(), self._split.complement])
 
-    # The steps of a fit.
+    # ---- The steps of a fit
 
     def _check_direction(self, direction: Tensor | None, channels: int) -> None:
         if direction is not None:
             check_direction(direction, channels)
         elif self.settings["n_concepts"] is None:
             raise InputError(
-                "The number of concepts is chosen by completeness, which needs the direction of a "
-                "class, but none came. Give fit a direction, or MCD n_concepts."
+                "Choosing the number of concepts by completeness needs the direction of a class, "
+                "got none. Give fit a direction, or MCD n_concepts."
             )
         elif self.settings["orthogonal"]:
             raise InputError(
-                "Subspaces are made orthogonal in the order of their completeness, which needs the "
-                "direction of a class, but none came. Give fit a direction."
+                "Orthogonal subspaces are ordered by their completeness, which needs the direction "
+                "of a class, got none. Give fit a direction."
             )
 
     def _draw(self, cells: Tensor) -> tuple[Tensor, Tensor]:
@@ -223,9 +223,7 @@ class MCD(ConceptDictionary):
             generator = torch.Generator().manual_seed(self.settings["seed"])
             used = used[torch.randperm(len(used), generator=generator)[:limit].sort().values]
         if len(used) < 2:
-            raise InputError(
-                f"Concepts need at least 2 cells that are not zero, but {len(used)} came."
-            )
+            raise InputError(f"Concepts need at least 2 cells that are not zero, got {len(used)}.")
         chosen = used.to(cells.device)
         return used, cells[chosen] / norms[chosen, None]
 
@@ -245,7 +243,7 @@ class MCD(ConceptDictionary):
         return _Groups(rows, inliers, embedding, settings["seed"], coefficients.nnz / len(rows))
 
     def _choose(self, groups: _Groups, direction: Tensor | None) -> _Clusters:
-        """Returns K clusters, the given K or the smallest that is complete enough."""
+        """Returns K clusters: the given K, or the smallest that is complete enough."""
         n_concepts = self.settings["n_concepts"]
         if n_concepts is not None:
             check_n_concepts(n_concepts, len(groups.rows))
@@ -333,7 +331,7 @@ class _Groups:
 
 @dataclass
 class _Clusters:
-    """K clusters with both kinds of basis; figures by kind."""
+    """K clusters with both kinds of basis, and numbers for each kind."""
 
     labels: np.ndarray
     candidates: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -348,7 +346,7 @@ class _Clusters:
         return self.candidates[self.chosen]
 
     def add(self, name: str, bases: list[Tensor], rows: Tensor, direction: Tensor | None) -> None:
-        """Keeps a kind of basis where it has a direction in every cluster."""
+        """Adds a kind of basis if it has a direction in every cluster."""
         self.dimensions[name] = [len(basis) for basis in bases]
         if not all(self.dimensions[name]):
             return
@@ -368,8 +366,8 @@ class _Clusters:
             basis = max(self.candidates, key=lambda name: self.energy_at_equal_dimensions[name])
         elif basis not in self.candidates:
             raise InputError(
-                "A centred basis needs cells that differ in every cluster, but one cluster has "
-                "none. Take fewer concepts, or an uncentred basis."
+                "A centred basis needs cells that differ in every cluster, but all cells of one "
+                "cluster are the same. Use fewer concepts, or an uncentred basis."
             )
         self.chosen = basis
 
@@ -378,15 +376,13 @@ def _check_settings(settings: dict[str, Any]) -> None:
     choices = {"clustering": ("sparse", "kmeans"), "basis": ("auto", *_BASES)}
     for name, allowed in choices.items():
         if settings[name] not in allowed:
-            raise InputError(
-                f"{name} must be one of {', '.join(allowed)}, but {settings[name]!r} came."
-            )
+            raise InputError(f"{name} must be one of {', '.join(allowed)}, got {settings[name]!r}.")
     for name in ("outlier_quantile", "min_completeness"):
         if not 0 < settings[name] <= 1:
-            raise InputError(f"{name} must lie in (0, 1], but {settings[name]} came.")
+            raise InputError(f"{name} must lie in (0, 1], got {settings[name]}.")
     if not 0 <= settings["fo_threshold"] < 1:
-        raise InputError(f"fo_threshold must lie in [0, 1), but {settings['fo_threshold']} came.")
+        raise InputError(f"fo_threshold must lie in [0, 1), got {settings['fo_threshold']}.")
     for name in ("n_concepts", "max_cells", "max_concepts"):
         value = cast("int | None", settings[name])
         if value is not None and value < 1:
-            raise InputError(f"{name} must be at least 1, but {value} came.")
+            raise InputError(f"{name} must be at least 1, got {value}.")

@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import functional
 
 from featinv_diffusion.data.crops import (
     Crop,
     CropDataset,
     DataConfig,
-    FolderRecords,
-    MemoryRecords,
-    Records,
-    draw_crop,
-    read_classes,
+    in_memory,
+    open_training_images,
 )
+from featinv_diffusion.data.sets import ImageSet
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.images import read_image
-from featinv_diffusion.seeds import make_generator
 
 MIN_VISIBLE = 0.25
 """A box of which a crop leaves a smaller share of the area is no target."""
@@ -49,93 +46,101 @@ class Box:
         return (self.right - self.left) * (self.bottom - self.top)
 
 
-@runtime_checkable
-class BoxRecords(Records, Protocol):
-    """Decoded images with labels, stable ids and boxes."""
+@dataclass(frozen=True)
+class BoxedImages(ImageSet):
+    """Images with boxes.
 
-    def boxes(self, index: int) -> list[Box]: ...
+    Args:
+        boxes: returns the objects of an image.
+        masks: returns a mask per box, in the order of `boxes`; None where there are none. It
+            raises an `InputError` where pycocotools is not installed.
+    """
 
-
-class TinyImageNetBoxes(FolderRecords):
-    """Tiny-ImageNet's training folder: `WNID/images/*.JPEG` and `WNID/WNID_boxes.txt`."""
-
-    def __init__(self, root: Path, classes: Sequence[str] | None = None):
-        super().__init__(root, classes)
-        self.by_name: dict[str, tuple[int, int, int, int]] = {}
-        for name in self.class_names:
-            self.by_name |= _read_box_file(root / name / f"{name}_boxes.txt")
-        missing = [path for path in self.paths if path.name not in self.by_name]
-        if missing:
-            raise InputError(f"Each image must have a box, but {missing[0]} has none.")
-
-    def boxes(self, index: int) -> list[Box]:
-        """Returns the one box of the image."""
-        left, top, right, bottom = self.by_name[self.paths[index].name]
-        return [Box(left, top, right + 1, bottom + 1, self.labels[index])]
+    boxes: Callable[[int], list[Box]] = field(kw_only=True)
+    masks: Callable[[int], Bool[np.ndarray, "n h w"]] | None = field(default=None, kw_only=True)
 
 
-class CocoRecords:
-    """COCO: a folder of images and `instances_SPLIT.json`; classes are the category ids.
+def open_boxed_images(config: DataConfig) -> BoxedImages:
+    """Opens COCO or Tiny-ImageNet, whichever `config.root` holds.
 
-    Crowds are left out. Masks need pycocotools.
+    Raises:
+        InputError: neither is there, or an image has no box that should have one.
+    """
+    if not config.root:
+        raise InputError("data.root must name the folder of COCO or of Tiny-ImageNet-200.")
+    root = Path(config.root).expanduser()
+    is_coco = coco_annotations(root, config.split).is_file()
+    images = _open_coco(root, config.split) if is_coco else _open_tiny_imagenet(config)
+    return in_memory(images) if config.in_memory else images
+
+
+def _open_tiny_imagenet(config: DataConfig) -> BoxedImages:
+    """Opens `WNID/images/*.JPEG` and `WNID/WNID_boxes.txt`, the training folder."""
+    images = open_training_images(replace(config, in_memory=False))
+    edges: dict[str, tuple[int, int, int, int]] = {}
+    for folder in {Path(location).parents[1] for location in images.locations}:
+        edges |= _read_box_file(folder / f"{folder.name}_boxes.txt")
+    boxes: list[list[Box]] = []
+    for location, label in zip(images.locations, images.labels or [], strict=True):
+        found = edges.get(Path(location).name)
+        if found is None:
+            raise InputError(f"Each image must have a box, but {location} has none.")
+        left, top, right, bottom = found
+        boxes.append([Box(left, top, right + 1, bottom + 1, label)])
+    return BoxedImages(**vars(images), boxes=boxes.__getitem__)
+
+
+def _open_coco(root: Path, split: str) -> BoxedImages:
+    """Opens a folder of images and `instances_SPLIT.json`; classes are the category ids.
+
+    Crowds are left out.
 
     Args:
         root: with `annotations/` and a folder of images named after the split.
         split: such as `val2017`.
     """
-
-    def __init__(self, root: Path, split: str):
-        path = coco_annotations(root, split)
-        try:
-            content = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path} must be COCO's annotations of instances: {error}") from None
-        self.folder = root / split
-        self.images: list[dict[str, Any]] = sorted(content["images"], key=lambda x: x["id"])
-        titles = {category["id"]: category["name"] for category in content["categories"]}
-        self.class_names = [titles.get(i, f"unused {i}") for i in range(max(titles) + 1)]
-        self.annotations: dict[int, list[dict[str, Any]]] = {}
-        for entry in content["annotations"]:
-            if not entry.get("iscrowd", 0):
-                self.annotations.setdefault(entry["image_id"], []).append(entry)
-        self.labels = [0] * len(self.images)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def id(self, index: int) -> str:
-        return self.images[index]["file_name"]
-
-    def image(self, index: int) -> Image.Image:
-        return read_image(self.folder / self.id(index))
-
-    def boxes(self, index: int) -> list[Box]:
-        """Returns the objects of the image."""
-        found = []
-        for entry in self._entries(index):
-            left, top, width, height = entry["bbox"]
-            found.append(Box(left, top, left + width, top + height, entry["category_id"]))
-        return found
-
-    def masks(self, index: int) -> Bool[np.ndarray, "n h w"]:
-        """Returns a mask per box, in the order of `boxes`.
-
-        Raises:
-            InputError: pycocotools is not installed.
-        """
-        coco = import_pycocotools("mask")
-        size = self.images[index]["height"], self.images[index]["width"]
-        masks = [_decode_mask(coco, e["segmentation"], size) for e in self._entries(index)]
-        return np.stack(masks) if masks else np.zeros((0, *size), bool)
-
-    def _entries(self, index: int) -> list[dict[str, Any]]:
-        return self.annotations.get(self.images[index]["id"], [])
+    path = coco_annotations(root, split)
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} must be COCO's annotations of instances: {error}") from None
+    files: list[dict[str, Any]] = sorted(content["images"], key=lambda x: x["id"])
+    titles = {category["id"]: category["name"] for category in content["categories"]}
+    by_image: dict[int, list[dict[str, Any]]] = {file["id"]: [] for file in files}
+    for entry in content["annotations"]:
+        if not entry.get("iscrowd", 0):
+            by_image.setdefault(entry["image_id"], []).append(entry)
+    entries = [by_image[file["id"]] for file in files]
+    locations = [str((root / split / file["file_name"]).absolute()) for file in files]
+    return BoxedImages(
+        ids=[file["file_name"] for file in files],
+        labels=[0] * len(files),
+        class_names=[titles.get(i, f"unused {i}") for i in range(max(titles) + 1)],
+        read=partial(_read_file, locations),
+        locations=locations,
+        boxes=partial(_coco_boxes, entries),
+        masks=partial(_coco_masks, entries, [(file["height"], file["width"]) for file in files]),
+    )
 
 
-class _MemoryBoxRecords(MemoryRecords):
-    def __init__(self, records: BoxRecords):
-        super().__init__(records)
-        self.boxes = records.boxes
+def _read_file(paths: Sequence[str], index: int) -> Image.Image:
+    return read_image(paths[index])
+
+
+def _coco_boxes(entries: Sequence[Sequence[dict[str, Any]]], index: int) -> list[Box]:
+    found = []
+    for entry in entries[index]:
+        left, top, width, height = entry["bbox"]
+        found.append(Box(left, top, left + width, top + height, entry["category_id"]))
+    return found
+
+
+def _coco_masks(
+    entries: Sequence[Sequence[dict[str, Any]]], sizes: Sequence[tuple[int, int]], index: int
+) -> Bool[np.ndarray, "n h w"]:
+    coco = import_pycocotools("mask")
+    masks = [_decode_mask(coco, e["segmentation"], sizes[index]) for e in entries[index]]
+    return np.stack(masks) if masks else np.zeros((0, *sizes[index]), bool)
 
 
 class BoxDataset(CropDataset):
@@ -147,33 +152,23 @@ class BoxDataset(CropDataset):
 
     def __init__(
         self,
-        records: BoxRecords,
+        images: BoxedImages,
         indices: Sequence[int],
         config: DataConfig,
         seed: int,
         max_boxes: int = 100,
     ):
-        super().__init__(records, indices, config, seed)
-        self.box_records, self.max_boxes = records, max_boxes
+        super().__init__(images, indices, config, seed)
+        self.boxes_of, self.max_boxes = images.boxes, max_boxes
 
-    def __getitem__(self, position: int) -> dict[str, Any]:
-        index = self.indices[position]
-        generator = make_generator(self.seed, self.epoch, index)
-        image = self.records.image(index)
-        crop = draw_crop(self.config, *image.size, generator)
-        seen = crop_boxes(self.box_records.boxes(index), crop)[: self.max_boxes]
+    def targets(self, index: int, crop: Crop) -> dict[str, Tensor]:
+        """Returns the boxes that are left in the crop."""
         boxes = torch.zeros(self.max_boxes, 4)
         labels = torch.full((self.max_boxes,), -1)
+        seen = crop_boxes(self.boxes_of(index), crop)[: self.max_boxes]
         for i, (box, label) in enumerate(seen):
             boxes[i], labels[i] = torch.tensor(box), label
-        return {
-            "pixels": _to_tensor(crop.apply(image, self.config.size)),
-            "label": self.records.labels[index],
-            "index": index,
-            "seed": int(torch.randint(0, 2**62, (1,), generator=generator)),
-            "boxes": boxes,
-            "box_labels": labels,
-        }
+        return {"boxes": boxes, "box_labels": labels}
 
 
 def crop_boxes(
@@ -194,23 +189,6 @@ def crop_boxes(
         centre = (1 - x if crop.hflip else x, 1 - y if crop.vflip else y)
         found.append(((*centre, x1 - x0, y1 - y0), box.label))
     return found
-
-
-def load_box_records(config: DataConfig) -> BoxRecords:
-    """Opens COCO or Tiny-ImageNet, whichever `config.root` holds.
-
-    Raises:
-        InputError: neither is there.
-    """
-    if not config.root:
-        raise InputError("data.root must name the folder of COCO or of Tiny-ImageNet-200.")
-    root = Path(config.root).expanduser()
-    if coco_annotations(root, config.split).is_file():
-        records: BoxRecords = CocoRecords(root, config.split)
-    else:
-        folder = root / config.split if (root / config.split).is_dir() else root
-        records = TinyImageNetBoxes(folder, read_classes(config.classes))
-    return _MemoryBoxRecords(records) if config.in_memory else records
 
 
 def coco_annotations(root: Path, split: str) -> Path:
@@ -259,8 +237,3 @@ def _decode_mask(coco: Any, segmentation: Any, size: tuple[int, int]) -> np.ndar
     elif isinstance(segmentation["counts"], list):
         segmentation = coco.frPyObjects(segmentation, *size)
     return coco.decode(segmentation).astype(bool)
-
-
-def _to_tensor(image: Image.Image) -> Tensor:
-    convert: Any = functional.pil_to_tensor
-    return convert(image)

@@ -1,4 +1,4 @@
-"""Training and evaluation images: a folder, parquet, webdataset or Hub data set → uint8 crops.
+"""Training images: any `ImageSet` → uint8 crops.
 
 Every random choice of a crop derives from (seed, epoch, index), so the order of workers and
 processes does not matter and a resumed run sees the same pixels.
@@ -6,23 +6,33 @@ processes does not matter and a resumed run sees the same pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
-from torchvision.datasets import ImageFolder
 from torchvision.transforms import InterpolationMode, RandomResizedCrop, functional
 
+from featinv_diffusion.data.containers import find_columns, load_hub, to_content
+from featinv_diffusion.data.places import expand, suffix_of
+from featinv_diffusion.data.sets import ImageSet, open_images
 from featinv_diffusion.errors import InputError
-from featinv_diffusion.seeds import make_generator
+from featinv_diffusion.images import decode_image, without_notes
+from featinv_diffusion.seeds import derive_seed, make_generator
+
+logger = logging.getLogger(__name__)
 
 TF: Any = functional  # torchvision annotates tensors only, and takes pictures too
+AnySet = TypeVar("AnySet", bound=ImageSet)
+
+N_ATTEMPTS = 10
+"""Images that are tried in place of one that cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +40,9 @@ class DataConfig:
     """Which images, and how they are cropped.
 
     Args:
-        root: image folder (`CLASS/**/*.jpg`, or with a `split` folder of those), parquet file,
-            webdataset tar pattern, or Hub id such as `ILSVRC/imagenet-1k`.
+        root: folder of pictures (with class folders or without), parquet file, webdataset tar or
+            pattern of tars, an fsspec URL of any of these, or a Hub id such as
+            `ILSVRC/imagenet-1k`.
         split: split of a Hub data set, or the folder below `root` that holds the classes.
         classes: text file with one class folder or class name per line: only these, in this
             order; None takes all, sorted.
@@ -43,6 +54,8 @@ class DataConfig:
         streaming: read a Hub data set or tar shards in passing, shuffled within a buffer of
             `shuffle_buffer` images, by one worker. Such a run needs `optim.max_steps`, has no
             latent cache, and resumes by reading again, and dropping, what it has already used.
+        on_bad_image: what happens to an image that cannot be read: `replace` takes another one
+            in its place, the same in a resumed run, and lists it at the end; `error` stops.
     """
 
     root: str | None = None
@@ -59,165 +72,66 @@ class DataConfig:
     streaming: bool = False
     shuffle_buffer: int = 1000
     num_workers: int = 2
+    on_bad_image: Literal["replace", "error"] = "replace"
 
 
-@runtime_checkable
-class Records(Protocol):
-    """Decoded images with labels and stable ids."""
+def open_training_images(config: DataConfig) -> ImageSet:
+    """Opens the images that `config.root` names, which all have labels: 0 where they have none.
 
-    class_names: list[str]
-    labels: list[int]
+    Pictures are in the order of their top folder, then their whole folder, then their name, which
+    decides their crops.
 
-    def __len__(self) -> int: ...
-    def id(self, index: int) -> str: ...
-    def image(self, index: int) -> Image.Image: ...
-
-
-class FolderRecords:
-    """`root/CLASS/**/*.jpg`; the id is the path relative to root."""
-
-    def __init__(self, root: Path, classes: Sequence[str] | None = None):
-        if not root.is_dir():
-            raise InputError(f"An image folder must exist at {root}; set data.root.")
-        if classes is not None:
-            missing = [name for name in classes if not (root / name).is_dir()]
-            if missing:
-                raise InputError(
-                    f"{root} must hold a folder for each listed class, "
-                    f"but {len(missing)} are missing, e.g. {missing[0]!r}."
-                )
-        try:
-            folder = _SelectedFolder(str(root), classes)
-        except FileNotFoundError as error:
-            raise InputError(f"{root} must hold folders of images, one a class: {error}") from None
-        self.root = root
-        self.class_names = list(folder.classes)
-        self.paths = [Path(path) for path, _ in folder.samples]
-        self.labels = [label for _, label in folder.samples]
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def id(self, index: int) -> str:
-        return self.paths[index].relative_to(self.root).as_posix()
-
-    def image(self, index: int) -> Image.Image:
-        try:
-            with Image.open(self.paths[index]) as image:
-                return image.convert("RGB")
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise InputError(
-                f"{self.paths[index]} must be a readable image, but decoding failed ({error}). "
-                "Replace or remove the file."
-            ) from error
-
-
-class _SelectedFolder(ImageFolder):
-    def __init__(self, root: str, selected: Sequence[str] | None):
-        self.selected = selected
-        super().__init__(root)
-
-    def find_classes(self, directory: Any) -> tuple[list[str], dict[str, int]]:
-        names = list(self.selected or super().find_classes(directory)[0])
-        return names, {name: i for i, name in enumerate(names)}
-
-
-class TableRecords:
-    """A map-style `datasets.Dataset` with an `image` and perhaps a `label` column."""
-
-    def __init__(self, table: Any, name: str):
-        self.name = name
-        self.image_column, label_column = _image_and_label_columns(table.column_names, name)
-        self.table = table
-        self.labels = list(table[label_column]) if label_column else [0] * len(table)
-        feature = table.features[label_column] if label_column else None
-        self.class_names = list(
-            getattr(feature, "names", None) or map(str, range(max(self.labels, default=0) + 1))
-        )
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def id(self, index: int) -> str:
-        return f"{self.name}/{index}"
-
-    def image(self, index: int) -> Image.Image:
-        return self.table[index][self.image_column].convert("RGB")
-
-
-def _image_and_label_columns(columns: Sequence[str], name: str) -> tuple[str, str | None]:
-    image_column = next((c for c in ("image", "jpg", "jpeg", "png") if c in columns), None)
-    if image_column is None:
-        raise InputError(f"{name} must have an `image` column, but has {list(columns)}.")
-    return image_column, next((c for c in ("label", "cls") if c in columns), None)
-
-
-class MemoryRecords:
-    """Other records, decoded once; all images must have one size."""
-
-    def __init__(self, records: Records):
-        first = np.asarray(records.image(0))
-        pixels = np.empty((len(records), *first.shape), np.uint8)
-        for i in range(len(records)):
-            image = np.asarray(records.image(i))
-            if image.shape != first.shape:
-                raise InputError(
-                    f"data.in_memory needs images of one size, but {records.id(0)} is "
-                    f"{first.shape[1]}×{first.shape[0]} and {records.id(i)} is "
-                    f"{image.shape[1]}×{image.shape[0]}. Set data.in_memory=false."
-                )
-            pixels[i] = image
-        self.pixels, self.labels, self.class_names = pixels, records.labels, records.class_names
-        self.id = records.id
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def image(self, index: int) -> Image.Image:
-        return Image.fromarray(self.pixels[index])
-
-
-def load_records(config: DataConfig) -> Records:
-    """Opens the data set that `config.root` names, restricted to `config.classes`."""
+    Raises:
+        InputError: no such images.
+    """
     if not config.root:
         raise InputError("data.root must name an image folder, parquet file, tar files or Hub id.")
-    classes = read_classes(config.classes)
-    root = Path(config.root).expanduser()
-    if root.is_dir():
-        split = root / config.split
-        records: Records = FolderRecords(split if split.is_dir() else root, classes)
-    else:
-        records = TableRecords(_load_table(config), Path(config.root).stem)
-        if classes is not None and records.class_names != classes:
-            raise InputError("data.classes selects folders; this data set is not a folder.")
-    return MemoryRecords(records) if config.in_memory else records
-
-
-def _load_table(config: DataConfig) -> Any:
-    from datasets import load_dataset
-
-    root, streaming = str(config.root), config.streaming
     try:
-        for suffix, builder in ((".parquet", "parquet"), (".tar", "webdataset")):
-            if root.endswith(suffix):
-                return load_dataset(builder, data_files=root, split="train", streaming=streaming)
-        return load_dataset(root, split=config.split, streaming=streaming)
-    except Exception as error:
-        raise InputError(
-            f"data.root must be a folder, parquet file, tar pattern or reachable Hub data set, "
-            f"but {root!r} could not be opened: {str(error).splitlines()[0]}"
-        ) from error
+        images = open_images(config.root, config.split, config.classes)
+    except InputError as error:
+        raise InputError(f"data.root cannot be opened. {error}") from error
+    for note in images.notes:
+        logger.warning("%s", note)
+    labels = images.labels or [0] * len(images)
+    names = images.class_names or [str(i) for i in range(max(labels) + 1)]
+    images = replace(images, labels=labels, class_names=names)
+    if images.locations[0].endswith(f"/{images.ids[0]}"):
+        parts = [(i.partition("/")[0], *i.rpartition("/")[::2]) for i in images.ids]
+        images = images.pick(sorted(range(len(images)), key=parts.__getitem__))
+    return in_memory(images) if config.in_memory else images
 
 
-def read_classes(path: str | None) -> list[str] | None:
-    """Reads the first word of each line that is no comment; None without a file."""
-    if path is None:
-        return None
-    try:
-        lines = Path(path).read_text().splitlines()
-    except OSError as error:
-        raise InputError(f"data.classes must be a readable text file: {error}") from None
-    return [line.split()[0] for line in lines if line.strip() and not line.startswith("#")]
+def in_memory(images: AnySet) -> AnySet:
+    """Decodes all images once; one that cannot be read stays one that cannot be read.
+
+    Raises:
+        InputError: the images are not of one size.
+    """
+    pixels: np.ndarray | None = None
+    first, reasons = 0, {}
+    for i, image_id in enumerate(images.ids):
+        try:
+            with without_notes():
+                image = np.asarray(images.read(i))
+        except InputError as error:
+            reasons[i] = str(error)
+            continue
+        if pixels is None:
+            pixels, first = np.empty((len(images), *image.shape), np.uint8), i
+        if image.shape != pixels.shape[1:]:
+            raise InputError(
+                f"data.in_memory needs images of one size, but {images.ids[first]} is "
+                f"{pixels.shape[2]}×{pixels.shape[1]} and {image_id} is "
+                f"{image.shape[1]}×{image.shape[0]}. Set data.in_memory=false."
+            )
+        pixels[i] = image
+    return replace(images, read=partial(_from_memory, pixels, reasons))
+
+
+def _from_memory(pixels: np.ndarray | None, reasons: Mapping[int, str], index: int) -> Image.Image:
+    if pixels is None or index in reasons:
+        raise InputError(reasons[index])
+    return Image.fromarray(pixels[index])
 
 
 def split_held_back(labels: Sequence[int], per_class: int) -> tuple[list[int], list[int]]:
@@ -299,15 +213,30 @@ def _random_resized_box(
     return box[0], box[1], box[2], box[3]
 
 
-class CropDataset(Dataset):
-    """Crops of the chosen records, drawn afresh in each epoch.
+def _make_item(
+    image: Image.Image, config: DataConfig, seed: int, epoch: int, index: int
+) -> tuple[dict[str, Any], Crop]:
+    generator = make_generator(seed, epoch, index)
+    crop = draw_crop(config, *image.size, generator)
+    item = {
+        "pixels": TF.pil_to_tensor(crop.apply(image, config.size)),
+        "index": index,
+        "seed": int(torch.randint(0, 2**62, (1,), generator=generator)),
+    }
+    return item, crop
 
-    Items are dicts with `pixels` uint8 `[3, size, size]`, `label`, `index` (into the records) and
-    `seed`, from which the training step derives this sample's noise.
+
+class CropDataset(Dataset):
+    """Crops of the chosen images, drawn afresh in each epoch.
+
+    Items are dicts with `pixels` uint8 `[3, size, size]`, `label`, `index` (into the images),
+    `seed`, from which the training step derives this sample's noise, and `n_unreadable`: how many
+    images were tried in vain, as `substitute` numbers them.
     """
 
-    def __init__(self, records: Records, indices: Sequence[int], config: DataConfig, seed: int):
-        self.records, self.indices, self.config, self.seed = records, list(indices), config, seed
+    def __init__(self, images: ImageSet, indices: Sequence[int], config: DataConfig, seed: int):
+        self.images, self.indices, self.config, self.seed = images, list(indices), config, seed
+        self.labels = images.labels or [0] * len(images)
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -318,28 +247,61 @@ class CropDataset(Dataset):
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         index = self.indices[position]
-        generator = make_generator(self.seed, self.epoch, index)
-        image = self.records.image(index)
-        crop = draw_crop(self.config, *image.size, generator)
-        return {
-            "pixels": TF.pil_to_tensor(crop.apply(image, self.config.size)),
-            "label": self.records.labels[index],
-            "index": index,
-            "seed": int(torch.randint(0, 2**62, (1,), generator=generator)),
-        }
+        image, attempt = self.read(index)
+        item, crop = _make_item(image, self.config, self.seed, self.epoch, index)
+        used = self.substitute(index, attempt)
+        more = {"label": self.labels[used], "n_unreadable": attempt}
+        return {**item, **more, **self.targets(used, crop)}
+
+    def targets(self, index: int, crop: Crop) -> dict[str, Any]:
+        """What else an item holds."""
+        return {}
+
+    def substitute(self, index: int, attempt: int) -> int:
+        """The image itself, or that which is tried as the `attempt`-th in its place."""
+        if attempt == 0:
+            return index
+        place = derive_seed(self.seed, "replacement", index, attempt) % len(self.indices)
+        return self.indices[place]
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        """Returns an image, or the first that can be read in its place, and its attempt.
+
+        Raises:
+            InputError: none can be read, or `on_bad_image` is `error` and the image cannot.
+        """
+        reason = None
+        for attempt in range(1 + N_ATTEMPTS):
+            try:
+                with without_notes():
+                    return self.images.read(self.substitute(index, attempt)), attempt
+            except InputError as error:
+                if self.config.on_bad_image == "error":
+                    raise
+                reason = reason or error
+        raise InputError(
+            f"Of {1 + N_ATTEMPTS} images none can be read, so that none is taken in place of "
+            f"another. The first: {reason}"
+        )
+
+    def unreadable(self, index: int, n_unreadable: int) -> list[str]:
+        """Where the images lie that were tried in vain."""
+        found = [self.substitute(index, attempt) for attempt in range(n_unreadable)]
+        return [self.images.locations[i] for i in found]
 
 
 class StreamedCrops(IterableDataset):
-    """The items of `CropDataset` from a `datasets.IterableDataset`, in its shuffled order.
+    """The items of `CropDataset` from a stream of `datasets`, in its shuffled order.
 
-    `index` counts the images of the stream; the first `n_skipped` are left to validation.
+    `index` counts the images of the stream, also those that cannot be read, which are left out;
+    the first `n_skipped` of the stream are left to validation.
     """
 
     def __init__(self, config: DataConfig, seed: int, n_skipped: int = 0):
         self.config, self.seed, self.epoch = config, seed, 0
-        stream = _load_table(config)
+        stream = _open_stream(config)
         columns = stream.column_names or list(next(iter(stream)))
-        self.columns = _image_and_label_columns(columns, str(config.root))
+        self.columns = find_columns(columns, str(config.root))
         self.held = stream.take(n_skipped)
         self.stream = stream.skip(n_skipped).shuffle(seed=seed, buffer_size=config.shuffle_buffer)
 
@@ -348,36 +310,53 @@ class StreamedCrops(IterableDataset):
         self.stream.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for index, row in enumerate(self.stream):
-            yield self._item(row, index, self.config)
+        return self._items(self.stream, self.config)
 
     def held_back_images(self) -> Tensor:
-        """Central crops of the skipped images as `Images`."""
-        central = replace(self.config, crop="center")
-        items = [self._item(row, i, central)["pixels"] for i, row in enumerate(self.held)]
-        return to_images(torch.stack(items))
+        """Central crops of the skipped images as `Images`.
 
-    def _item(self, row: dict[str, Any], index: int, config: DataConfig) -> dict[str, Any]:
+        Raises:
+            InputError: none of them can be read.
+        """
+        items = list(self._items(self.held, replace(self.config, crop="center")))
+        if not items:
+            raise InputError(f"{self.config.root} must begin with images that can be read.")
+        return to_images(torch.stack([item["pixels"] for item in items]))
+
+    def unreadable(self, index: int, n_unreadable: int) -> list[str]:
+        """Names the images before `index` that were left out."""
+        found = range(index - n_unreadable, index)
+        return [f"{self.config.root}, epoch {self.epoch}, image {i}" for i in found]
+
+    def _items(self, rows: Any, config: DataConfig) -> Iterator[dict[str, Any]]:
         image_column, label_column = self.columns
-        generator = make_generator(self.seed, self.epoch, index)
-        image: Image.Image = row[image_column].convert("RGB")
-        crop = draw_crop(config, *image.size, generator)
-        return {
-            "pixels": TF.pil_to_tensor(crop.apply(image, config.size)),
-            "label": row[label_column] if label_column else 0,
-            "index": index,
-            "seed": int(torch.randint(0, 2**62, (1,), generator=generator)),
-        }
+        n_unreadable = 0
+        for index, row in enumerate(rows):
+            try:
+                with without_notes():
+                    content = to_content(row[image_column])
+                    name = f"{config.root}, image {index}"
+                    image = decode_image(content if isinstance(content, bytes) else b"", name)
+            except InputError:
+                if config.on_bad_image == "error":
+                    raise
+                n_unreadable += 1
+                continue
+            item, _ = _make_item(image, config, self.seed, self.epoch, index)
+            label = row[label_column] if label_column else 0
+            yield {**item, "label": label, "n_unreadable": n_unreadable}
+            n_unreadable = 0
+
+
+def _open_stream(config: DataConfig) -> Any:
+    root = str(config.root)
+    for suffix, builder in ((".parquet", "parquet"), (".tar", "webdataset")):
+        if suffix_of(root) == suffix:
+            files = expand(root) or root
+            return load_hub(builder, data_files=files, split="train", streaming=True)
+    return load_hub(root, split=config.split, streaming=True)
 
 
 def to_images(pixels: Tensor) -> Tensor:
     """uint8 `[b, 3, h, w]` to float `Images` in [0, 1]."""
     return pixels.float() / 255
-
-
-def read_class_titles(path: str | None) -> dict[str, str]:
-    """Reads `FOLDER readable name` lines to a mapping; empty without a file."""
-    if path is None:
-        return {}
-    pairs = (line.split(maxsplit=1) for line in Path(path).read_text().splitlines())
-    return {pair[0]: pair[1].strip() for pair in pairs if len(pair) == 2 and pair[0] != "#"}

@@ -10,8 +10,8 @@ from pathlib import PurePosixPath
 
 from featinv_diffusion.data.sets import ImageSet
 from featinv_diffusion.errors import InputError
-from featinv_diffusion.evaluation.settings import EvaluationSettings
 from featinv_diffusion.seeds import derive_seed
+from featinv_diffusion.settings import Selection
 
 
 @dataclass(frozen=True)
@@ -32,37 +32,40 @@ class Item:
     has_null: bool
 
 
-def select_items(images: ImageSet, settings: EvaluationSettings) -> list[Item]:
+def select_items(images: ImageSet, selection: Selection, seed: int = 0) -> list[Item]:
     """Draws the images evenly over classes: first one of each class, then a second one …
 
     So neighbours are of different classes, and the first n of a larger selection are the
     selection of n.
 
+    Args:
+        seed: random seed of the noise.
+
     Raises:
         InputError: fewer images than asked for, or a number per class without classes.
     """
     for name in ("per_class", "held_back_per_class"):
-        if getattr(settings, name) and images.labels is None:
+        if getattr(selection, name) and images.labels is None:
             raise InputError(
-                f"--{name.replace('_', '-')} needs images with classes, but those of "
-                f"{settings.data} have none: no label column and no folder for each class."
+                f"--{name.replace('_', '-')} needs images with classes, but these have none: no "
+                "label column and no folder for each class."
             )
-    drawn = _draw(images, settings)
-    n_images = settings.n_images or len(drawn)
+    drawn = _draw(images, selection)
+    n_images = selection.n_images or len(drawn)
     if n_images > len(drawn):
-        limit = f", at most {settings.per_class} of each class" if settings.per_class else ""
+        limit = f", at most {selection.per_class} of each class" if selection.per_class else ""
         raise InputError(
             f"There are {len(drawn)} images to choose from{limit}, but {n_images} were asked for."
         )
     drawn = drawn[:n_images]
-    n_null = min(settings.n_null_images, n_images)
+    n_null = min(selection.n_null_images, n_images)
     with_null = {i * n_images // n_null for i in range(n_null)}
     return [
         Item(
             index=index,
             id=images.ids[index],
             label=None if images.labels is None else images.labels[index],
-            seed=derive_seed(settings.seed, PurePosixPath(images.ids[index]).name, 0),
+            seed=derive_seed(seed, PurePosixPath(images.ids[index]).name, 0),
             has_null=position in with_null,
         )
         for position, index in enumerate(drawn)
@@ -74,18 +77,18 @@ def digest(parts: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _draw(images: ImageSet, settings: EvaluationSettings) -> list[int]:
+def _draw(images: ImageSet, selection: Selection) -> list[int]:
     """Returns indices by (rank within the class, class)."""
     by_class: defaultdict[int, list[int]] = defaultdict(list)
     for index in sorted(range(len(images)), key=images.ids.__getitem__):
         by_class[images.labels[index] if images.labels else 0].append(index)
-    is_random = settings.selection == "random"
+    is_random = selection.selection == "random"
     ranked = []
     for label, members in by_class.items():
-        if settings.held_back_per_class:
-            members = members[-settings.held_back_per_class :]
+        if selection.held_back_per_class:
+            members = members[-selection.held_back_per_class :]
         if is_random:
             members = sorted(members, key=lambda i: derive_seed("selection", images.ids[i]))
         place = derive_seed("selection", "class", label) if is_random else label
-        ranked += [(rank, place, i) for rank, i in enumerate(members[: settings.per_class])]
+        ranked += [(rank, place, i) for rank, i in enumerate(members[: selection.per_class])]
     return [index for _, _, index in sorted(ranked)]

@@ -1,19 +1,206 @@
-"""The images of an evaluation: a folder, parquet files or a Hub data set, read one by one."""
+"""The one door for images: a folder, parquet, tars, a Hub data set or a URL, read one by one."""
 
 from __future__ import annotations
 
-import hashlib
+import os
+import posixpath
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
-from featinv_diffusion.data.crops import read_class_titles
+from featinv_diffusion.data.classes import read_classes
+from featinv_diffusion.data.containers import PARQUET, TAR, Container, open_container, open_hub
+from featinv_diffusion.data.places import (
+    LeftOut,
+    Listing,
+    absolute,
+    children,
+    exists,
+    expand,
+    fingerprint,
+    has_pictures,
+    is_folder,
+    is_url,
+    join,
+    list_pictures,
+    read_picture,
+    suffix_of,
+    to_place,
+)
 from featinv_diffusion.errors import InputError
-from featinv_diffusion.images import decode_image, list_images, read_image
+from featinv_diffusion.images import decode_image, picture_id
+
+EXAMPLE = "e.g. --data validation.parquet, --data photos/ or --data ILSVRC/imagenet-1k"
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images with stable ids; pixels are decoded when they are asked for.
+
+    Args:
+        ids: file path below the folder, or file stem and row or key.
+        labels: index into `class_names` of each; None where there are no classes.
+        read: decodes one as 8-bit RGB; an `InputError` where it cannot be.
+        split: that was chosen; None where the data have none.
+        fingerprint: of the contents: sizes and times of files, or the Hub's revision.
+        notes: what a user may not expect, a sentence each.
+        locations: where each image is found again with `read_location`: an absolute path,
+            `FILE.parquet:ROW`, `FILE.tar:KEY` or a URL.
+    """
+
+    ids: list[str]
+    labels: list[int] | None
+    class_names: list[str] | None
+    read: Callable[[int], Image.Image]
+    split: str | None = None
+    fingerprint: str = ""
+    notes: tuple[str, ...] = ()
+    locations: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def pick(self, indices: Sequence[int]) -> ImageSet:
+        """Returns these images in this order."""
+        return replace(
+            self,
+            ids=[self.ids[i] for i in indices],
+            labels=None if self.labels is None else [self.labels[i] for i in indices],
+            read=partial(_read_picked, self.read, indices),
+            locations=[self.locations[i] for i in indices],
+        )
+
+
+def open_images(
+    data: str | None, split: str, classes: str | None = None, exclude: Path | None = None
+) -> ImageSet:
+    """Opens the images that `data` names.
+
+    Args:
+        data: folder of pictures, with or without a folder for each class; parquet file or
+            webdataset tar, a pattern of such files (`{000..003}`, `*`) or a folder of them; an
+            fsspec URL of any of these; or the name of a Hub data set.
+        split: of a Hub data set; of a folder, the folder or the files of that name, where it has
+            splits.
+        classes: text file with one class folder and perhaps its name per line: only these, in
+            this order.
+        exclude: folder whose pictures are left out, i.e. the output.
+
+    Raises:
+        InputError: nothing there, no images in it, no columns with images, or other splits than
+            the one asked for.
+    """
+    if not data:
+        raise InputError(f"The images to evaluate on must be named, {EXAMPLE}.")
+    place = to_place(data)
+    if is_folder(place):
+        part = find_split(place, split)
+        if not part.files:
+            return replace(open_folder(part.folder, classes, exclude), split=part.split)
+        return _to_set(open_container(part.files), part.split, classes)
+    if not exists(place) and (files := expand(place)):
+        return _to_set(open_container(files), None, classes)
+    if suffix_of(place) in PARQUET + TAR:
+        return _to_set(open_container([place]), None, classes)
+    if exists(place) or is_url(place):
+        raise InputError(
+            "--data must be a parquet file, a tar, a folder or a Hub name, but "
+            f"{place} is {'another file' if exists(place) else 'not there'}."
+        )
+    return _to_set(open_hub(data, split), split, classes)
+
+
+def open_pictures(paths: Iterable[str | Path], exclude: str | Path | None = None) -> ImageSet:
+    """Opens picture files, all pictures below folders, parquet files, tars, and URLs of these.
+
+    The id is the path relative to the given folder, or the name of a file that was given itself;
+    outputs are named after it. Noise derives from its last part, the file name, so that a picture
+    is the same alone and in a folder. A file that is named twice is taken once.
+
+    Args:
+        exclude: folder whose pictures are left out, i.e. the output, unless they are named
+            themselves.
+
+    Raises:
+        InputError: a path where nothing is, or a folder without pictures.
+    """
+    found: dict[str, tuple[str, str, Callable[[], Image.Image]]] = {}
+    left_out, files = LeftOut(), []
+
+    def add(key: str, image_id: str, location: str, read: Callable[[], Image.Image]) -> None:
+        left_out.repeated += key in found
+        found.setdefault(key, (image_id, location, read))
+
+    def add_file(name: str, place: str) -> None:
+        files.append(place)
+        key = place if is_url(place) else os.path.realpath(place)
+        add(key, picture_id(name), absolute(place), partial(read_picture, place))
+
+    def add_container(names: Sequence[str]) -> None:
+        files.extend(names)
+        container = open_container(names)
+        left_out.add(container.left_out)
+        for i, location in enumerate(container.locations):
+            add(location, container.ids[i], location, partial(_decode, container, i))
+
+    given = [(place, exists(place)) for place in map(to_place, paths)]
+    places = [x for place, is_there in given for x in (not is_there and expand(place)) or [place]]
+    for place in places:
+        if is_folder(place):
+            if not has_pictures(place) and (packed := _packed_files(place, children(place)[1])):
+                add_container(packed)
+                continue
+            listing = list_pictures(place)
+            left_out.add(listing.left_out)
+            for name in _outside(listing, exclude):
+                add_file(name, join(place, name))
+        elif not exists(place):
+            raise InputError(f"A picture or a folder must exist at {place}, but nothing is there.")
+        elif suffix_of(place) in PARQUET + TAR:
+            add_container([place])
+        else:
+            add_file(posixpath.basename(place), place)
+    return ImageSet(
+        ids=[image_id for image_id, _, _ in found.values()],
+        labels=None,
+        class_names=None,
+        read=partial(_call, [read for _, _, read in found.values()]),
+        fingerprint=fingerprint(dict.fromkeys(files)),
+        notes=left_out.notes(),
+        locations=[location for _, location, _ in found.values()],
+    )
+
+
+def read_location(location: str) -> Image.Image:
+    """Reads the image that `ImageSet.locations` names.
+
+    Raises:
+        InputError: it is not there any more, or cannot be read.
+    """
+    if location.startswith("hub:"):
+        name, split, row = location.removeprefix("hub:").rsplit(":", 2)
+        return _decode(open_hub(name, split), int(row))
+    packed = re.fullmatch(r"(.+?\.(?:parquet|pq|tar)):(.+)", location, re.IGNORECASE)
+    if packed is None or exists(location):
+        return read_picture(location)
+    file = packed[1]
+    if not exists(file):
+        raise InputError(f"The file of {location} must exist, but nothing is there.")
+    container, index = _indexed(file, fingerprint([file]))
+    if (row := index.get(absolute(location))) is None:
+        raise InputError(f"{file} must hold {packed[2]!r}, but does not.")
+    return _decode(container, row)
+
+
+@lru_cache(maxsize=16)
+def _indexed(file: str, state: str) -> tuple[Container, dict[str, int]]:
+    container = open_container([file])
+    return container, {location: i for i, location in enumerate(container.locations)}
+
 
 # ---- Which part of a folder is the split that was asked for --------------------------------------
 
@@ -27,16 +214,16 @@ class SplitPart:
 
     Args:
         split: by the name it has there; None where the folder has no splits.
-        tables: parquet files; where there are none, the images are pictures in `folder`.
+        files: parquet files or tars; where there are none, the images are pictures in `folder`.
     """
 
-    folder: Path
+    folder: str
     split: str | None
-    tables: tuple[Path, ...] = ()
+    files: tuple[str, ...] = ()
 
 
-def find_split(folder: Path, asked: str) -> SplitPart:
-    """Finds the folder or the parquet files of a split; `val` and `validation` are the same.
+def find_split(folder: str | Path, asked: str) -> SplitPart:
+    """Finds the folder or the files of a split; `val` and `validation` are the same.
 
     A folder without any name like `train`, `val`, `validation` or `test` has no splits and is
     taken whole.
@@ -44,133 +231,94 @@ def find_split(folder: Path, asked: str) -> SplitPart:
     Raises:
         InputError: the folder has splits, but not the one asked for.
     """
+    place = to_place(folder)
     names = (asked, *(_SAME if asked in _SAME else ()))
+    inner, files = children(place)
     for name in names:
-        if (folder / name).is_dir():
-            return SplitPart(folder / name, name, tuple(sorted((folder / name).glob("*.parquet"))))
-    tables = sorted(folder.glob("*.parquet"))
-    of_table = {table: _split_of(table.stem, (*names, *SPLITS)) for table in tables}
+        if name in inner:
+            within = join(place, name)
+            return SplitPart(within, name, _packed_files(within, children(within)[1]))
+    packed = _packed_files(place, files)
+    of_file = {file: _split_of(posixpath.basename(file), (*names, *SPLITS)) for file in packed}
     for name in names:
-        if chosen := tuple(table for table in tables if of_table[table] == name):
-            return SplitPart(folder, name, chosen)
-    folders = [name for name in SPLITS if (folder / name).is_dir()]
-    if found := folders + _unique(split for split in of_table.values() if split):
+        if chosen := tuple(file for file in packed if of_file[file] == name):
+            return SplitPart(place, name, chosen)
+    found = [name for name in SPLITS if name in inner]
+    found += [split for split in of_file.values() if split]
+    if found:
         raise InputError(
-            f"{folder} must hold the split {asked!r}, but holds {', '.join(_unique(found))}. "
+            f"{place} must hold the split {asked!r}, but holds {', '.join(dict.fromkeys(found))}. "
             "Choose one of them with --split, or name its folder or file with --data."
         )
-    return SplitPart(folder, None, tuple(tables))
+    return SplitPart(place, None, packed)
 
 
-def _split_of(stem: str, names: Iterable[str]) -> str | None:
-    """Returns the name that a file's begins with, as in `train-00000-of-00003`."""
-    begins = (name for name in names if re.match(rf"{re.escape(name)}(?![a-zA-Z])", stem))
+def _split_of(name: str, splits: Iterable[str]) -> str | None:
+    """Returns the split that a file's name begins with, as in `train-00000-of-00003`."""
+    begins = (split for split in splits if re.match(rf"{re.escape(split)}(?![a-zA-Z])", name))
     return next(begins, None)
 
 
-def _unique(names: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(names))
+def _packed_files(folder: str, names: Sequence[str]) -> tuple[str, ...]:
+    """Returns the parquet files among the names, else tars where the folder holds no picture."""
+    packed = [name for name in names if suffix_of(name) in PARQUET]
+    tars = [name for name in names if suffix_of(name) in TAR]
+    if not packed and tars and not has_pictures(folder):
+        packed = tars
+    return tuple(join(folder, name) for name in packed)
 
 
-EXAMPLE = "e.g. --data validation.parquet, --data photos/ or --data ILSVRC/imagenet-1k"
-IMAGE_COLUMNS, LABEL_COLUMNS = ("image", "jpg", "jpeg", "png"), ("label", "cls")
+# ---- Folders of pictures, and files that hold many -----------------------------------------------
 
 
-@dataclass(frozen=True)
-class ImageSet:
-    """Images with stable ids; pixels are decoded when they are asked for.
-
-    Args:
-        ids: file path below the folder, or file stem and row.
-        labels: index into `class_names` of each; None where there are no classes.
-        read: decodes one; an `InputError` where it cannot be.
-        split: that was chosen; None where the data have none.
-        fingerprint: of the contents: sizes and times of files, or the Hub's revision.
-        notes: what a user may not expect, a sentence each.
-    """
-
-    ids: list[str]
-    labels: list[int] | None
-    class_names: list[str] | None
-    read: Callable[[int], Image.Image]
-    split: str | None = None
-    fingerprint: str = ""
-    notes: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-
-def open_images(
-    data: str | None, split: str, classes: str | None = None, exclude: Path | None = None
+def open_folder(
+    folder: str | Path, classes: str | None = None, exclude: str | Path | None = None
 ) -> ImageSet:
-    """Opens the images that `data` names, see `EvaluationSettings`.
-
-    Args:
-        exclude: folder whose pictures are left out, i.e. the output.
-
-    Raises:
-        InputError: nothing there, no images in it, no columns with images, or other splits than
-            the one asked for.
-    """
-    if not data:
-        raise InputError(f"The images to evaluate on must be named, {EXAMPLE}.")
-    path = Path(data).expanduser()
-    if path.is_dir():
-        part = find_split(path, split)
-        if part.tables:
-            images = open_table(part.tables, None, split, classes)
-        else:
-            images = open_folder(part.folder, classes, exclude)
-        return replace(images, split=part.split)
-    if path.suffix in (".parquet", ".pq"):
-        if not path.is_file():
-            raise InputError(f"A parquet file must exist at {path}, but nothing is there.")
-        return open_table([path], None, split, classes)
-    if path.exists():
-        raise InputError(
-            f"--data must be a parquet file, a folder or a Hub name, but {path} is another file."
-        )
-    return open_table([], data, split, classes)
-
-
-def open_folder(folder: Path, classes: str | None = None, exclude: Path | None = None) -> ImageSet:
     """Opens `CLASS/**/*.jpg`, or pictures without classes where one lies beside such folders."""
-    left_out = exclude.resolve() if exclude else None
-    paths = [path for path in list_images(folder) if left_out not in path.resolve().parents]
-    parts = [path.relative_to(folder).parts for path in paths]
-    fingerprint = _fingerprint(paths)
-    n_loose = sum(len(part) == 1 for part in parts)
+    listing = list_pictures(folder)
+    names = _outside(listing, exclude)
+    state = fingerprint(join(listing.folder, name) for name in names)
+    n_loose = sum("/" not in name for name in names)
+    notes: tuple[str, ...] = ()
+    label_of: dict[str, int] | None = None
+    class_names = None
     if classes is None and n_loose:
-        ids = ["/".join(part) for part in parts]
-        notes = _note_of_loose(folder, n_loose) if n_loose < len(parts) else ()
-        return ImageSet(
-            ids,
-            labels=None,
-            class_names=None,
-            read=lambda index: read_image(paths[index]),
-            fingerprint=fingerprint,
-            notes=notes,
-        )
-    titles = _read_titles(classes)
-    names = list(titles) if titles else sorted({part[0] for part in parts})
-    if missing := set(names) - {part[0] for part in parts}:
-        raise InputError(
-            f"{folder} must hold a folder with pictures for each listed class, but {len(missing)} "
-            f"are missing, e.g. {min(missing)!r}."
-        )
-    number = {name: i for i, name in enumerate(names)}
-    kept = [i for i, part in enumerate(parts) if part[0] in number]
+        notes = _note_of_loose(listing.folder, n_loose) if n_loose < len(names) else ()
+    else:
+        there = {_top(name) for name in names}
+        titles = dict.fromkeys(sorted(there), "") if classes is None else read_classes(classes)
+        if missing := titles.keys() - there:
+            raise InputError(
+                f"{listing.folder} must hold a folder with pictures for each listed class, but "
+                f"{len(missing)} are missing, e.g. {min(missing)!r}."
+            )
+        label_of = {name: i for i, name in enumerate(titles)}
+        class_names = [title or name for name, title in titles.items()]
+        names = [name for name in names if _top(name) in label_of]
+    if listing.has_links:  # of links to one file the first of each class counts
+        once = {
+            (os.path.realpath(join(listing.folder, name)), label_of and _top(name)): name
+            for name in reversed(names)
+        }
+        listing.left_out.repeated += len(names) - len(once)
+        names = sorted(once.values())
+    places = [join(listing.folder, name) for name in names]
     return ImageSet(
-        ids=["/".join(parts[i]) for i in kept],
-        labels=[number[parts[i][0]] for i in kept],
-        class_names=[titles.get(name) or name for name in names],
-        read=lambda index: read_image(paths[kept[index]]),
-        fingerprint=fingerprint,
+        ids=names,
+        labels=None if label_of is None else [label_of[_top(name)] for name in names],
+        class_names=class_names,
+        read=partial(_read_file, places),
+        fingerprint=state,
+        notes=(*notes, *listing.left_out.notes()),
+        locations=[absolute(place) for place in places],
     )
 
 
-def _note_of_loose(folder: Path, n_loose: int) -> tuple[str]:
+def _top(name: str) -> str:
+    return name.partition("/")[0]
+
+
+def _note_of_loose(folder: str, n_loose: int) -> tuple[str]:
     lie = "picture lies" if n_loose == 1 else "pictures lie"
     return (
         f"{n_loose} {lie} in {folder} itself, beside folders, so that the folders are not taken "
@@ -178,122 +326,58 @@ def _note_of_loose(folder: Path, n_loose: int) -> tuple[str]:
     )
 
 
-def _fingerprint(paths: Iterable[Path]) -> str:
-    """Hashes names, sizes and times of change, which a file that is replaced does not keep."""
-    digest = hashlib.sha256()
-    for path in paths:
-        stat = path.stat()
-        digest.update(f"{path.name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
+def _outside(listing: Listing, exclude: str | Path | None) -> list[str]:
+    """Returns the names of the pictures that are not below `exclude`."""
+    if exclude is None or is_url(listing.folder):
+        return listing.names
+    left_out = os.path.join(os.path.realpath(exclude), "")
+    real_folder = lru_cache(maxsize=None)(os.path.realpath)
+
+    def is_outside(name: str) -> bool:
+        place = os.path.join(listing.folder, name)
+        if listing.has_links:
+            return not os.path.realpath(place).startswith(left_out)
+        return not os.path.join(real_folder(os.path.dirname(place)), "").startswith(left_out)
+
+    return [name for name in listing.names if is_outside(name)]
 
 
-def _read_titles(classes: str | None) -> dict[str, str]:
-    """Maps class folders to names; a line may hold a folder alone."""
-    if classes is None:
-        return {}
-    try:
-        lines = Path(classes).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"The classes must be listed in a readable text file: {error}.") from error
-    folders = [line.split()[0] for line in lines if line.strip() and not line.startswith("#")]
-    if not folders:
-        raise InputError(f"{classes} must list class folders, one a line, but lists none.")
-    titles = read_class_titles(classes)
-    return {folder: titles.get(folder, "") for folder in folders}
-
-
-def open_table(
-    files: Sequence[Path], name: str | None, split: str, classes: str | None
-) -> ImageSet:
+def _to_set(container: Container, split: str | None, classes: str | None) -> ImageSet:
     if classes is not None:
-        raise InputError("The option --classes selects folders, but the data are a table.")
-    source = name or str(files[0])
-    table = _load_table(files, name, split)
-    image_column = _find_image_column(table)
-    if image_column is None:
-        raise InputError(
-            f"{source} must have a column of encoded pictures named `image`, but has "
-            f"{', '.join(f'{key} ({_kind(kind)})' for key, kind in table.features.items())}."
-        )
-    label_column = next((c for c in LABEL_COLUMNS if c in table.column_names), None)
-    labels, class_names = _read_labels(table, label_column, source)
-    pictures = table.select_columns([image_column])
-    ids = _make_ids(files, name, len(table))
-
-    def read(index: int) -> Image.Image:
-        value = pictures[index][image_column]
-        content = value.get("bytes") if isinstance(value, dict) else value
-        path = value.get("path") if isinstance(value, dict) else None
-        if content is None and path and Path(path).is_file():
-            return read_image(path)
-        return decode_image(content or b"", f"{source}, {ids[index]}")
-
-    fingerprint = _fingerprint(files) if files else str(table._fingerprint)
-    split_of_hub = split if name else None
-    return ImageSet(ids, labels, class_names, read, split_of_hub, fingerprint)
+        listed = read_classes(classes)
+        if container.class_names not in (list(listed), list(listed.values())):
+            raise InputError("The option --classes selects folders, but the data are a table.")
+    return ImageSet(
+        ids=container.ids,
+        labels=container.labels,
+        class_names=container.class_names,
+        read=partial(_decode, container),
+        split=split,
+        fingerprint=container.fingerprint,
+        notes=container.left_out.notes(),
+        locations=container.locations,
+    )
 
 
-def _load_table(files: Sequence[Path], name: str | None, split: str) -> Any:
-    """Opens a table on disk; rows are read where they lie, never all at once."""
-    from datasets import Image as ImageFeature
-    from datasets import load_dataset
-    from datasets.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    try:
-        if name is None:
-            table = load_dataset("parquet", data_files=[str(f) for f in files], split="train")
-        else:
-            table = load_dataset(name, split=split)
-    except Exception as error:  # whatever readers of files and of the network raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        what = str(files[0]) if name is None else f"{name!r}, split {split!r},"
-        raise InputError(
-            f"{what} could not be opened as a data set: {reason} "
-            "Name a parquet file, a folder, or a Hub data set that is cached or can be reached."
-        ) from error
-    for column, feature in table.features.items():
-        if isinstance(feature, ImageFeature):
-            table = table.cast_column(column, ImageFeature(decode=False))
-    if len(table) == 0:
-        raise InputError(f"{name or files[0]} must hold images, but has no rows.")
-    return table
+# Readers are functions of this module, so that workers of a data loader can be sent them.
 
 
-def _find_image_column(table: Any) -> str | None:
-    from datasets import Image as ImageFeature
-
-    found = next((c for c in IMAGE_COLUMNS if c in table.column_names), None)
-    if found is None:
-        return None
-    feature = table.features[found]
-    is_struct = isinstance(feature, dict) and "bytes" in feature
-    is_binary = getattr(feature, "dtype", None) in ("binary", "large_binary")
-    return found if isinstance(feature, ImageFeature) or is_struct or is_binary else None
+def _read_file(places: Sequence[str], index: int) -> Image.Image:
+    return read_picture(places[index])
 
 
-def _kind(feature: Any) -> str:
-    return getattr(feature, "dtype", None) or type(feature).__name__
+def _decode(container: Container, index: int) -> Image.Image:
+    content = container.content(index)
+    if isinstance(content, str):
+        return read_picture(content)
+    return decode_image(content, f"{container.source}, {container.ids[index]}")
 
 
-def _read_labels(
-    table: Any, column: str | None, source: str
-) -> tuple[list[int] | None, list[str] | None]:
-    if column is None:
-        return None, None
-    labels = list(table[column])
-    if set(labels) == {-1}:  # as test splits on the Hub have it
-        return None, None
-    if not all(isinstance(label, int) and label >= 0 for label in labels):
-        raise InputError(
-            f"The column {column!r} of {source} must hold class numbers from 0 in every row. "
-            "Convert it, or leave it out to evaluate without classes."
-        )
-    names = getattr(table.features[column], "names", None)
-    return labels, list(names) if names else None
+def _read_picked(
+    read: Callable[[int], Image.Image], indices: Sequence[int], index: int
+) -> Image.Image:
+    return read(indices[index])
 
 
-def _make_ids(files: Sequence[Path], name: str | None, n_rows: int) -> list[str]:
-    """Numbers the rows; the zeros in front make their order that of the text."""
-    stem = name or "+".join(file.stem for file in files[:1])
-    return [f"{stem}:{row:0{len(str(n_rows - 1))}d}" for row in range(n_rows)]
+def _call(readers: Sequence[Callable[[], Image.Image]], index: int) -> Image.Image:
+    return readers[index]()

@@ -1,4 +1,4 @@
-"""FeatInvPipeline: images whose features, seen by a frozen vision model, are the ones asked for.
+"""FeatInvPipeline: samples images that have given features in the eyes of a frozen vision model.
 
 This file travels with the weights to the Hub and is executed there without its package, so it
 imports nothing but PIL, numpy, torch, timm and the libraries of Hugging Face. A folder that
@@ -153,8 +153,8 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
         _check_choice("default_guidance", default_guidance, GUIDANCE)
         if "feature_channels" not in controlnet.config:
             raise ValueError(
-                "The controlnet must be a FeatureControlNet, which reads feature maps, but a "
-                f"{type(controlnet).__name__} came."
+                "The controlnet must be a FeatureControlNet, which reads feature maps, got a "
+                f"{type(controlnet).__name__}."
             )
         trained_layer = (controlnet.config.get("feature_spec") or {}).get("layer")
         if feature_layer and trained_layer and feature_layer != trained_layer:
@@ -288,8 +288,8 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
             )
         if not hasattr(self.backbone, "timm_model"):
             raise ValueError(
-                "The backbone of a pipeline must be a TimmWrapperForImageClassification, but a "
-                f"{type(self.backbone).__name__} came. Make the features outside and pass them."
+                "The backbone of a pipeline must be a TimmWrapperForImageClassification, got a "
+                f"{type(self.backbone).__name__}. Compute the features yourself and pass them."
             )
         return self.backbone
 
@@ -308,7 +308,7 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
             several = not isinstance(images, (PIL.Image.Image, str, Path))
             pictures = list(images) if several else [images]
             if not pictures:
-                raise ValueError("At least one image must be given, but an empty list came.")
+                raise ValueError("At least one image must be given, got an empty list.")
             pixels = torch.cat([_to_pixels(picture, size) for picture in pictures])
         mean = pixels.new_tensor(config["mean"])[:, None, None]
         std = pixels.new_tensor(config["std"])[:, None, None]
@@ -321,7 +321,7 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
             raise self._shape_error(source, features.shape)
         if not bool(torch.isfinite(features).all()):
             raise ValueError(
-                "Features must be finite, but NaN or infinite values came. "
+                "Features must be finite, got NaN or infinite values. "
                 "Look for overflow in half precision or a broken edit."
             )
 
@@ -332,7 +332,7 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
         self._check_features(edited, "the feature_edit gives")
         if len(edited) != len(features):
             raise ValueError(
-                f"A feature_edit must return one map for each of the {len(features)} that it gets, "
+                f"A feature_edit must return one map for each of the {len(features)} it is given, "
                 f"but returned {len(edited)}."
             )
         return edited
@@ -395,7 +395,7 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
             embeds = self.encode_prompt(self.config["default_prompt"] if prompt is None else prompt)
         if embeds.ndim != 3 or len(embeds) not in (1, n_images):
             raise ValueError(
-                f"There must be one {name} or one per image ({n_images}), but {len(embeds)} came "
+                f"There must be one {name} or one per image ({n_images}), got {len(embeds)} "
                 f"as embeddings of shape {list(embeds.shape)}."
             )
         embeds = embeds.to(self._execution_device, self.unet.dtype)
@@ -460,7 +460,7 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
                 latter two hold the negative branch first where there is one.
 
         Raises:
-            ValueError: what must hold, what came, what to do.
+            ValueError: arguments that are missing, do not fit together or are out of range.
         """
         steps, scale, guidance = self._defaults(num_inference_steps, guidance_scale, guidance)
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
@@ -519,9 +519,9 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
         s: float = self.config["default_guidance_scale"] if scale is None else scale
         kind: str = self.config["default_guidance"] if guidance is None else guidance
         if n_steps < 1:
-            raise ValueError(f"num_inference_steps must be at least 1, but {n_steps} came.")
+            raise ValueError(f"num_inference_steps must be at least 1, got {n_steps}.")
         if not math.isfinite(s):
-            raise ValueError(f"guidance_scale must be a finite number, but {s} came.")
+            raise ValueError(f"guidance_scale must be a finite number, got {s}.")
         _check_choice("guidance", kind, GUIDANCE)
         return n_steps, float(s), kind
 
@@ -534,10 +534,10 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
         tensor_inputs: Sequence[str],
     ) -> None:
         if (images is None) == (features is None):
-            came = "none" if images is None else "both"
-            raise ValueError(f"Exactly one of images and features must be given, but {came} came.")
+            given = "none" if images is None else "both"
+            raise ValueError(f"Exactly one of images and features must be given, got {given}.")
         if n_samples < 1:
-            raise ValueError(f"num_images_per_prompt must be at least 1, but {n_samples} came.")
+            raise ValueError(f"num_images_per_prompt must be at least 1, got {n_samples}.")
         _check_choice("output_type", output_type, OUTPUT_TYPES)
         for name in tensor_inputs:
             _check_choice("a callback's tensor input", name, self._callback_tensor_inputs)
@@ -549,7 +549,7 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
         if len(scale) != n_residuals:
             raise ValueError(
                 "controlnet_conditioning_scale must be one number or one for each of the "
-                f"{n_residuals} residuals, but {len(scale)} came."
+                f"{n_residuals} residuals, got {len(scale)}."
             )
         return [float(s) for s in scale]
 
@@ -560,7 +560,7 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
             kwargs["eta"] = eta
         elif eta:
             name = type(self.scheduler).__name__
-            raise ValueError(f"{name} has no eta, but eta={eta} came. Use DDIMScheduler.")
+            raise ValueError(f"{name} has no eta, got eta={eta}. Use DDIMScheduler.")
         if "generator" in accepted:
             kwargs["generator"] = list(generator) if isinstance(generator, Sequence) else generator
         return kwargs
@@ -570,7 +570,7 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
     ) -> torch.Tensor:
         """Returns standard normal noise `[n, 4, h, w]`, float32 on the execution device."""
         if isinstance(generator, Sequence) and len(generator) != n:
-            raise ValueError(f"There must be {n} generators, one per sample, not {len(generator)}.")
+            raise ValueError(f"There must be {n} generators, one per sample, got {len(generator)}.")
         channels, size = self.unet.config.in_channels, self.unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         if latents is None:
@@ -578,7 +578,7 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
             latents = torch.cat([_draw_noise((1, channels, height, width), g) for g in generators])
         elif latents.ndim != 4 or tuple(latents.shape[:2]) != (n, channels):
             raise ValueError(
-                f"latents must have shape [{n}, {channels}, h, w], one per sample, but came with "
+                f"latents must have shape [{n}, {channels}, h, w], one per sample, got the "
                 f"shape {list(latents.shape)}."
             )
         return latents.to(self._execution_device, torch.float32)
@@ -802,7 +802,7 @@ def _weights_at_hand(*modules: torch.nn.Module) -> Iterator[None]:
 
 def _check_choice(what: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
-        raise ValueError(f"{what} must be one of {', '.join(choices)}, but {value!r} came.")
+        raise ValueError(f"{what} must be one of {', '.join(choices)}, got {value!r}.")
 
 
 def _draw_noise(shape: tuple[int, ...], generator: torch.Generator | None) -> torch.Tensor:
@@ -812,11 +812,11 @@ def _draw_noise(shape: tuple[int, ...], generator: torch.Generator | None) -> to
 
 def _check_pixels(pixels: torch.Tensor) -> torch.Tensor:
     if pixels.ndim != 4 or pixels.shape[1] != 3 or not len(pixels):
-        raise ValueError(f"A tensor of images must be [b, 3, h, w], but {list(pixels.shape)} came.")
+        raise ValueError(f"A tensor of images must be [b, 3, h, w], got {list(pixels.shape)}.")
     if not pixels.is_floating_point() or pixels.min() < -1e-3 or pixels.max() > 1 + 1e-3:
         raise ValueError(
-            f"A tensor of images must be floating point in [0, 1], but {pixels.dtype} in "
-            f"[{pixels.min().item():g}, {pixels.max().item():g}] came."
+            f"A tensor of images must be floating point in [0, 1], got {pixels.dtype} in "
+            f"[{pixels.min().item():g}, {pixels.max().item():g}]."
         )
     return pixels.float()
 
@@ -847,8 +847,7 @@ def _to_rgb(picture: Image) -> PIL.Image.Image:
         picture = PIL.ImageOps.exif_transpose(picture)
     else:
         raise ValueError(
-            "An image must be a PIL image, a path or a tensor, but a "
-            f"{type(picture).__name__} came."
+            f"An image must be a PIL image, a path or a tensor, got a {type(picture).__name__}."
         )
     if picture.mode.startswith("I;16"):
         picture = PIL.Image.fromarray((np.asarray(picture, np.uint32) // 257).astype(np.uint8))

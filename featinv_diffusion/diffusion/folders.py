@@ -1,22 +1,16 @@
-"""A pipeline out of its parts: a trained ControlNet, a text-to-image model and a backbone."""
+"""Pipeline folders: what they must hold, the bundled ones, and pipelines assembled from parts."""
 
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import deepcopy
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub import ModelCard
 from safetensors import SafetensorError, safe_open
-from torch import nn
 from transformers import (
     PreTrainedModel,
     TimmWrapperConfig,
@@ -25,71 +19,28 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from featinv_diffusion.backbones import SHORT_NAMES, wrap_model
+from featinv_diffusion.backbones import resolve_backbone, wrap_model
+from featinv_diffusion.backbones.names import read_spec
 from featinv_diffusion.backbones.timm import create_timm
 from featinv_diffusion.backbones.transformers import load_transformers
 from featinv_diffusion.diffusion.featinv_controlnet import FeatureControlNet
-from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline, tidy_saved_folder
+from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
 from featinv_diffusion.diffusion.objective import make_scheduler
 from featinv_diffusion.errors import InputError
-from featinv_diffusion.files import new_folder, write_text
 from featinv_diffusion.types import FeatureSpec
-
-# ---- What a model card says of where a pipeline comes from ----
-
-
-@dataclass(frozen=True)
-class CardInfo:
-    """What a model card says beyond what the pipeline knows about itself.
-
-    Args:
-        command: the command that made the pipeline.
-        license: identifier of the Hub; None where it is that of the base models.
-        base_models: Hub names of the models this one was made of.
-        notes: further sections, as Markdown.
-    """
-
-    command: str
-    license: str | None = None
-    base_models: list[str] = field(default_factory=list)
-    notes: str = ""
-
-
-def write_model_card(
-    folder: Path, pipeline: FeatInvPipeline, info: CardInfo, title: str | None = None
-) -> None:
-    """Writes `README.md` into a folder that holds, or is part of, the saved pipeline."""
-    card = pipeline.make_model_card(
-        title or folder.name, info.command, info.license, info.base_models, info.notes
-    )
-    write_text(folder / "README.md", str(card))
-
-
-def read_card_info(folder: Path, command: str) -> CardInfo:
-    """Returns what the card of a folder says besides the command; nothing where it has none."""
-    path = folder / "README.md"
-    if not path.is_file():
-        return CardInfo(command)
-    card: Any = ModelCard.load(path, ignore_metadata_errors=True)
-    models = card.data.base_model or []
-    models = [models] if isinstance(models, str) else list(models)
-    license = str(card.data.license) if card.data.license else None
-    notes = card.text.partition("\nVersions: ")[2].partition("\n")[2]
-    return CardInfo(command, license, models, notes.strip())
-
 
 # ---- What a saved pipeline folder must hold, checked before anything is loaded from it -----------
 
 INDEX = "model_index.json"
 CLASS_NAME = "FeatInvPipeline"
 SCOPE_FILE = "scope.safetensors"
-"""Statistics of natural maps, see `features.natural_maps`; a pipeline may be without."""
+"""Statistics of natural maps, see `features.natural_maps`; not every pipeline has them."""
 
 TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 
 
 def check_pipeline_folder(folder: Path) -> None:
-    """Raises `InputError` unless the folder is a FeatInv pipeline, all there and whole."""
+    """Raises `InputError` unless the folder holds a FeatInv pipeline with all its files whole."""
     if not folder.is_dir():
         raise InputError(f"A pipeline must be a folder, but there is none at {folder}.")
     index = read_json(folder / INDEX)
@@ -97,8 +48,8 @@ def check_pipeline_folder(folder: Path) -> None:
     name = name[-1] if isinstance(name, list) else name
     if name != CLASS_NAME:
         raise InputError(
-            f"{folder} must hold a {CLASS_NAME}, but its {INDEX} names a {name}. To make one of a "
-            "Stable Diffusion folder: featinv export OUT --controlnet FOLDER --base FOLDER."
+            f"{folder} must hold a {CLASS_NAME}, but its {INDEX} names a {name}. To make one from "
+            "a Stable Diffusion folder: featinv export OUT --controlnet FOLDER --base FOLDER."
         )
     for component, entry in index.items():
         is_component = isinstance(entry, list) and not component.startswith("_")
@@ -136,8 +87,8 @@ def check_safetensors(path: Path) -> None:
             tensors.keys()
     except (SafetensorError, OSError) as error:
         raise InputError(
-            f"{path} must be a whole safetensors file, but it is truncated or something else "
-            f"({error}). Copy or save it again."
+            f"{path} must be a whole safetensors file, but it is truncated or of another kind "
+            f"({error}). Copy it or save it again."
         ) from None
 
 
@@ -145,7 +96,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object.
 
     Raises:
-        InputError: no such file, or something else in it.
+        InputError: no such file, or no JSON object in it.
     """
     if not path.is_file():
         raise InputError(f"{path} is missing. Restore the file, or save the model again.")
@@ -166,14 +117,12 @@ def _weight_files(folder: Path, stem: str) -> list[Path]:
     return [folder / name for name in sorted(set(weights.values()))]
 
 
-# ---- Loading and saving without the progress bars of the libraries -------------------------------
-
 _LIBRARIES = (diffusers_logging, transformers_logging)
 
 
 @contextmanager
 def without_progress_bars() -> Iterator[None]:
-    """Silences the bars over components and tensors, which take no time beside the sampling."""
+    """Hides the libraries' bars over components and tensors, which take little time."""
     shown = [library for library in _LIBRARIES if library.is_progress_bar_enabled()]
     for library in shown:
         library.disable_progress_bar()
@@ -184,28 +133,21 @@ def without_progress_bars() -> Iterator[None]:
             library.enable_progress_bar()
 
 
-# ---- The pipelines inside the package ----
+# ---- The pipelines in the package ----------------------------------------------------------------
 
 ASSETS = Path(__file__).parents[1] / "assets"
 BASE, BACKBONE, DEFAULTS = "base", "backbone", "pipeline.json"
 BASE_MODELS = ("unet", "vae", "text_encoder")
-MAX_FILE_MB = 16
-SHARD_SIZE = "15MB"
-NOTE = """\
-## Where it is
-
-In the package featinv-diffusion: `load_pipeline("{name}")` loads it there, and
-`featinv export {folder} --pipeline {name}` writes the folder used above."""
 
 
 def list_bundled() -> list[str]:
-    """Names that `load_pipeline` takes without a folder or a network, such as `tiny/convnext`."""
+    """Returns the names of the pipelines in the package, such as `tiny/convnext`."""
     members = sorted(path.parent for path in ASSETS.glob(f"*/*/{DEFAULTS}"))
     return [f"{member.parent.name}/{member.name}" for member in members]
 
 
 def bundled_folder(name: str) -> Path:
-    """The folder of a bundled pipeline, with `controlnet` and `backbone` in it."""
+    """Returns the folder of a bundled pipeline, which holds its `controlnet` and `backbone`."""
     return ASSETS / name
 
 
@@ -238,164 +180,6 @@ def load_member(member: Path, torch_dtype: torch.dtype = torch.float32) -> FeatI
         use_safetensors=True,
         **defaults,
     )
-
-
-def write_bundled(
-    pipeline: FeatInvPipeline,
-    family: str | Path,
-    name: str,
-    info: CardInfo,
-    *,
-    replace_base: bool = False,
-) -> Path:
-    """Packs a trained pipeline as member `name` of a family folder and returns the member's folder.
-
-    An older member of that name is replaced; its statistics of natural maps stay where its weights
-    are the same. The base is written with the first member. Where the ControlNet declares the
-    features of another member, `tiny/convnext` for a family `tiny`, the backbone of that one is
-    referred to.
-
-    Args:
-        family: e.g. `featinv_diffusion/assets/tiny`.
-        replace_base: write the base anew, which breaks members that were trained on another.
-
-    Raises:
-        InputError: the base or the other member's backbone there is another one, a weight does
-            not fit float16, a file is larger than 16 MB, the disk refuses.
-    """
-    if pipeline.backbone is None:
-        raise InputError("A bundled pipeline must have its backbone, but this one has none.")
-    family = Path(family)
-    owner = _backbone_owner(pipeline, family, name)
-    base, member = family / BASE, family / name
-    if replace_base or not base.exists():
-        stable_diffusion = _base_pipeline(pipeline)
-        _replace(base, lambda f: stable_diffusion.save_pretrained(f, max_shard_size=SHARD_SIZE))
-    else:
-        _check_same_base(pipeline, base)
-
-    def write(folder: Path) -> None:
-        to_half(pipeline.controlnet).save_pretrained(
-            folder / "controlnet", max_shard_size=SHARD_SIZE
-        )
-        defaults = {k: v for k, v in pipeline.parameters.items() if v is not None}
-        if owner == name:
-            to_half(pipeline.backbone).save_pretrained(folder / BACKBONE, max_shard_size=SHARD_SIZE)
-        else:
-            defaults[BACKBONE] = owner
-        write_text(folder / DEFAULTS, json.dumps(defaults, indent=2, sort_keys=True) + "\n")
-        where = NOTE.format(name=f"{family.name}/{name}", folder=f"{family.name}-{name}")
-        if _is_same_member(pipeline, family / owner / BACKBONE, member):
-            shutil.copyfile(member / SCOPE_FILE, folder / SCOPE_FILE)
-        card = replace(info, notes=f"{where}\n\n{info.notes}")
-        write_model_card(folder, pipeline, card, f"{family.name}-{name}")
-
-    _replace(member, write)
-    return member
-
-
-def write_bundled_backbone(
-    backbone: TimmWrapperForImageClassification, family: str | Path, name: str, card: str
-) -> Path:
-    """Packs a classifier alone as `name` of a family folder, with `card` as its README."""
-    member = Path(family) / name
-
-    def write(folder: Path) -> None:
-        to_half(backbone).save_pretrained(folder / BACKBONE, max_shard_size=SHARD_SIZE)
-        write_text(folder / "README.md", card)
-
-    _replace(member, write)
-    return member
-
-
-def to_half(module: nn.Module) -> Any:
-    """Returns a float16 copy.
-
-    Raises:
-        InputError: a value overflows, or a standard deviation or variance becomes zero.
-    """
-    half = deepcopy(module).half()
-    for key, tensor in half.state_dict().items():
-        scale = key.endswith(("feature_std", "running_var"))
-        if not bool(tensor.isfinite().all()) or (scale and bool((tensor == 0).any())):
-            raise InputError(
-                f"Bundled weights must fit float16, but {key} of {type(module).__name__} does not: "
-                "it overflows or a scale becomes zero."
-            )
-    return half
-
-
-def _base_pipeline(pipeline: FeatInvPipeline) -> StableDiffusionPipeline:
-    return StableDiffusionPipeline(
-        vae=to_half(pipeline.vae),
-        text_encoder=to_half(pipeline.text_encoder),
-        tokenizer=pipeline.tokenizer,
-        unet=to_half(pipeline.unet),
-        scheduler=pipeline.scheduler,
-        safety_checker=None,  # pyright: ignore[reportArgumentType]
-        feature_extractor=None,  # pyright: ignore[reportArgumentType]
-        requires_safety_checker=False,
-    )
-
-
-def _check_same_base(pipeline: FeatInvPipeline, base: Path) -> None:
-    for component in BASE_MODELS:
-        if not _holds(base / component, getattr(pipeline, component)):
-            raise InputError(
-                f"The family shares the base in {base}, but the {component} of this pipeline is "
-                "another one. Train on that base, or pass replace_base=True and pack all again."
-            )
-
-
-def _backbone_owner(pipeline: FeatInvPipeline, family: Path, name: str) -> str:
-    """The member that holds the backbone: another one that the ControlNet names, or `name`."""
-    spec = pipeline.controlnet.config.get("feature_spec") or {}
-    owner = spec.get("backbone", "").removeprefix(f"{family.name}/")
-    stored = family / owner / BACKBONE
-    if owner in ("", name) or f"{family.name}/{owner}" != spec["backbone"] or not stored.exists():
-        return name
-    if not _holds(stored, pipeline.backbone):
-        raise InputError(
-            f"The ControlNet reads the features of {spec['backbone']}, but the backbone in "
-            f"{stored} is not the one of this pipeline. Pack {owner} anew first."
-        )
-    return owner
-
-
-def _is_same_member(pipeline: FeatInvPipeline, backbone: Path, member: Path) -> bool:
-    """Whether the member there has statistics of natural maps that hold for this pipeline."""
-    return (
-        (member / SCOPE_FILE).is_file()
-        and _holds(member / "controlnet", pipeline.controlnet)
-        and _holds(backbone, pipeline.backbone)
-    )
-
-
-def _holds(folder: Path, model: Any) -> bool:
-    """Whether the folder stores this model, up to float16."""
-    wanted = to_half(model).state_dict()
-    stored = type(model).from_pretrained(folder).half().state_dict()
-    return wanted.keys() == stored.keys() and all(
-        torch.equal(wanted[key], stored[key]) for key in wanted
-    )
-
-
-def _replace(target: Path, write: Callable[[Path], Any]) -> None:
-    """Writes a folder beside `target`, checks it, and puts it in place of `target`."""
-    fresh = target.with_name(f"{target.name}.new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    with new_folder(fresh) as folder, without_progress_bars():
-        write(folder)
-        tidy_saved_folder(folder)
-        for path in folder.rglob("*"):
-            if path.is_file() and path.stat().st_size > MAX_FILE_MB * 10**6:
-                raise InputError(
-                    f"No bundled file may be larger than {MAX_FILE_MB} MB, but "
-                    f"{path.relative_to(folder)} has {path.stat().st_size / 1e6:.1f} MB. "
-                    "Make the model smaller."
-                )
-    shutil.rmtree(target, ignore_errors=True)
-    fresh.rename(target)
 
 
 BASE_COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -472,7 +256,7 @@ def load_controlnet(folder: Path, torch_dtype: torch.dtype = torch.float32) -> F
 def feature_spec_of(controlnet: Any) -> FeatureSpec | None:
     """Returns the features that a ControlNet declares to read, None where it declares none."""
     declared = controlnet.config.get("feature_spec")
-    return FeatureSpec(**{**declared, "grid": tuple(declared["grid"])}) if declared else None
+    return read_spec(declared) if declared else None
 
 
 def check_backbone(model: PreTrainedModel, spec: FeatureSpec) -> None:
@@ -487,17 +271,16 @@ def load_backbone_component(name: str) -> PreTrainedModel | None:
     travel in a pipeline: None is returned, and the pipeline reads features only.
 
     Args:
-        name: as for `load_backbone`; timm weights are downloaded.
+        name: as for `load_backbone`; the weights of timm are downloaded.
 
     Raises:
         InputError: unknown name, or weights that cannot be loaded.
     """
-    if name in list_bundled():
-        return load_transformers(str(bundled_folder(name) / "backbone"), pretrained=True)[0]
-    if name.startswith("hf/"):
-        model, _ = load_transformers(name.removeprefix("hf/"), pretrained=True)
-        return model if hasattr(model, "timm_model") else None
-    return make_timm_wrapper(SHORT_NAMES.get(name, name).removeprefix("timm/"))
+    found = resolve_backbone(name)
+    if found.source == "timm":
+        return make_timm_wrapper(found.target)
+    model, _ = load_transformers(found.target, pretrained=True)
+    return model if hasattr(model, "timm_model") else None
 
 
 def make_timm_wrapper(timm_id: str) -> PreTrainedModel:

@@ -1,4 +1,4 @@
-"""Pipelines by name: bundled ones, folders and Hub repositories; to a folder and to the Hub."""
+"""Pipelines by name (bundled, a folder, a Hub repository), and back to a folder or to the Hub."""
 
 from __future__ import annotations
 
@@ -12,43 +12,27 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import validate_repo_id
 
+from featinv_diffusion.diffusion.cards import CardInfo, read_card_info, write_model_card
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
 from featinv_diffusion.diffusion.folders import (
     SCOPE_FILE,
-    CardInfo,
     bundled_folder,
     check_backbone,
     check_pipeline_folder,
     feature_spec_of,
     list_bundled,
     load_bundled,
-    read_card_info,
     without_progress_bars,
-    write_bundled,
-    write_model_card,
 )
 from featinv_diffusion.errors import InputError, choices_hint
 from featinv_diffusion.files import new_folder
-
-__all__ = [
-    "CardInfo",
-    "check_target",
-    "export_pipeline",
-    "find_scope_file",
-    "list_bundled",
-    "load_pipeline",
-    "origin_of",
-    "push_folder",
-    "write_bundled",
-    "write_model_card",
-]
 
 BUNDLED_FAMILIES = ("tiny",)
 REPO = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 # Neither code nor pickles: the installed classes read these files.
 DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "README.md"]
 PICKLES = {".bin", ".ckpt", ".pkl", ".pickle", ".pt", ".pth"}
-# What a request to the Hub ends in: HTTP statuses, no connection, offline mode, nothing cached.
+# What a failed request to the Hub raises: HTTP errors, no connection, offline mode, no cache.
 HUB_ERRORS = (hub_errors.HTTPError, OSError)
 
 
@@ -59,7 +43,7 @@ def load_pipeline(
 
     Args:
         name_or_path: a name of `list_bundled`, a folder, or a Hub repository.
-        torch_dtype: of all parts; default float32, whatever the files hold.
+        torch_dtype: number format of all parts; None is float32, whatever the files hold.
 
     Raises:
         InputError: nothing by that name, a file missing or truncated, parts that do not fit.
@@ -80,7 +64,7 @@ def find_scope_file(name_or_path: str | Path) -> Path | None:
     """Returns the statistics of natural maps that a pipeline comes with; None where it has none.
 
     Args:
-        name_or_path: of a pipeline that has been loaded before; nothing is downloaded.
+        name_or_path: a pipeline that was loaded before; nothing is downloaded.
     """
     name = str(name_or_path)
     if name in list_bundled():
@@ -120,8 +104,8 @@ def check_target(folder: Path) -> None:
     """Raises `InputError` unless the folder is empty or not there."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(
-            f"{folder} must be a new or empty folder, but something is there. Remove it or name "
-            "another."
+            f"{folder} must be a new or empty folder, but something is there. Remove it, or name "
+            "another folder."
         )
 
 
@@ -147,7 +131,7 @@ def push_folder(
     """Uploads a pipeline folder that loads, and returns its files with their sizes in bytes.
 
     Args:
-        repo: `user/name`; made where it does not exist.
+        repo: `user/name`; it is created where it does not exist.
         dry_run: check everything that needs no network, and upload nothing.
 
     Raises:
@@ -212,7 +196,7 @@ def _check_repo_name(repo: str) -> None:
     except hub_errors.HFValidationError as error:
         raise InputError(f"A Hub repository must be named user/name: {error}") from None
     if "/" not in repo:
-        raise InputError(f"A Hub repository must be named user/name, but {repo!r} came.")
+        raise InputError(f"A Hub repository must be named user/name, got {repo!r}.")
 
 
 def _list_files(folder: Path) -> list[tuple[str, int]]:
@@ -222,7 +206,7 @@ def _list_files(folder: Path) -> list[tuple[str, int]]:
     if pickles:
         raise InputError(
             f"A pipeline folder must hold safetensors only, but has {', '.join(pickles)}. "
-            "Pickles can run code where they are loaded; remove them."
+            "Pickles can run code when they are loaded; remove them."
         )
     shown = [name for name in names if not any(part.startswith(".") for part in name.parts)]
     return [(name.as_posix(), (folder / name).stat().st_size) for name in shown]

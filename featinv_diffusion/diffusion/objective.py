@@ -18,7 +18,7 @@ PUBLISHED_PROMPT = "a high-quality, detailed, and professional image"
 
 
 def make_noise_scheduler(scheduler: SchedulerMixin | ConfigMixin) -> DDPMScheduler:
-    """The training counterpart of a sampling scheduler: same betas and prediction type."""
+    """Returns the training counterpart of a sampler: the same betas and prediction type."""
     return DDPMScheduler.from_config(scheduler.config)  # pyright: ignore
 
 
@@ -28,13 +28,13 @@ def prediction_target(
     noise: Float[Tensor, "b c h w"],
     timesteps: Int[Tensor, " b"],
 ) -> Float[Tensor, "b c h w"]:
-    """What the UNet must predict: ε (Ho et al. 2020, equation 14) or v (Salimans & Ho 2022)."""
+    """Returns the UNet's target: ε (Ho et al. 2020, equation 14) or v (Salimans & Ho 2022)."""
     if scheduler.config["prediction_type"] == "epsilon":
         return noise
     if scheduler.config["prediction_type"] == "v_prediction":
         return scheduler.get_velocity(latents, noise, timesteps)  # pyright: ignore[reportArgumentType]
     raise ValueError(
-        f"prediction_type must be epsilon or v_prediction, but the scheduler has "
+        f"prediction_type must be epsilon or v_prediction, got "
         f"{scheduler.config['prediction_type']!r}."
     )
 
@@ -52,7 +52,7 @@ def draw_dropout(
 
 
 def gaussian_floor(scheduler: DDPMScheduler) -> float:
-    """Mean over t of ᾱ_t: the ε-loss of the best guess for white unit-variance latents.
+    """Returns the mean over t of ᾱ_t: the ε-loss of the best guess for white unit-variance latents.
 
     A loss near this floor means that the network has learned nothing about the images.
     """

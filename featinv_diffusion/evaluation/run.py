@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from featinv_diffusion import __version__
-from featinv_diffusion.backbones import SHORT_NAMES, Backbone, list_backbones, load_backbone
+from featinv_diffusion.backbones import Backbone, load_backbone, same_backbone
 from featinv_diffusion.backbones.base import LAST, weights_sha256
 from featinv_diffusion.data.crops import to_images
 from featinv_diffusion.data.selection import Item, digest, select_items
@@ -42,7 +42,7 @@ from featinv_diffusion.evaluation.storage import (
 from featinv_diffusion.images import Picture, as_picture, picture_id, to_pil, write_png
 from featinv_diffusion.inverters.base import Inverter
 from featinv_diffusion.inverters.diffusion import DiffusionInverter
-from featinv_diffusion.inverters.open import BUNDLED, open_inverter
+from featinv_diffusion.inverters.open import open_inverter
 from featinv_diffusion.metrics.perceptual import Lpips
 from featinv_diffusion.processes import Alone, Processes, device_name
 from featinv_diffusion.runs.progress import advancing
@@ -143,7 +143,9 @@ def run_evaluation(
     settings = changed(settings, device=_choose_device(settings.sampling.device, accelerator))
     with accelerator.main_process_first():  # one builds caches, the others find them
         images = _open_named(settings, output)
-    select_items(images, settings)  # refuses what it cannot before models are loaded
+    select_items(
+        images, settings.selected, settings.seed
+    )  # refuses what it cannot before models are loaded
     with accelerator.main_process_first():
         inverter = open_inverter(settings.sampling)
     assert inverter.settings is not None
@@ -203,7 +205,7 @@ def _measure(
     command: str = "",
 ) -> Evaluation | None:
     """Does this process's share of the units; returns the result on the main process."""
-    items = select_items(images, settings)
+    items = select_items(images, settings.selected, settings.seed)
     with processes.main_process_first():
         opened = open_evaluator(inverter, images, settings)
     identity = {
@@ -425,11 +427,7 @@ def _without_own(
     if own.spec.layer != LAST:
         return settings, ()
 
-    def identify(name: str) -> str:
-        full = _full_name(name, settings.sampling.pipeline).removeprefix("timm/")
-        return SHORT_NAMES.get(full, full).removeprefix("timm/")
-
-    left_out = [name for name in settings.evaluated_by if identify(name) == identify(own.name)]
+    left_out = [name for name in settings.evaluated_by if same_backbone(name, own.name)]
     others = tuple(name for name in settings.evaluated_by if name not in left_out)
     notes = tuple(
         f"{name} is the backbone that is inverted and is left out of those that evaluate."
@@ -442,17 +440,10 @@ def _load_others(settings: EvaluationSettings, device: torch.device) -> dict[str
     others: dict[str, Backbone] = {}
     for name in settings.evaluated_by:
         with without_progress_bars():
-            others[name] = load_backbone(_full_name(name, settings.sampling.pipeline)).to(device)
+            others[name] = load_backbone(name).to(device)
         if others[name].input_size[0] != others[name].input_size[1]:
             raise InputError(
                 f"A backbone that evaluates must read squares, but {name!r} reads "
                 f"{'×'.join(map(str, others[name].input_size))} pixels."
             )
     return others
-
-
-def _full_name(name: str, pipeline: str | None) -> str:
-    """Beside a bundled pipeline, a short name means the bundled backbone, as in `--backbone`."""
-    bundled = BUNDLED + name
-    is_bundled = (pipeline or "").startswith(BUNDLED) and bundled in list_backbones()
-    return bundled if is_bundled else name

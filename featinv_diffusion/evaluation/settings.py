@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from featinv_diffusion.errors import InputError
-from featinv_diffusion.settings import SampleSettings, check, nested, option, to_flat
+from featinv_diffusion.settings import SampleSettings, Selection, check, nested, option, to_flat
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,7 @@ class EvaluationSettings:
             where it has splits.
         classes: text file with one class folder and perhaps its name per line: only these, in
             this order.
-        selection: `random` draws by a hash of the image's id, whatever `seed` is; `first` takes
-            the first of each class in the order of ids.
-        n_null_images: images, spread evenly, for the nulls that cost a sample each.
+        selected: which of the images.
         evaluated_by: other backbones that look at the reconstructions; the own one is left out.
         lpips_weights, inception_weights: weight files; None looks in the caches of torchvision and
             torch-fidelity.
@@ -40,26 +38,14 @@ class EvaluationSettings:
         metavar="PATH_OR_NAME",
     )
     split: str = option("validation", "Split of the data, where they have any.")
-    n_images: int | None = option(
-        None, "Number of images, drawn evenly over classes.", shown="all", least=1
-    )
-    per_class: int | None = option(None, "Maximum number of images of each class.", least=1)
-    selection: str = option(
-        "random",
-        "Which images of a class: drawn with a fixed seed, or the first when sorted.",
-        choices=("random", "first"),
-    )
+    selected: Selection = nested(Selection)
     classes: str | None = option(
         None, "Text file with the class folders to use, one a line, in this order.", metavar="FILE"
-    )
-    held_back_per_class: int = option(
-        0, "Use only the last k images of each class, which training holds back.", least=0
     )
     evaluated_by: tuple[str, ...] = option(
         (), "Other backbones that look at the reconstructions.", metavar="A,B"
     )
     sampling: SampleSettings = nested(SampleSettings)
-    n_null_images: int = option(256, "Images for the nulls that cost a sample each.", least=0)
     lpips: str | None = option(
         None, "Add LPIPS of this network.", choices=("alex", "vgg", "squeeze")
     )

@@ -1,7 +1,7 @@
-"""Edits of feature maps: pure functions, randomness enters as a generator.
+"""Edits of feature maps: pure functions, where randomness enters as a generator.
 
-The features come first, so `functools.partial` makes a `FeatureEdit` of each, which any inverter
-can be preceded by and `FeatInvPipeline` takes: `partial(paste, other=b, mask=box_mask(box, grid))`.
+The features are the first argument, so `functools.partial` makes a `FeatureEdit` of each function,
+such as `partial(paste, other=b, mask=box_mask(box, grid))`, which `FeatInvPipeline` takes too.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from featinv_diffusion.images import center_square, to_tensor
 from featinv_diffusion.types import Features
 
 FeatureEdit: TypeAlias = Callable[[Features], Features]
-"""From features to others of the same shape, which leaves its input as it was."""
+"""A function of features that returns others of the same shape and leaves its input unchanged."""
 
 OtherFeatures: TypeAlias = Float[Tensor, "..."]
-"""Feature maps to combine with others: as many of the same shape, or one for all."""
+"""Feature maps to combine with others: equally many of the same shape, or one for all."""
 
 HIGH = 0.5
-"""Share of the greatest activation from which on cells count as the concept's own."""
+"""Share of the greatest activation that a cell needs to count as one of the concept."""
 
 Cells: TypeAlias = Bool[Tensor, "..."]
-"""Which cells, `[h, w]` for all maps or `[b, h, w]`."""
+"""Marked cells, `[h, w]` for all maps or `[b, h, w]`."""
 
 
 def mix(maps: Sequence[OtherFeatures], weights: Sequence[float]) -> Features:
@@ -41,11 +41,11 @@ def mix(maps: Sequence[OtherFeatures], weights: Sequence[float]) -> Features:
     """
     if not maps or len(maps) != len(weights):
         raise InputError(
-            "There must be one weight for each of at least one feature map, but "
-            f"{len(weights)} weights came for {len(maps)} maps."
+            "There must be at least one feature map, and one weight for each, got "
+            f"{len(weights)} weights and {len(maps)} maps."
         )
     if not all(math.isfinite(weight) for weight in weights):
-        raise InputError(f"Weights must be finite numbers, but {list(weights)} came.")
+        raise InputError(f"Weights must be finite numbers, got {list(weights)}.")
     total = torch.zeros_like(maps[0])
     for features, weight in zip(maps, weights, strict=True):
         total = total + weight * _alike(features, maps[0])
@@ -62,8 +62,8 @@ def paste(features: Features, other: OtherFeatures, mask: Cells) -> Features:
 
     Args:
         features: `[b, c, h, w]`.
-        other: what the cells in the mask become.
-        mask: which cells; see `box_mask`.
+        other: where the new cells come from.
+        mask: the cells to replace; see `box_mask`.
 
     Raises:
         InputError: `other` or the mask has another grid.
@@ -81,23 +81,23 @@ def scale_part(
 
     Args:
         features: `[b, c, h, w]`.
-        part: what is attenuated, or how to get it from the features, such as
+        part: what to attenuate, or a function that gives it from the features, such as
             `partial(dictionary.part, concept=0)`.
-        factor: below 1 attenuates, 0 removes, 1 leaves the features, above 1 amplifies.
-        mask: cells outside of it are left as they are; None is all.
+        factor: below 1 attenuates, 0 removes, 1 changes nothing, above 1 amplifies.
+        mask: cells to change; None is all.
 
     Raises:
         InputError: a factor that is not finite, or another shape.
     """
     if not math.isfinite(factor):
-        raise InputError(f"A factor must be a finite number, but {factor} came.")
+        raise InputError(f"A factor must be a finite number, got {factor}.")
     parts = part if isinstance(part, Tensor) else part(features)
     change = (1 - factor) * _alike(parts, features)
     return features - (change if mask is None else change * _over_channels(mask, features))
 
 
 def in_sequence(*edits: FeatureEdit) -> FeatureEdit:
-    """Returns the edit that applies these one after the other; none of them leave all as it is."""
+    """Returns the edit that applies these one after the other; without any it changes nothing."""
 
     def apply(features: Features) -> Features:
         for edit in edits:
@@ -110,7 +110,7 @@ def in_sequence(*edits: FeatureEdit) -> FeatureEdit:
 def permute_cells(
     features: Features, generator: torch.Generator | Sequence[torch.Generator]
 ) -> Features:
-    """Shuffles the h·w feature vectors of each map: the same vectors, every place forgotten.
+    """Shuffles the h·w feature vectors of each map, which forgets where each of them was.
 
     Args:
         features: `[b, c, h, w]`.
@@ -120,7 +120,7 @@ def permute_cells(
     generators = [generator] * b if isinstance(generator, torch.Generator) else list(generator)
     if len(generators) != b:
         raise InputError(
-            f"One generator per map must come, but {len(generators)} came for {b} maps."
+            f"There must be one generator per map, got {len(generators)} for {b} maps."
         )
     order = torch.stack([torch.randperm(h * w, generator=g) for g in generators])
     cells = features.flatten(2)
@@ -131,7 +131,7 @@ def _alike(other: OtherFeatures, features: Features) -> Features:
     """Returns `other` with the dtype, device and number of maps of `features`."""
     if other.shape[1:] != features.shape[1:] or len(other) not in (1, len(features)):
         raise InputError(
-            "Feature maps to combine must have one shape, but came with "
+            "Feature maps to combine must have one shape, got "
             f"{list(features.shape)} and {list(other.shape)}."
         )
     return other.to(features).expand_as(features)
@@ -141,21 +141,21 @@ def _over_channels(mask: Cells, features: Features) -> Bool[Tensor, "b 1 h w"]:
     masks = mask if mask.ndim == 3 else mask[None]
     if masks.ndim != 3 or masks.shape[1:] != features.shape[2:]:
         raise InputError(
-            f"A mask must have the grid of the features, {list(features.shape[2:])}, but came with "
-            f"shape {list(mask.shape)}. Make it with box_mask or picture_mask."
+            f"A mask must have the grid of the features, {list(features.shape[2:])}, got the shape "
+            f"{list(mask.shape)}. Make it with box_mask or picture_mask."
         )
     if len(masks) not in (1, len(features)):
         raise InputError(
-            f"There must be one mask, or one per map, but {len(masks)} came for {len(features)}."
+            f"There must be one mask, or one per map, got {len(masks)} for {len(features)} maps."
         )
     return masks.to(features.device)[:, None].expand(len(features), -1, -1, -1)
 
 
-# ---- Regions of the cells of a feature map, from what a person says of the picture ---------------
+# ---- Regions of a feature map, given as boxes or pictures ----------------------------------------
 
 CellMask = Bool[Tensor, "h w"]
 
-_ROUNDING = 1e-6  # of a cell: 0.3 of 10 cells are 3 cells, whatever 0.3 · 10 is in binary
+_ROUNDING = 1e-6  # of a cell, so that 0.3 of 10 cells are 3 cells in spite of rounding errors
 _ASPECT_TOLERANCE = 0.02
 
 
@@ -163,23 +163,21 @@ def box_mask(box: Sequence[float], grid: tuple[int, int]) -> CellMask:
     """Marks the cells that a box touches.
 
     Args:
-        box: (y0, x0, y1, x1) as fractions of the square that the backbone sees, (0, 0) its upper
-            left corner; rounded out to whole cells. A box without area marks no cell.
+        box: (y0, x0, y1, x1) as fractions of the square that the backbone sees, from its upper left
+            corner; rounded out to whole cells. A box without area marks no cell.
         grid: (h, w).
 
     Raises:
-        InputError: not four numbers, out of [0, 1], or ends before starts.
+        InputError: not four numbers in [0, 1], or an end before its start.
     """
     if len(box) != 4 or not all(math.isfinite(value) and 0 <= value <= 1 for value in box):
         raise InputError(
             "A box must be four fractions y0,x0,y1,x1 of the picture, each in 0 … 1, "
-            f"but {_listed(box)} came."
+            f"got {_listed(box)}."
         )
     y0, x0, y1, x1 = box
     if y1 < y0 or x1 < x0:
-        raise InputError(
-            f"A box must have y0 ≤ y1 and x0 ≤ x1, but y0,x0,y1,x1 = {_listed(box)} came."
-        )
+        raise InputError(f"A box must have y0 ≤ y1 and x0 ≤ x1, got y0,x0,y1,x1 = {_listed(box)}.")
     mask = torch.zeros(grid, dtype=torch.bool)
     if y0 < y1 and x0 < x1:
         mask[_rounded_out(y0, y1, grid[0]), _rounded_out(x0, x1, grid[1])] = True
@@ -192,10 +190,10 @@ def picture_mask(
     """Marks the cells in which any pixel of a picture is lighter than half grey.
 
     Args:
-        picture: its centre square is laid over the square that the backbone sees.
+        picture: the mask; its centre square is laid over the square that the backbone sees.
         grid: (h, w).
-        size: (width, height) of the picture that the mask belongs to: the mask must be square or
-            have its proportions, else it would lie elsewhere than it was drawn.
+        size: (width, height) of the picture that the mask belongs to. The mask must be square or
+            have these proportions, else it would not lie where it was drawn.
 
     Raises:
         InputError: a mask of other proportions.
@@ -213,7 +211,7 @@ def picture_mask(
 
 
 def to_pixels(mask: CellMask, size: tuple[int, int]) -> Bool[Tensor, "height width"]:
-    """Marks the pixels, (height, width) of them, whose centres lie in marked cells."""
+    """Marks the pixels of a picture of `size` (height, width) whose centres lie in marked cells."""
     return F.interpolate(mask[None, None].float(), size, mode="nearest-exact")[0, 0] > 0.5
 
 

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from featinv_diffusion.backbones.names import read_spec
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.files import read_tensors, write_tensors
 from featinv_diffusion.metrics.statistics import FeatureMoments
@@ -446,7 +447,7 @@ class NaturalMaps:
     @classmethod
     def _from_parts(cls, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> NaturalMaps:
         basis = CellBasis(**_part("basis", tensors))
-        spec = FeatureSpec(**{**header["spec"], "grid": tuple(header["spec"]["grid"])})
+        spec = read_spec(header["spec"])
         return cls(
             spec,
             header["backbone_sha256"],

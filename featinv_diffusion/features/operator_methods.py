@@ -1,4 +1,4 @@
-"""Solves for operators by the name of a method, and says where data or conditioning are poor."""
+"""Fits operators: the sums that a fit needs, the methods, and warnings of poor conditioning."""
 
 from __future__ import annotations
 
@@ -15,26 +15,24 @@ from featinv_diffusion.errors import InputError, choices_hint
 from featinv_diffusion.features.operators import FitRecord, Operator
 from featinv_diffusion.types import Features, FeatureSpec
 
-# ---- What a fit of operators needs of pairs of feature maps: three c×c matrices ------------------
-
 _BLOCK = 2048
-"""Locations that are held in float64 at a time."""
+"""Number of locations that are held in float64 at a time."""
 
 
 class PairMoments:
-    """Sums of products of unit-norm location vectors of maps X and Y, in float64 on the CPU.
+    """Sums of products of the location vectors of pairs of maps X and Y, in float64 on the CPU.
 
-    Maps come in batches and are not kept, so that memory is that of three matrices. Each location
-    is scaled to unit L2 norm; a vector of zeros stays zero.
+    Maps are not kept, so the memory is that of three c×c matrices. Each location is scaled to unit
+    L2 norm; a vector of zeros stays zero.
 
     Args:
         channels: c.
 
     Attributes:
-        xx: XᵀX, `[c, c]`, where rows of X are locations.
+        xx: XᵀX, `[c, c]`, where the rows of X are locations.
         xy: XᵀY.
         yy: YᵀY.
-        n: locations so far.
+        n: number of locations so far.
     """
 
     def __init__(self, channels: int):
@@ -43,44 +41,28 @@ class PairMoments:
         self.xx, self.xy, self.yy = torch.zeros(3, channels, channels, dtype=torch.float64)
 
     def update(self, features: Features, others: Float[Tensor, ...]) -> None:
-        """Adds a batch of maps and of what becomes of them.
+        """Adds a batch of maps before and after the operation.
 
         Raises:
-            InputError: not two batches of one shape and of c channels, or values that are NaN or
-                infinite.
+            InputError: batches of different shapes or without c channels, or NaN or infinite
+                values.
         """
         if features.shape != others.shape or features.shape[1] != self.channels:
             raise InputError(
-                f"Pairs of feature maps must have one shape and {self.channels} channels, but "
-                f"came with {list(features.shape)} and {list(others.shape)}."
+                f"Pairs of feature maps must have one shape and {self.channels} channels, got "
+                f"{list(features.shape)} and {list(others.shape)}."
             )
         if not bool(features.isfinite().all() and others.isfinite().all()):
             raise InputError(
-                "Features to fit an operator on must be finite, but NaN or infinite values came. "
+                "Features to fit an operator on must be finite, got NaN or infinite values. "
                 "Look for overflow in half precision."
             )
         n_maps = max(1, _BLOCK // (features.shape[2] * features.shape[3]))
         for x, y in zip(features.split(n_maps), others.split(n_maps), strict=True):
             self._add(to_unit_rows(x), to_unit_rows(y))
 
-    def merge(self, other: PairMoments) -> None:
-        """Adds the maps that `other` has seen, e.g. those of another process.
-
-        Raises:
-            InputError: another number of channels.
-        """
-        if other.channels != self.channels:
-            raise InputError(
-                "Moments must be of maps of as many channels, but "
-                f"{self.channels} and {other.channels} came."
-            )
-        self.xx += other.xx
-        self.xy += other.xy
-        self.yy += other.yy
-        self.n += other.n
-
     def residual(self, matrix: Float[Tensor, "c c"]) -> float:
-        """Returns ‖X Q − Y‖² / ‖Y‖²; 0 is a perfect fit, that of the identity is doing nothing."""
+        """Returns ‖X Q − Y‖² / ‖Y‖², which is 0 for a perfect fit."""
         total = self.yy.trace()
         left = (matrix * (self.xx @ matrix)).sum() - 2 * (matrix * self.xy).sum() + total
         return (left.clamp_min(0) / total).item()
@@ -99,13 +81,13 @@ def to_unit_rows(features: Features) -> Float[Tensor, "n c"]:
     return rows / torch.where(norms > 0, norms, 1.0)
 
 
-# ---- Matrices Q with X Q ≈ Y, from XᵀX and XᵀY alone, in float64 ---------------------------------
+# ---- Matrices Q with X Q ≈ Y, in float64, from XᵀX and XᵀY alone ---------------------------------
 
 Square = Float[Tensor, "c c"]
 
 TOLERANCE = 1e-10
-"""Singular values and eigenvalues below this share of the greatest count as zero: the square of
-what features in float32 resolve."""
+"""Singular values and eigenvalues below this share of the largest count as zero. It is the square
+of the precision of features in float32."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,8 +96,8 @@ class Solution:
 
     Args:
         matrix: Q.
-        rank: of what was solved, XᵀY or XᵀX; below c, some directions were not determined.
-        condition_number: of the same; None where the rank is below c.
+        rank: rank of XᵀY or XᵀX, whichever was solved; below c, some directions are not determined.
+        condition_number: condition number of that matrix; None if its rank is below c.
     """
 
     matrix: Square
@@ -138,7 +120,7 @@ def orthogonal(xy: Square) -> Solution:
 def self_adjoint(xy: Square) -> Solution:
     """The symmetric orthogonal matrix nearest to `orthogonal`'s Q: W sign(Λ) Wᵀ of (Q + Qᵀ) / 2.
 
-    S² = I. Not the best symmetric orthogonal fit in general, see `self_adjoint_direct`.
+    S² = I. In general it is not the best symmetric orthogonal fit, see `self_adjoint_direct`.
     """
     rotation = orthogonal(xy)
     matrix = _sign(rotation.matrix)[0]
@@ -156,11 +138,11 @@ def self_adjoint_direct(xy: Square) -> Solution:
 def least_squares(xx: Square, xy: Square, ridge: float) -> Solution:
     """(XᵀX + λ I)⁻¹ (XᵀY + λ I), with λ = ridge · tr(XᵀX) / c: the ridge pulls Q towards I.
 
-    Computed as I + W (Λ + λ)⁻¹ Wᵀ (XᵀY − XᵀX) over the eigenvectors W of XᵀX whose eigenvalues Λ
-    are not zero. Rank and condition number are those of XᵀX.
+    It is computed as I + W (Λ + λ)⁻¹ Wᵀ (XᵀY − XᵀX), where W are the eigenvectors of XᵀX with
+    eigenvalues Λ above zero. Rank and condition number are those of XᵀX.
 
     Raises:
-        InputError: XᵀX is singular and there is no ridge.
+        InputError: XᵀX is singular and the ridge is 0.
     """
     values, vectors = (part.flip(-1) for part in torch.linalg.eigh(xx))
     rank = _rank(values)
@@ -178,7 +160,7 @@ def least_squares(xx: Square, xy: Square, ridge: float) -> Solution:
 def _sign(matrix: Square) -> tuple[Square, Tensor]:
     """Returns W sign(Λ) Wᵀ of the symmetric part W Λ Wᵀ, with sign(0) = +1, and Λ.
 
-    Eigenvalues that are rounding errors of the matrix are zeros: a quarter turn has only such.
+    Eigenvalues within rounding errors of the matrix count as zeros, as all do for a quarter turn.
     """
     values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
     values = torch.where(values.abs() > TOLERANCE * matrix.norm(), values, 0.0)
@@ -187,7 +169,7 @@ def _sign(matrix: Square) -> tuple[Square, Tensor]:
 
 
 def _rank(values: Tensor) -> int:
-    """Counts values, which come in descending order, that are not zero."""
+    """Counts values above zero, given in descending order."""
     return int((values > TOLERANCE * values[0]).sum())
 
 
@@ -204,7 +186,7 @@ CONSTRAINED: dict[str, Callable[[Float[Tensor, "c c"]], Solution]] = {
 METHODS = (*CONSTRAINED, LINEAR)
 DEFAULT_RIDGE = 1e-6
 ILL_CONDITIONED = 1e8
-"""From this condition number on, fewer than half of the digits of float64 are left."""
+"""Condition number above which fewer than half of the digits of float64 are left."""
 
 logger = logging.getLogger(__name__)
 
@@ -220,17 +202,18 @@ def solve(
     backbone_sha256: str | None = None,
     image_digests: tuple[str, ...] = (),
 ) -> Operator:
-    """Solves for the operator that turns X into Y; a problem that is ill-conditioned is logged.
+    """Fits the operator that turns X into Y; an ill-conditioned fit is logged.
 
     Args:
-        moments: of pairs of maps of `spec`.
-        operation: what was done to the pixels.
+        moments: sums over pairs of maps of `spec`.
+        operation: name of the operation on pixels.
         method: one of `METHODS`.
-        ridge: of `linear`; 0 for none.
+        ridge: ridge of the method `linear`, at least 0.
+        parameters, backbone_sha256, image_digests: see `FitRecord`.
 
     Raises:
-        InputError: unknown method, a bad ridge, fewer locations than channels, features of zeros
-            alone, or a linear problem that is singular without a ridge.
+        InputError: an unknown method, a bad ridge, fewer locations than channels, features that
+            are all zero, or a linear fit that is singular without a ridge.
     """
     _check(moments, spec, method, ridge)
     if method == LINEAR:
@@ -255,39 +238,37 @@ def solve(
 
 
 def check_method(method: str, ridge: float) -> None:
-    """Raises `InputError` unless there is such a method and the ridge is a finite number from 0."""
+    """Raises `InputError` for an unknown method, or a ridge below 0 or not finite."""
     if method not in METHODS:
         raise InputError(f"No method is named {method!r}; {choices_hint(method, list(METHODS))}")
     if not 0 <= ridge < float("inf"):
-        raise InputError(f"A ridge must be a finite number from 0, but {ridge} came.")
+        raise InputError(f"The ridge must be a finite number, at least 0, got {ridge}.")
 
 
 def _check(moments: PairMoments, spec: FeatureSpec, method: str, ridge: float) -> None:
     check_method(method, ridge)
     if moments.channels != spec.channels:
-        raise InputError(
-            f"Moments must be of a {spec}, but are of maps of {moments.channels} channels."
-        )
+        raise InputError(f"The moments must be of a {spec}, got {moments.channels} channels.")
     if moments.n < spec.channels:
         raise InputError(
-            f"An operator on {spec.channels} channels needs at least as many locations, else XᵀY "
-            f"is rank-deficient, but {moments.n} came. Fit on more images."
+            f"An operator on {spec.channels} channels needs at least as many locations, got "
+            f"{moments.n}. Fit on more images."
         )
     if not (bool(moments.xx.any()) and bool(moments.yy.any())):
-        raise InputError("Features to fit an operator on must not all be zero, but they are.")
+        raise InputError("Features to fit an operator on must not all be zero.")
 
 
 def _warn(solution: Solution, c: int) -> None:
     if solution.rank < c:
         logger.warning(
-            "The features determine %d of %d directions; the others are turned as little as can "
-            "be, or left.",
+            "The features determine %d of %d directions; the others are changed as little as "
+            "possible.",
             solution.rank,
             c,
         )
     elif (number := solution.condition_number) is not None and number > ILL_CONDITIONED:
         logger.warning(
-            "The fit is ill-conditioned (condition number %.1e): directions in which features "
-            "hardly vary are not to be trusted. Fit on more images, or with a larger ridge.",
+            "The fit is ill-conditioned (condition number %.1e): do not trust directions in which "
+            "features hardly vary. Fit on more images, or with a larger ridge.",
             number,
         )

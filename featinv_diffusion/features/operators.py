@@ -1,8 +1,8 @@
-"""Operators on features: one matrix Q for all locations that does what was done to the pixels.
+"""Operators on features: one matrix Q for all locations that does what an operation does to pixels.
 
-Row convention: f' = f Q on unit-norm location vectors, which are scaled to unit norm again after Q
-and then to the norm that the location had. Only rotations are linear as they are applied;
-eigenvalues speak of Q itself.
+The convention is f' = f Q on rows of unit norm. The result is scaled to unit norm and then to the
+norm that the location had before, so that only rotations are linear as they are applied.
+Eigenvalues are those of Q itself.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Complex, Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from featinv_diffusion.backbones.names import read_spec
 from featinv_diffusion.errors import InputError, choices_hint
 from featinv_diffusion.features.edits import FeatureEdit
 from featinv_diffusion.files import read_tensors, write_tensors
@@ -24,26 +25,26 @@ from featinv_diffusion.types import Features, FeatureSpec
 
 FORMAT = "featinv-operator/1"
 MAX_POWER = 1000
-"""Of operators; an operation that is done to pixels as often takes as many passes over them."""
+"""Largest power of an operator; an operation on pixels is repeated as often."""
 _ADVICE = "Fit it again with featinv operator fit."
 
 
 @dataclass(frozen=True)
 class FitRecord:
-    """How an operator came about.
+    """How an operator was fitted.
 
     Args:
-        method: see `operator_methods.METHODS`.
+        method: one of `operator_methods.METHODS`.
         operation: name of the operation on pixels.
-        parameters: of the operation.
-        n_locations: that were fitted on.
-        rank: of what was solved; below c, some directions were not determined.
-        condition_number: of the same; None where the rank is below c.
+        parameters: parameters of the operation.
+        n_locations: number of locations in the fit.
+        rank: rank of the matrix that was solved; below c, some directions are not determined.
+        condition_number: condition number of that matrix; None if its rank is below c.
         residual: ‖X Q − Y‖² / ‖Y‖² of the fit.
-        residual_of_identity: the same where nothing is done.
-        ridge: of `linear`, see `operator_solvers.least_squares`; None otherwise.
-        backbone_sha256: of the weights that made the features; None where not known.
-        image_digests: of the images of the fit, so that others can be measured on.
+        residual_of_identity: the residual of doing nothing.
+        ridge: ridge of the method `linear`, see `operator_methods.least_squares`; None otherwise.
+        backbone_sha256: digest of the weights that made the features; None if not known.
+        image_digests: digests of the images in the fit, so that it can be measured on others.
     """
 
     method: str
@@ -58,15 +59,26 @@ class FitRecord:
     backbone_sha256: str | None = None
     image_digests: tuple[str, ...] = field(default=(), repr=False)
 
+    @property
+    def operation_name(self) -> str:
+        """The operation with its parameters, such as `suppress (alpha 0.9, channel blue)`."""
+        return with_parameters(self.operation, self.parameters)
 
-@dataclass(frozen=True, eq=False)
+
+def with_parameters(name: str, parameters: Mapping[str, Any]) -> str:
+    """Returns a name followed by its parameters in brackets, if there are any."""
+    values = ", ".join(f"{key} {value}" for key, value in parameters.items())
+    return f"{name} ({values})" if values else name
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Operator:
-    """A matrix that acts on the location vectors of maps of one spec.
+    """A matrix that acts on the location vectors of feature maps.
 
     Args:
         matrix: Q, in float64 as it was fitted, or in float32.
-        spec: of the maps.
-        record: of the fit.
+        spec: the features that it acts on.
+        record: how it was fitted.
 
     Raises:
         InputError: a matrix of another size or type, or one that is not finite.
@@ -83,8 +95,23 @@ class Operator:
         if not (fits and bool(self.matrix.isfinite().all())):
             raise InputError(
                 f"An operator on a {self.spec} must be a finite {c}×{c} matrix in float64 or "
-                f"float32, but one of shape {list(self.matrix.shape)} in {self.matrix.dtype} came."
+                f"float32, got the shape {list(self.matrix.shape)} in {self.matrix.dtype}."
             )
+
+    def summary(self) -> str:
+        """Returns what was fitted and how well, in one sentence."""
+        record = self.record
+        condition = record.condition_number
+        return (
+            f"{record.operation_name} on {self.spec.backbone}, {record.method}: residual "
+            f"{record.residual:.4f} (doing nothing: {record.residual_of_identity:.4f}) of "
+            f"{record.n_locations} locations of {len(record.image_digests)} images; rank "
+            f"{record.rank} of {self.spec.channels}, condition number "
+            f"{'infinite' if condition is None else f'{condition:.1e}'}."
+        )
+
+    def __repr__(self) -> str:
+        return f"Operator({self.spec}): {self.summary()}"
 
     def power(self, n: int) -> Float[Tensor, "c c"]:
         """Returns Qⁿ in float64; the identity for 0.
@@ -93,19 +120,19 @@ class Operator:
             InputError: n is no whole number in 0 … `MAX_POWER`, or Qⁿ overflows.
         """
         if isinstance(n, bool) or not isinstance(n, int) or not 0 <= n <= MAX_POWER:
-            raise InputError(f"A power must be a whole number in 0 … {MAX_POWER}, but {n!r} came.")
+            raise InputError(f"A power must be a whole number in 0 … {MAX_POWER}, got {n!r}.")
         raised = torch.linalg.matrix_power(self.matrix.double(), n)
         check_finite(raised, n)
         return raised
 
     def edit(self, power: int = 1, *, spec: FeatureSpec | None = None) -> FeatureEdit:
-        """Returns the edit of maps by Qⁿ, which keeps the norm of each location.
+        """Returns the function that applies Qⁿ to maps and keeps the norm of each location.
 
-        Scaling to unit norm between the applications would change nothing.
+        It equals n applications, since scaling to unit norm between them changes nothing.
 
         Args:
-            power: n, from 0.
-            spec: of the inverter that the edit is for; must be the operator's.
+            power: n, at least 0.
+            spec: features of the inverter that reads the result; must be the operator's.
 
         Raises:
             InputError: a bad power, or features of another spec, now or when the edit is used.
@@ -121,7 +148,7 @@ class Operator:
         return apply
 
     def check(self, spec: FeatureSpec, backbone_sha256: str | None = None) -> None:
-        """Raises `InputError` unless the operator is of features of this spec and these weights."""
+        """Raises `InputError` unless the operator was fitted on such features of these weights."""
         if replace(spec, backbone=self.spec.backbone) != self.spec:
             raise InputError(
                 f"The operator {self.record.operation} acts on a {self.spec}, but the features are "
@@ -131,16 +158,17 @@ class Operator:
             mine != backbone_sha256
         ):
             raise InputError(
-                f"The operator {self.record.operation} is of the weights of {self.spec.backbone} "
-                f"that it was fitted on, but others, of {spec.backbone}, make the features. Use "
-                "an inverter of its backbone, or fit it again with featinv operator fit."
+                f"The operator {self.record.operation} was fitted on the weights of "
+                f"{self.spec.backbone}, but the features come from other weights, of "
+                f"{spec.backbone}. Use an inverter of its backbone, or fit it again with featinv "
+                "operator fit."
             )
 
     def save(self, path: Path) -> None:
         """Writes a safetensors file, whole or not at all.
 
         Raises:
-            InputError: the disk refuses.
+            InputError: a place where nothing can be written.
         """
         header = {"spec": asdict(self.spec), "record": asdict(self.record)}
         write_tensors(path, {"matrix": self.matrix}, header, FORMAT)
@@ -150,19 +178,19 @@ class Operator:
         """Reads what `save` wrote.
 
         Raises:
-            InputError: no such file, a damaged one, or one that holds something else.
+            InputError: no such file, or one that is damaged or holds something else.
         """
         if not path.is_file():
-            raise InputError(f"An operator must be a file, but there is none at {path}. {_ADVICE}")
+            raise InputError(f"An operator must be a file, but none is at {path}. {_ADVICE}")
         tensors, header = read_tensors(path, FORMAT, _ADVICE)
         try:
-            spec = FeatureSpec(**{**header["spec"], "grid": tuple(header["spec"]["grid"])})
+            spec = read_spec(header["spec"])
             held = header["record"]
             record = FitRecord(**{**held, "image_digests": tuple(held["image_digests"])})
             return cls(tensors["matrix"], spec, record)
         except (KeyError, TypeError) as error:
             raise InputError(
-                f"{path} must hold a whole operator, but lacks some of it ({error}). {_ADVICE}"
+                f"{path} must hold a whole operator, but a part is missing ({error}). {_ADVICE}"
             ) from error
 
 
@@ -170,15 +198,15 @@ def check_finite(matrix: Float[Tensor, "c c"], n: int) -> None:
     """Raises `InputError` unless a power of an operator, and its norm, are finite."""
     if not bool(matrix.norm().isfinite()):
         raise InputError(
-            f"The operator to the power {n} must be finite, but overflows, for Q has eigenvalues "
+            f"The operator to the power {n} must be finite, but overflows, since Q has eigenvalues "
             "outside of the unit circle. Ask for smaller powers."
         )
 
 
 def _to_unit_scale(matrix: Float[Tensor, "c c"]) -> Float[Tensor, "c c"]:
-    """Divides by a power of two, which loses nothing, so that powers do not leave float32.
+    """Divides by a power of two, which is exact, so that powers stay within float32.
 
-    What is applied is scaled to unit norm anyway.
+    The factor has no effect, since results are scaled to unit norm.
     """
     exponent = torch.frexp(matrix.abs().max()).exponent
     return torch.ldexp(matrix, -exponent)
@@ -187,8 +215,8 @@ def _to_unit_scale(matrix: Float[Tensor, "c c"]) -> Float[Tensor, "c c"]:
 def apply_matrix(features: Features, matrix: Float[Tensor, "c c"]) -> Features:
     """Returns ‖f‖ · n(n(f) Q) at each location, where n scales to unit norm.
 
-    A vector of zeros stays one, and one that Q sends to zero becomes one. Half precision is
-    computed in float32.
+    A vector of zeros, and one that Q maps to zero, give zeros. Half precision is computed in
+    float32.
     """
     wide = features.to(torch.promote_types(features.dtype, torch.float32))
     norms = wide.norm(dim=1, keepdim=True)
@@ -200,11 +228,101 @@ def _to_unit(features: Features) -> Features:
     return F.normalize(features, dim=1, eps=torch.finfo(features.dtype).tiny)
 
 
+# ---- The eigenvalues of an operator and of its powers --------------------------------------------
+
+TOLERANCE = 0.1
+"""Distance in the complex plane within which an eigenvalue counts as near +1 or −1."""
+
+
+@dataclass(frozen=True, eq=False)
+class Spectrum:
+    """The eigenvalues of Qⁿ, and distances between matrices that reveal rotations and involutions.
+
+    A distance is ‖A − B‖_F / √c, the root mean square by which a random unit vector is moved: it is
+    √2 between unrelated rotations and 2 between A and −A.
+
+    Args:
+        power: n.
+        eigenvalues: eigenvalues of Qⁿ.
+        from_identity: distance from Qⁿ to I.
+        twice_from_identity: distance from Q²ⁿ to I.
+        from_orthogonal: distance from Qⁿ(Qⁿ)ᵀ to I.
+        from_symmetric: distance from Qⁿ to its transpose.
+    """
+
+    power: int
+    eigenvalues: Complex[Tensor, " c"]
+    from_identity: float
+    twice_from_identity: float
+    from_orthogonal: float
+    from_symmetric: float
+
+    def count_near(self, value: float, tolerance: float = TOLERANCE) -> int:
+        """Returns the number of eigenvalues within the tolerance of a value."""
+        return int(((self.eigenvalues - value).abs() <= tolerance).sum())
+
+    def figures(self) -> dict[str, Any]:
+        """Returns counts, moduli and angles as plain numbers."""
+        moduli, angles = self.eigenvalues.abs(), self.eigenvalues.angle().abs().rad2deg()
+        return {
+            "power": self.power,
+            "tolerance": TOLERANCE,
+            "n_eigenvalues": len(self.eigenvalues),
+            "n_near_plus_one": self.count_near(1),
+            "n_near_minus_one": self.count_near(-1),
+            "n_negative_real": int((self.eigenvalues.real < 0).sum()),
+            "modulus": _summary(moduli),
+            "n_modulus_above_one": int((moduli > 1 + 1e-6).sum()),
+            "absolute_angle_degrees": _summary(angles),
+            "from_identity": self.from_identity,
+            "twice_from_identity": self.twice_from_identity,
+            "from_orthogonal": self.from_orthogonal,
+            "from_symmetric": self.from_symmetric,
+        }
+
+
+def measure_spectrum(operator: Operator, power: int = 1) -> Spectrum:
+    """Returns the spectrum of Qⁿ, computed in float64 and without scaling to unit norm.
+
+    Raises:
+        InputError: a power that is no whole number in 0 … `MAX_POWER`, or Qⁿ or Q²ⁿ overflows.
+    """
+    matrix = operator.power(power)
+    twice = matrix @ matrix
+    for product in (twice, matrix @ matrix.T):
+        check_finite(product, 2 * power)
+    return Spectrum(
+        power=power,
+        eigenvalues=torch.linalg.eigvals(matrix),
+        from_identity=_from_identity(matrix),
+        twice_from_identity=_from_identity(twice),
+        from_orthogonal=_from_identity(matrix @ matrix.T),
+        from_symmetric=_size(matrix - matrix.T),
+    )
+
+
+def _size(matrix: Float[Tensor, "c c"]) -> float:
+    return (matrix.norm() / len(matrix) ** 0.5).item()
+
+
+def _from_identity(matrix: Float[Tensor, "c c"]) -> float:
+    return _size(matrix - torch.eye(len(matrix), dtype=matrix.dtype))
+
+
+def _summary(values: Float[Tensor, " c"]) -> dict[str, float]:
+    return {
+        "min": values.min().item(),
+        "median": values.median().item(),
+        "mean": values.mean().item(),
+        "max": values.max().item(),
+    }
+
+
 # ---- Operators by name: those that the package ships, and files ----------------------------------
 
 ASSETS = Path(__file__).parents[1] / "assets"
 SUFFIX, FOLDER = ".safetensors", "operators"
-"""Bundled are `assets/tiny/NAME/operators/OPERATION.safetensors`."""
+"""A bundled operator is `assets/tiny/NAME/operators/OPERATION.safetensors`."""
 
 
 def list_operators() -> list[str]:
@@ -214,10 +332,10 @@ def list_operators() -> list[str]:
 
 
 def open_operator(name: str) -> Operator:
-    """Loads a bundled operator by its name, or one from a file.
+    """Loads a bundled operator by its name, or an operator from a file.
 
     Raises:
-        InputError: no such operator, or a file that holds none.
+        InputError: no such operator, or a file that holds something else.
     """
     if name in list_operators():
         folder, _, operation = name.rpartition("/")
@@ -226,7 +344,5 @@ def open_operator(name: str) -> Operator:
     if not path.is_file():
         bundled = list_operators()
         hint = f"; {choices_hint(name, bundled)}" if bundled else "."
-        raise InputError(
-            f"An operator must be a file of featinv operator fit, but {name!r} is none{hint}"
-        )
+        raise InputError(f"An operator must be a file of featinv operator fit, got {name!r}{hint}")
     return Operator.load(path)

@@ -1,20 +1,22 @@
-"""Operations on pixels whose counterparts in feature space are looked for.
+"""Operations on pixels, whose counterparts in feature space are fitted.
 
-They work on values in [0, 1] and do not round to 8 bits, so that a channel that is suppressed n
-times is that channel times αⁿ.
+They work on values in [0, 1] and do not round to 8 bits: a channel that is suppressed n times is
+multiplied by αⁿ.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeAlias
 
 from featinv_diffusion.errors import InputError, choices_hint
+from featinv_diffusion.features.operators import with_parameters
 from featinv_diffusion.types import Images
 
 PixelMap: TypeAlias = Callable[[Images], Images]
-"""From images to others of the same shape, which leaves its input as it was."""
+"""A function from images to images of the same shape, which does not change its input."""
 
 CHANNELS = ("red", "green", "blue")
 GREY_WEIGHTS = (0.2989, 0.5870, 0.1140)
@@ -22,7 +24,7 @@ DEFAULT_ALPHA, DEFAULT_CHANNEL = 0.9, "blue"
 
 
 def keep(images: Images) -> Images:
-    """Returns the images as they are."""
+    """Returns the images unchanged."""
     return images
 
 
@@ -37,7 +39,7 @@ def suppress_channel(
     """Multiplies one channel by alpha.
 
     Raises:
-        InputError: alpha outside of [0, 1], or no such channel.
+        InputError: alpha outside of [0, 1], or an unknown channel.
     """
     _check_suppression(alpha, channel)
     factors = images.new_ones(3)
@@ -53,16 +55,17 @@ def to_grey(images: Images) -> Images:
 
 @dataclass(frozen=True)
 class PixelOperation:
-    """What is done to pixels, as a pair of maps: features of `source(x)` become `target(x)`'s.
+    """An operation on pixels as a pair of functions of the original image.
 
-    Any function will do: `PixelOperation("brighten", lambda x: x.sqrt())`.
+    An operator maps the features of `source(x)` to those of `target(x)`. Any function can be used:
+    `PixelOperation("brighten", lambda x: x.sqrt())`.
 
     Args:
-        name: what operators and figures call it.
-        target: from the original to what is wanted.
-        source: from the original to what is given; the original itself unless the operation has
-            no inverse, such as `colourise`.
-        parameters: what `make_operation` needs besides the name to make it again.
+        name: name in operators and figures.
+        target: gives the wanted image from the original.
+        source: gives the input image from the original; the original itself for most operations,
+            but a grey image for `colourise`.
+        parameters: arguments with which `make_operation` makes the operation again.
     """
 
     name: str
@@ -71,26 +74,21 @@ class PixelOperation:
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        values = ", ".join(f"{key} {value}" for key, value in self.parameters.items())
-        return f"{self.name} ({values})" if values else self.name
+        return with_parameters(self.name, self.parameters)
 
     def repeated(self, images: Images, power: int) -> Images:
-        """Returns what `power` times the operation makes of originals; 0 times is the source.
+        """Returns originals after `power` applications of the operation; 0 gives the source.
 
         Raises:
             InputError: a power below 0.
         """
         if power < 0:
-            raise InputError(f"A power must be at least 0, but {power} came.")
+            raise InputError(f"A power must be at least 0, got {power}.")
         if power == 0:
             return self.source(images)
         for _ in range(power):
             images = self.target(images)
         return images
-
-
-def _swap() -> PixelOperation:
-    return PixelOperation("swap", swap_channels)
 
 
 def _suppress(alpha: float = DEFAULT_ALPHA, channel: str = DEFAULT_CHANNEL) -> PixelOperation:
@@ -107,33 +105,23 @@ def _check_suppression(alpha: float, channel: str) -> None:
     if channel not in CHANNELS:
         raise InputError(f"No channel is named {channel!r}; {choices_hint(channel, [*CHANNELS])}")
     if not 0 <= alpha <= 1:
-        raise InputError(f"alpha must lie in 0 … 1, but {alpha} came.")
-
-
-def _grey() -> PixelOperation:
-    return PixelOperation("grey", to_grey)
-
-
-def _colourise() -> PixelOperation:
-    return PixelOperation("colourise", keep, source=to_grey)
+        raise InputError(f"alpha must lie in 0 … 1, got {alpha}.")
 
 
 _MAKERS: dict[str, tuple[Callable[..., PixelOperation], frozenset[str]]] = {
-    "swap": (_swap, frozenset()),
+    "swap": (partial(PixelOperation, "swap", swap_channels), frozenset()),
     "suppress": (_suppress, frozenset({"alpha", "channel"})),
-    "grey": (_grey, frozenset()),
-    "colourise": (_colourise, frozenset()),
+    "grey": (partial(PixelOperation, "grey", to_grey), frozenset()),
+    "colourise": (partial(PixelOperation, "colourise", keep, to_grey), frozenset()),
 }
 OPERATIONS = tuple(_MAKERS)
 
 
 def make_operation(name: str, **parameters: Any) -> PixelOperation:
-    """Makes `swap`, `suppress` (alpha, channel), `grey` or `colourise`.
-
-    `colourise` takes grey images for given and their originals for wanted.
+    """Makes `swap`, `suppress` (alpha, channel), `grey` or `colourise`, the opposite of `grey`.
 
     Raises:
-        InputError: no such operation, or parameters that it does not take.
+        InputError: an unknown operation, or parameters that it does not take.
     """
     if name not in _MAKERS:
         hint = choices_hint(name, list(OPERATIONS))
@@ -141,5 +129,5 @@ def make_operation(name: str, **parameters: Any) -> PixelOperation:
     make, takes = _MAKERS[name]
     if unknown := sorted(parameters.keys() - takes):
         taken = f"only {', '.join(sorted(takes))}" if takes else "no parameters"
-        raise InputError(f"The operation {name!r} takes {taken}, but {', '.join(unknown)} came.")
+        raise InputError(f"The operation {name!r} takes {taken}, got {', '.join(unknown)}.")
     return make(**parameters)

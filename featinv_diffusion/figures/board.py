@@ -1,7 +1,7 @@
 """Building blocks of the studies' figures: tiles of pictures and maps, in matplotlib.
 
-Colours are those of Okabe and Ito and the map is cividis, which colour-blind readers tell apart
-too. Text stays text in PDF and SVG, and a figure has the same bytes each time it is written.
+The colours of Okabe and Ito and the map cividis can be told apart by colour-blind readers too.
+Text stays text in PDF and SVG, and a figure has the same bytes each time it is written.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ INK, GREY = "#1a1a1a", "#6b6b6b"
 HEAT = "cividis"
 DPI = 200
 TITLE, TEXT = 10.0, 7.5  # points
-_TITLE_LETTER, _LETTER = 0.084, 0.054  # inches that a letter takes on average, a little more
+_TITLE_LETTER, _LETTER = 0.084, 0.054  # inches per letter, a little above the average
 
 _STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",  # comes with matplotlib, and has the letters of most languages
@@ -70,7 +70,7 @@ def check_name(name: str) -> None:
     """Raises `InputError` unless a figure can be written under this name in the output folder."""
     if PurePath(name).name != name or PurePath(name).suffix.lower() not in SUFFIXES:
         raise InputError(
-            f"A figure must be a file name that ends in {', '.join(SUFFIXES)}, but {name!r} came."
+            f"A figure must be a file name that ends in {', '.join(SUFFIXES)}, got {name!r}."
         )
 
 
@@ -88,11 +88,12 @@ class Board:
     """A figure with a heading and rows of equal square tiles below it, in inches.
 
     Args:
-        right: width that is left free beside the tiles.
-        after_first: width that is left free between the first column and the others.
-        header: height above the tiles for `label`s, of all rows or of the first alone.
+        right: free width at the right of the tiles.
+        after_first: free width between the first column and the others.
+        header: height above the tiles for `label`s.
+        headers: whether all rows have a header, or only the first one.
         caption: height below each tile.
-        extra: height that is left free below the tiles.
+        extra: free height below the tiles.
     """
 
     n_rows: int
@@ -129,7 +130,7 @@ class Board:
         return figure
 
     def tile_axes(self, figure: Figure, row: int, column: int) -> Axes:
-        """Returns a tile's axes, which run from 0 to 1 from the upper left corner."""
+        """Returns the axes of a tile; they run from 0 to 1, from the upper left corner."""
         top = self.bottom_of(row) - self.caption - self.tile
         axes = self.axes(figure, self.left_of(column), top, self.tile, self.tile)
         axes.set(xlim=(0, 1), ylim=(1, 0), xticks=[], yticks=[])
@@ -137,7 +138,7 @@ class Board:
         return axes
 
     def axes(self, figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
-        """Returns axes at a place that is counted from the upper left corner."""
+        """Returns axes at a place in inches from the upper left corner."""
         bottom = self.height - top - height
         box = (
             left / self.width,
@@ -149,12 +150,12 @@ class Board:
             return figure.add_axes(box)
 
     def left_of(self, column: int) -> float:
-        """Returns where a column starts, from the left of the figure."""
+        """Returns how far from the left of the figure a column starts."""
         start = self.margin + (self.after_first if column else 0)
         return start + column * (self.tile + self.gap)
 
     def bottom_of(self, row: int) -> float:
-        """Returns where a row ends, captions included, from the top of the figure."""
+        """Returns how far from the top of the figure a row ends, with its captions."""
         further = (self.header if self.headers == "all" else self.gap) + self.tile + self.caption
         return self._heading + self.header + self.tile + self.caption + row * further
 
@@ -196,7 +197,7 @@ def show_map(axes: Axes, values: Float[Tensor, "h w"], low: float, high: float) 
 def add_colour_bar(
     board: Board, figure: Figure, row: int, image: Any, label: str, column: int | None = None
 ) -> None:
-    """Draws the scale of a row's maps in a column, or beside them all; needs 0.6 inches there."""
+    """Draws the scale of a row's maps in a column, by default right of all; takes 0.6 inches."""
     left = board.left_of(board.n_columns if column is None else column)
     top = board.bottom_of(row) - board.caption - board.tile
     axes = board.axes(figure, left, top, 0.09, board.tile)
@@ -239,12 +240,12 @@ def caption(axes: Axes, words: str, **style: Any) -> None:
 
 
 def side_label(axes: Axes, words: str) -> None:
-    """Writes a line upright at the left of a tile."""
+    """Writes a vertical line of text at the left of a tile."""
     axes.text(-0.06, 0.5, words, ha="right", va="center", rotation=90, size=TEXT)
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Moves heights apart until none are nearer than `gap`; their order stays."""
+    """Moves heights apart until none are closer than `gap`, and keeps their order."""
     order = sorted(range(len(heights)), key=lambda i: heights[i])
     places = [heights[i] for i in order]
     for _ in range(100):
@@ -257,31 +258,31 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
 
 
 def number(value: float) -> str:
-    """Rounds to two decimals and never writes -0.00."""
+    """Returns the value with two decimals, never as -0.00."""
     return f"{round(value, 2) + 0.0:.2f}"
 
 
 def exact_number(value: float) -> str:
-    """Returns the shortest text that is this number, so that no two of a list share a name."""
+    """Returns the shortest text that means exactly this number, so that names stay distinct."""
     rounded = round(value, 12) + 0.0
     return f"{rounded:g}" if float(f"{rounded:g}") == rounded else repr(rounded)
 
 
 def short_name(path: str, length: int = 19) -> str:
-    """Returns a file's name without suffix, cut to a tile's width: its end tells most."""
+    """Returns a file name without suffix, cut to the width of a tile; its end is kept."""
     stem = unicodedata.normalize("NFC", PurePath(path).stem)
     stem = stem.encode("utf-8", "replace").decode()
     short = stem if len(stem) <= length else f"{stem[:4]}…{stem[5 - length :]}"
     return short.replace("$", r"\$")
 
 
-# ---- Figures of the analyses of stages: grids of pictures, bars and the λ curve ------------------
+# ---- Whole figures: grids of pictures, bars with intervals ---------------------------------------
 
 
-def write_grid(
-    columns: Mapping[str, Images], path: Path, title: str, notes: Sequence[str], n_rows: int = 8
-) -> None:
-    """Draws the first images of each column side by side, an image a row."""
+def draw_grid(
+    columns: Mapping[str, Images], title: str, notes: Sequence[str], n_rows: int = 8
+) -> Figure:
+    """Draws the first images of each column side by side, one image per row."""
     n_rows = min(n_rows, len(next(iter(columns.values()))))
     board = Board(n_rows, len(columns), title, notes, headers="first", caption=0.02, tile=0.9)
     figure = board.make()
@@ -291,18 +292,7 @@ def write_grid(
             show_picture(axes, images[i])
             if i == 0:
                 label(axes, name)
-    write_figure(figure, path)
-
-
-def write_bars(
-    values: Mapping[str, Interval],
-    path: Path,
-    title: str,
-    ylabel: str,
-    baseline: tuple[str, Interval] | None = None,
-) -> None:
-    """Writes `draw_bars`."""
-    write_figure(draw_bars(values, title, ylabel, baseline), path)
+    return figure
 
 
 def draw_bars(
@@ -312,16 +302,12 @@ def draw_bars(
     baseline: tuple[str, Interval] | None = None,
 ) -> Figure:
     """Draws a bar with its interval for each name, and a line for the baseline."""
-    figure, axes = _plain_figure(1.2 + 0.75 * len(values), 3.0)
-    heights = [v.value for v in values.values()]
-    errors = [
-        [v.value - v.low for v in values.values()],
-        [v.high - v.value for v in values.values()],
-    ]
-    axes.bar(list(values), heights, yerr=errors, color=BLUE, capsize=3)
+    figure, axes = plain_figure(1.2 + 0.75 * len(values), 3.0)
+    add_bars(axes, list(values), list(values.values()))
     if baseline is not None:
         axes.axhline(baseline[1].value, color=ORANGE, linestyle="--", label=baseline[0])
-        axes.set_ylim(top=1.25 * max(*heights, baseline[1].value))  # room for the legend
+        highest = max(*(v.value for v in values.values()), baseline[1].value)
+        axes.set_ylim(top=1.25 * highest)  # leaves room for the legend
         axes.legend(frameon=False, fontsize=TEXT, loc="upper left")
     axes.set_title(title, fontsize=TITLE)
     axes.set_ylabel(ylabel, fontsize=TEXT)
@@ -329,28 +315,23 @@ def draw_bars(
     return figure
 
 
-def write_tradeoff(
-    names: Sequence[str], mse: Sequence[Interval], ap: Sequence[float], path: Path
+def add_bars(
+    axes: Axes,
+    places: Sequence[Any],
+    values: Sequence[Interval],
+    color: Any = BLUE,
+    width: float = 0.8,
 ) -> None:
-    """Draws average precision against MSE, a point per λ."""
-    figure, axes = _plain_figure(4.2, 3.2)
-    errors = [[v.value - v.low for v in mse], [v.high - v.value for v in mse]]
-    axes.errorbar([v.value for v in mse], ap, xerr=errors, fmt="o", color=BLUE, capsize=3)
-    for i, (name, value, precision) in enumerate(zip(names, mse, ap, strict=True)):
-        axes.annotate(
-            name,
-            (value.value, precision),
-            xytext=(4, -11 if i % 2 else 4),  # two neighbours may be alike
-            textcoords="offset points",
-            fontsize=TEXT,
-        )
-    axes.margins(0.12)  # room for the names
-    axes.set_xlabel("MSE of the reconstruction, 95 % interval", fontsize=TEXT)
-    axes.set_ylabel("average precision", fontsize=TEXT)
-    write_figure(figure, path)
+    """Draws bars with their intervals."""
+    errors = [[v.value - v.low for v in values], [v.high - v.value for v in values]]
+    heights = [v.value for v in values]
+    axes.bar(places, heights, width, yerr=errors, color=color, capsize=3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=TEXT)
 
 
-def _plain_figure(width: float, height: float) -> tuple[Figure, Axes]:
+def plain_figure(width: float, height: float) -> tuple[Figure, Axes]:
+    """Returns a figure of this size in inches with one pair of axes."""
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)

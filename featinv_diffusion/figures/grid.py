@@ -24,8 +24,8 @@ class GridRow:
     """One original, its reconstructions, and the line under each.
 
     Args:
-        label: under the original, usually the file name; shortened where it does not fit.
-        captions: under the samples, one each.
+        label: the line under the original, usually the file name; shortened to fit.
+        captions: the line under each sample.
     """
 
     original: Image.Image
@@ -44,13 +44,13 @@ def make_grid(
 ) -> Image.Image:
     """Draws originals | samples with a heading, column headers and a caption under each picture.
 
-    All tiles are squares of one size: the samples' own size, times the whole number that makes
-    it at least `min_tile` pixels. Pictures are enlarged bicubically, so that an original and its
-    samples look alike smooth. Rows may have different numbers of samples, whose columns are named
-    by `headers` or else numbered.
+    All tiles are squares of one size: that of the samples, times the smallest whole number that
+    gives at least `min_tile` pixels. Pictures are enlarged bicubically, so that an original and
+    its samples look equally smooth. Rows may have different numbers of samples; their columns are
+    named by `headers`, and numbered beyond these.
     """
     if not rows:
-        raise InputError("A grid must have at least one row, but none came.")
+        raise InputError("A grid must have at least one row, got none.")
     tile = _tile_size(rows, min_tile)
     n_columns = 1 + max(len(row.samples) for row in rows)
     text = ImageFont.load_default(TEXT_SIZE)
@@ -121,7 +121,7 @@ def _centered(
 
 
 def _shortened(words: str, font: Font, width: int) -> str:
-    """Takes letters out of the middle until the words fit: the end of a file name tells most."""
+    """Takes letters out of the middle until the words fit, to keep the end of a file name."""
     if font.getlength(words) <= width:
         return words
     keep = len(words)
@@ -145,7 +145,7 @@ def _wrapped(words: str, font: Font, width: int) -> list[str]:
 
 
 def _drawable(words: str) -> str:
-    """Replaces what PIL's own font cannot draw: accents go, other scripts become question marks."""
+    """Replaces what PIL's own font cannot draw: accents are dropped, other scripts become `?`."""
     plain = unicodedata.normalize("NFKD", words.replace("…", "\0").replace("·", "\1"))
     plain = "".join(c for c in plain if not unicodedata.combining(c))
     plain = plain.encode("ascii", "replace").decode()

@@ -28,28 +28,19 @@ class Inverter(ABC):
     constructor, so that applications, metrics and commands see this signature alone.
 
     Attributes:
+        spec: the features that it reads.
+        backbone: the model that the features come from; None where it is not at hand.
+        networks: the weights that decide its pictures, beside the backbone's.
         settings: how `load_inverter` opened it; None for one that was built by hand.
         on_progress: called with the number of images that were made, a fraction of one for a
             denoising step.
     """
 
+    spec: FeatureSpec
+    backbone: Backbone | None
+    networks: dict[str, nn.Module]
     settings: SampleSettings | None = None
     on_progress: Callable[[float], None] | None = None
-
-    @property
-    @abstractmethod
-    def spec(self) -> FeatureSpec:
-        """The features that it reads."""
-
-    @property
-    @abstractmethod
-    def backbone(self) -> Backbone | None:
-        """The model that the features come from; None where it is not at hand."""
-
-    @property
-    @abstractmethod
-    def networks(self) -> dict[str, nn.Module]:
-        """The weights that decide its pictures, beside the backbone's."""
 
     @property
     def is_deterministic(self) -> bool:

@@ -1,4 +1,4 @@
-"""What the inverse modules share: specs at both ends, standardisation, the way to pixels."""
+"""`InverseModule`, the base of modules that undo a stage, and `ConvInverse`, the way to pixels."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from featinv_diffusion.backbones.names import read_spec
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.inverters.path import IMAGE
 from featinv_diffusion.types import FeatureSpec
@@ -20,13 +21,13 @@ from featinv_diffusion.types import FeatureSpec
 class InverseModule(ModelMixin, ConfigMixin):
     """Undoes a part of a forward path: reads the embedding of one stage and writes an earlier one.
 
-    Embeddings are standardised per channel on both sides; means of 0 and standard deviations of 1,
-    the initial values of the buffers, are the published modules. Images are neither: they are
-    written as they are, in [0, 1].
+    Embeddings are standardised per channel on both sides. The buffers start with means of 0 and
+    standard deviations of 1, which give the published modules. Images are not standardised; they
+    are written in [0, 1].
 
     Subclasses take `reads_spec` and `writes_spec`, `FeatureSpec`s as dicts, into their config and
-    call `_wire` with them, which refuses other kinds of stages than `reads_kinds` and
-    `writes_kinds`; there the image is a kind of its own.
+    call `_wire` with them, which refuses stages of other kinds than `reads_kinds` and
+    `writes_kinds`. The image counts as a kind of its own.
     """
 
     reads_kinds: ClassVar[tuple[str, ...]]
@@ -39,25 +40,25 @@ class InverseModule(ModelMixin, ConfigMixin):
 
     @property
     def reads(self) -> FeatureSpec:
-        """The stage that it reads."""
+        """The stage that the module reads."""
         return spec_of(self.config["reads_spec"])
 
     @property
     def writes(self) -> FeatureSpec:
-        """The stage that it writes, or the image."""
+        """The stage, or the image, that the module writes."""
         return spec_of(self.config["writes_spec"])
 
     @property
     def writes_image(self) -> bool:
-        """Whether it ends the way back."""
+        """Whether the module writes the image."""
         return self.writes.layer == IMAGE
 
     @abstractmethod
     def transform(self, embedding: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
-        """Maps the standardised embedding to the standardised one that is written, or an image."""
+        """Returns the standardised embedding, or the image, from a standardised embedding."""
 
     def forward(self, embedding: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
-        """Returns the embedding that is written; shapes are those of the specs."""
+        """Returns the embedding that is written; the shapes are those of the specs."""
         embedding = embedding.to(self.dtype)
         mean, std = self._fit(embedding, self.input_mean, self.input_std)
         written = self.transform((embedding - mean) / std)
@@ -70,10 +71,9 @@ class InverseModule(ModelMixin, ConfigMixin):
     def set_statistics(
         self, inputs: tuple[Tensor, Tensor] | None, outputs: tuple[Tensor, Tensor] | None
     ) -> None:
-        """Stores (mean, std) per channel of the embeddings that are read and written.
+        """Stores the (mean, std) per channel of the embeddings that are read and written.
 
-        None leaves a side as it is. A channel that hardly varies is divided by 1/1000 of the
-        largest standard deviation.
+        None leaves a side unchanged. Standard deviations are at least 1/1000 of the largest one.
         """
         if inputs is not None and self.standardises_input:
             self.input_mean.copy_(inputs[0])
@@ -82,18 +82,22 @@ class InverseModule(ModelMixin, ConfigMixin):
             self.output_mean.copy_(outputs[0])
             self.output_std.copy_(outputs[1].clamp_min(1e-3 * outputs[1].max()))
 
-    def _wire(self, reads: FeatureSpec, writes: FeatureSpec) -> None:
+    def _wire(
+        self, reads_spec: Mapping[str, Any], writes_spec: Mapping[str, Any]
+    ) -> tuple[FeatureSpec, FeatureSpec]:
+        reads, writes = spec_of(reads_spec), spec_of(writes_spec)
         self._check_kind("read", reads, self.reads_kinds)
         self._check_kind("write", writes, self.writes_kinds)
         for name, n in (("input", reads.channels), ("output", writes.channels)):
             self.register_buffer(f"{name}_mean", torch.zeros(n))
             self.register_buffer(f"{name}_std", torch.ones(n))
+        return reads, writes
 
     def _check_kind(self, verb: str, spec: FeatureSpec, kinds: tuple[str, ...]) -> None:
         if (IMAGE if spec.layer == IMAGE else spec.kind) not in kinds:
             raise InputError(
                 f"A stage that {type(self).__name__} can {verb} must be of kind "
-                f"{' or '.join(kinds)}, but {spec} came. Choose a module of another kind for it."
+                f"{' or '.join(kinds)}, got {spec}. Choose another module for it."
             )
 
     @staticmethod
@@ -106,16 +110,16 @@ class InverseModule(ModelMixin, ConfigMixin):
 class ConvInverse(InverseModule):
     """Transposed convolutions from a map, or the patch tokens of a ViT, to an image in [0, 1].
 
-    Each but the last is followed by batch norm and ReLU, the last by a sigmoid; each enlarges the
-    map by its stride, whatever its kernel. `published_layers` has the networks of the papers.
+    Batch norm and ReLU follow each convolution but the last, which a sigmoid follows. Each enlarges
+    the map by its stride, whatever its kernel. `published_layers` lists the networks of the papers.
 
     Args:
-        channels: of the hidden maps, in order; empty for a single transposed convolution.
-        kernels: one more than `channels`.
-        strides: likewise; their product is the side of the image by that of the map.
-        n_prefix: of tokens: how many before the patches are dropped.
-        grid: of tokens: (h, w) in patches.
-        positions: subtract a fixed table of positions from tokens, set by `set_positions`.
+        channels: channels of the hidden maps, in order; empty for a single convolution.
+        kernels: kernel sizes, one more than `channels`.
+        strides: as many strides; the image is their product times as large as the map.
+        n_prefix: for tokens, how many of them to drop before the patches.
+        grid: for tokens, (h, w) in patches.
+        positions: subtract from tokens the table that `set_positions` stores.
     """
 
     reads_kinds = ("map", "tokens")
@@ -134,8 +138,7 @@ class ConvInverse(InverseModule):
         positions: bool = False,
     ):
         super().__init__()
-        reads, writes = spec_of(reads_spec), spec_of(writes_spec)
-        self._wire(reads, writes)
+        reads, writes = self._wire(reads_spec, writes_spec)
         _check_sizes(reads, writes, (len(channels), len(kernels)), strides, grid)
         widths = [reads.channels, *channels, 3]
         layers: list[nn.Module] = []
@@ -166,8 +169,8 @@ class ConvInverse(InverseModule):
 def published_layers(name: str) -> dict[str, list[int]]:
     """Returns channels, kernels and strides of a published backbone inverse.
 
-    `paper` is DETR's 6-layer network, `released` the larger one of the code's training scripts,
-    `linear` its single transposed convolution, and `vit` the 4 layers for patches of 16 pixels.
+    `paper` is the 6-layer network for DETR, `released` the larger one of the published training
+    scripts, `linear` a single transposed convolution, and `vit` 4 layers for patches of 16 pixels.
 
     Raises:
         InputError: another name.
@@ -191,13 +194,13 @@ def published_layers(name: str) -> dict[str, list[int]]:
 
 def spec_of(spec: Mapping[str, Any]) -> FeatureSpec:
     """Reads a spec from the dict of a config."""
-    return FeatureSpec(**{**spec, "grid": tuple(spec["grid"])})
+    return read_spec(spec)
 
 
 def _upsample(n_in: int, n_out: int, kernel: int, stride: int) -> nn.ConvTranspose2d:
     """A transposed convolution whose output is `stride` times as large as its input."""
     if kernel < stride:
-        raise InputError(f"A kernel must be at least its stride, but {kernel} and {stride} came.")
+        raise InputError(f"A kernel must be at least its stride, got {kernel} and {stride}.")
     padding = (kernel - stride + 1) // 2
     extra = 2 * padding - (kernel - stride)
     return nn.ConvTranspose2d(n_in, n_out, kernel, stride, padding, output_padding=extra)
@@ -213,7 +216,7 @@ def _check_sizes(
     if counts[1] != counts[0] + 1 or len(strides) != counts[1]:
         raise InputError(
             f"Kernels and strides must be one more than the hidden channels ({counts[0]}), "
-            f"but {counts[1]} and {len(strides)} came."
+            f"got {counts[1]} and {len(strides)}."
         )
     factor = 1
     for stride in strides:
@@ -222,5 +225,5 @@ def _check_sizes(
     if (height * factor, width * factor) != writes.grid:
         raise InputError(
             f"The strides must lead from {height}×{width} cells to {writes.grid[0]}×"
-            f"{writes.grid[1]} pixels, but their product is {factor}."
+            f"{writes.grid[1]} pixels, got a product of {factor}."
         )

@@ -1,4 +1,4 @@
-"""`Chain`: inverse modules in a row, from any stage to the image."""
+"""`Chain`: inverse modules in a row, from any stage of a model to the image."""
 
 from __future__ import annotations
 
@@ -19,11 +19,9 @@ from featinv_diffusion.inverters.path import ForwardPath
 from featinv_diffusion.inverters.vit import VitPath
 from featinv_diffusion.types import Features, FeatureSpec, Images
 
-# ---- A stage of a forward path as a `Backbone` ---------------------------------------------------
-
 
 class StageBackbone(Backbone):
-    """Shows a stage as a map: n tokens or queries of c channels are a map c×n×1.
+    """A stage of a forward path as a `Backbone`: n tokens or queries of c channels are a map c×n×1.
 
     Args:
         path: the model.
@@ -37,12 +35,11 @@ class StageBackbone(Backbone):
 
     @property
     def has_head(self) -> bool:
-        """Whether the model scores images as wholes; DETR scores its queries."""
+        """Whether the model classifies whole images; DETR scores its queries instead."""
         model: Any = self.path.model
         return isinstance(self.path, VitPath) and bool(model.num_classes > 0)
 
     def _features(self, images: Images) -> Features:
-        """Returns the stage as a map."""
         return self._to_map(self.path.embeddings(images, [self.stage])[self.stage])
 
     def features_and_logits(self, images: Images) -> tuple[Features, Float[Tensor, "b k"] | None]:
@@ -53,7 +50,7 @@ class StageBackbone(Backbone):
         return self._to_map(found[self.stage]), logits if self.has_head else None
 
     def layers(self) -> list[FeatureSpec]:
-        """Returns all stages as maps, the image left out."""
+        """Returns all stages as maps, without the image."""
         return [_as_map(spec) for spec in list(self.path.specs.values())[1:]]
 
     def _to_map(self, embedding: Tensor) -> Features:
@@ -81,27 +78,28 @@ def _as_map(spec: FeatureSpec) -> FeatureSpec:
 
 
 class Chain:
-    """An `Inverter` of inverse modules, each of which reads what the one before writes.
+    """Inverse modules, each of which reads what the one before it writes; no noise is involved.
 
-    Deterministic: generators are ignored. Modules are put into evaluation mode.
+    Modules are put into evaluation mode.
 
     Args:
         modules: from the stage that is inverted to the image.
-        path: the model they undo; None where only embeddings are at hand.
+        path: the model that they undo; None where only embeddings are at hand.
 
     Raises:
-        InputError: a module that reads another stage than the one before writes, a last module
-            that does not write the image, a path that makes other embeddings.
+        InputError: a module that reads another stage than the one before it writes, a last module
+            that does not write the image, or a path with other embeddings.
     """
 
     def __init__(self, modules: Sequence[InverseModule], path: ForwardPath | None = None):
         if not modules:
-            raise InputError("A chain must have at least one inverse module, but none came.")
+            raise InputError("A chain must have at least one inverse module, got none.")
         for first, second in pairwise(modules):
             check_joint(first.writes, second.reads)
         if not modules[-1].writes_image:
             raise InputError(
-                f"A chain must end at the image, but its last module writes a {modules[-1].writes}."
+                f"A chain must end at the image, got a last module that writes a "
+                f"{modules[-1].writes}."
             )
         self.modules = [module.eval() for module in modules]
         self.path = path
@@ -110,40 +108,39 @@ class Chain:
 
     @property
     def spec(self) -> FeatureSpec:
-        """The stage that it inverts."""
+        """The stage that the chain inverts."""
         return self.modules[0].reads
 
     @property
     def backbone(self) -> StageBackbone | None:
-        """The model up to the stage that is inverted; sequences are maps of one column there."""
+        """The model up to that stage; there a sequence is a map of one column."""
         return None if self.path is None else StageBackbone(self.path, self.spec.layer)
 
     @torch.no_grad()
     def invert(self, features: Float[Tensor, "b ..."], *, generator: Generators = None) -> Images:
         """Returns one image in [0, 1] per embedding.
 
-        States within a stage fit where they have its shape, such as `encoder.3` for `encoder`.
+        A state within a stage, such as `encoder.3`, can be inverted as the stage `encoder` if it
+        has the same shape.
 
         Raises:
-            InputError: embeddings of another shape than that of the stage, or not finite.
+            InputError: embeddings of another shape than the stage, or not finite.
         """
         self.spec.check_features(features)
         return self(features).float().clamp(0, 1)
 
     def __call__(self, embedding: Float[Tensor, "b ..."]) -> Float[Tensor, "b 3 h w"]:
-        """As `invert`, unchecked, unclamped and with gradients."""
+        """Does the same as `invert` without checks and clamping, and with gradients."""
         for module in self.modules:
             embedding = module(embedding)
         return embedding
 
 
 class MapChain(Inverter):
-    """A `Chain` whose features are always maps: n tokens or queries are n×1 cells.
-
-    This is the form in which metrics, edits and commands know features.
+    """A `Chain` as an `Inverter`: features are maps, n tokens or queries are n×1 cells.
 
     Args:
-        chain: with its path.
+        chain: has its path.
 
     Raises:
         InputError: a chain without its path.
@@ -152,23 +149,9 @@ class MapChain(Inverter):
     def __init__(self, chain: Chain):
         backbone = chain.backbone
         if backbone is None:
-            raise InputError("A chain must know its forward path to read images, but has none.")
-        self.chain, self._backbone = chain, backbone
-
-    @property
-    def spec(self) -> FeatureSpec:
-        """The stage that it inverts, as a map."""
-        return self._backbone.spec
-
-    @property
-    def backbone(self) -> StageBackbone:
-        """The model up to the stage that is inverted."""
-        return self._backbone
-
-    @property
-    def networks(self) -> dict[str, nn.Module]:
-        """The modules of the chain by the stage that each reads."""
-        return {module.reads.layer: module for module in self.chain.modules}
+            raise InputError("A chain must have its forward path to read images, but has none.")
+        self.chain, self.backbone, self.spec = chain, backbone, backbone.spec
+        self.networks: dict[str, nn.Module] = {m.reads.layer: m for m in chain.modules}
 
     def _invert(self, features: Features, generator: Generators) -> Images:
         is_map = self.chain.spec.kind == "map"
@@ -178,8 +161,9 @@ class MapChain(Inverter):
 
 
 def check_joint(written: FeatureSpec, read: FeatureSpec) -> None:
-    """Raises `InputError` unless what is written is what is read: model, stage and shape."""
+    """Raises `InputError` unless one module writes what the next one reads."""
     if written != read:
         raise InputError(
-            f"The modules of a chain must fit: one reads a {read}, but before it comes a {written}."
+            f"The modules of a chain must fit: one reads a {read}, but the one before it writes a "
+            f"{written}."
         )

@@ -1,7 +1,7 @@
-"""Inverses of DETR's encoder, decoder and prediction heads.
+"""DETR: its forward pass by stages, and inverses of encoder, decoder and prediction heads.
 
-Source: "Inverting DETR" (modular inversion), section 3. The layers are transformers' own DETR
-layers, for the paper's inverses have the architecture of what they undo.
+Source: "Inverting DETR" (modular inversion), section 3. The inverses are built from the DETR layers
+of transformers, since in the paper they have the architecture of what they undo.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from transformers.models.detr.modeling_detr import (
 
 from featinv_diffusion.backbones.preprocessing import Preprocessing
 from featinv_diffusion.errors import InputError
-from featinv_diffusion.inverters.blocks import InverseModule, spec_of
+from featinv_diffusion.inverters.blocks import InverseModule
 from featinv_diffusion.inverters.path import ForwardPath
 
 
@@ -41,9 +41,9 @@ class EncoderInverse(InverseModule):
     """encoder⁻¹: post-norm encoder layers from the encoder's map E to the backbone's map B.
 
     Args:
-        depth, n_heads, feedforward: of the layers; published are 6, 8 and 2048.
+        depth, n_heads, feedforward: sizes of the layers; the published ones are 6, 8 and 2048.
         linear_output: end in a linear layer. The published modules end in a layer norm, which
-            fixes mean and variance of each cell; those of B vary.
+            fixes the mean and variance of each cell, although those of B vary.
     """
 
     reads_kinds = ("map",)
@@ -60,8 +60,7 @@ class EncoderInverse(InverseModule):
         linear_output: bool = True,
     ):
         super().__init__()
-        reads, writes = spec_of(reads_spec), spec_of(writes_spec)
-        self._wire(reads, writes)
+        reads, writes = self._wire(reads_spec, writes_spec)
         config = make_layer_config(reads.channels, n_heads, feedforward)
         self.layers = nn.ModuleList([DetrEncoderLayer(config) for _ in range(depth)])
         self.head = _make_head(reads.channels, writes.channels, linear_output)
@@ -76,9 +75,9 @@ class EncoderInverse(InverseModule):
 
 
 class DecoderInverse(InverseModule):
-    """decoder⁻¹: decoder layers whose queries are the cells of E, zero at first, reading D.
+    """decoder⁻¹: decoder layers that read D; their queries are the cells of E, zero at first.
 
-    The cells have sine positions; the rows of D, DETR's queries, a learned position each.
+    The cells have sine positions. Each row of D, a query of DETR, has a learned position.
 
     Args:
         depth, n_heads, feedforward, linear_output: as in `EncoderInverse`.
@@ -98,8 +97,7 @@ class DecoderInverse(InverseModule):
         linear_output: bool = True,
     ):
         super().__init__()
-        reads, writes = spec_of(reads_spec), spec_of(writes_spec)
-        self._wire(reads, writes)
+        reads, writes = self._wire(reads_spec, writes_spec)
         config = make_layer_config(reads.channels, n_heads, feedforward)
         self.layers = nn.ModuleList([DetrDecoderLayer(config) for _ in range(depth)])
         self.query_positions = nn.Embedding(reads.grid[0], reads.channels)
@@ -120,7 +118,7 @@ class DecoderInverse(InverseModule):
 class HeadInverse(InverseModule):
     """prediction head⁻¹ and detection⁻¹: an MLP per query from class scores and box to D.
 
-    Which of the two it is follows from the stage it reads: `prediction` or `detection`.
+    It is the one or the other by the stage that it reads, `prediction` or `detection`.
 
     Args:
         hidden: widths of the two hidden layers.
@@ -128,7 +126,7 @@ class HeadInverse(InverseModule):
 
     reads_kinds = ("queries", "tokens")
     writes_kinds = ("queries", "tokens")
-    standardises_input = False  # a one-hot code of rare classes would become huge
+    standardises_input = False  # the one-hot codes of rare classes would become huge
 
     @register_to_config
     def __init__(
@@ -138,8 +136,7 @@ class HeadInverse(InverseModule):
         hidden: Sequence[int] = (512, 256),
     ):
         super().__init__()
-        reads, writes = spec_of(reads_spec), spec_of(writes_spec)
-        self._wire(reads, writes)
+        reads, writes = self._wire(reads_spec, writes_spec)
         self.fc1 = nn.Linear(reads.channels, hidden[0])
         self.fc2 = nn.Linear(hidden[0], hidden[1])
         self.fc3 = nn.Linear(hidden[1], writes.channels)
@@ -150,7 +147,7 @@ class HeadInverse(InverseModule):
 
 
 def make_layer_config(channels: int, n_heads: int, feedforward: int) -> DetrConfig:
-    """Returns what transformers' DETR layers read, without dropout."""
+    """Returns the config of transformers' DETR layers, without dropout."""
     make: Any = DetrConfig
     return make(
         d_model=channels,
@@ -176,11 +173,11 @@ def _make_head(n_in: int, n_out: int, linear: bool) -> nn.Module:
     return nn.Linear(n_in, n_out) if linear or n_in != n_out else nn.Identity()
 
 
-# ---- DETR models ----
+# ---- Detectors -----------------------------------------------------------------------------------
 
 ASSETS = Path(__file__).parents[1] / "assets"
 DETECTOR = "detector"
-"""Folder of a bundled member that holds a detector."""
+"""Name of the folder that holds a detector, in a bundled member or beside an inverter."""
 
 
 @no_type_check  # transformers makes it a dataclass that takes more than its fields
@@ -192,7 +189,7 @@ class TimmArgumentsConfig(TimmBackboneConfig):
 
 
 class TimmArgumentsBackbone(TimmBackbone):
-    """transformers' timm backbone, which otherwise knows registered architectures only."""
+    """transformers' timm backbone, for architectures that timm has not registered too."""
 
     config_class = TimmArgumentsConfig
 
@@ -201,7 +198,7 @@ class TimmArgumentsBackbone(TimmBackbone):
 
 
 def register_backbone() -> None:
-    """Lets transformers build `TimmArgumentsBackbone` from a config; again it does nothing."""
+    """Lets transformers build `TimmArgumentsBackbone` from a config; a second call does nothing."""
     AutoConfig.register(TimmArgumentsConfig.model_type, TimmArgumentsConfig, exist_ok=True)
     AutoBackbone.register(TimmArgumentsConfig, TimmArgumentsBackbone, exist_ok=True)
 
@@ -222,8 +219,8 @@ def load_detr(name: str) -> DetrForObjectDetection:
         model = DetrForObjectDetection.from_pretrained(source, dtype=torch.float32)
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(
-            f"A DETR must be bundled, in a folder or a reachable Hub repository, but {name!r} "
-            f"could not be loaded: {str(error).strip().splitlines()[0]}"
+            f"A DETR must be bundled, in a folder or in a Hub repository that can be reached, but "
+            f"{name!r} could not be loaded: {str(error).strip().splitlines()[0]}"
         ) from error
     return model.eval()
 
@@ -234,8 +231,8 @@ def make_detr(
     """Builds a new DETR on the trained convolutional stages of a classifier.
 
     Args:
-        classifier: with a convolutional timm model whose last feature map is used.
-        sizes: of the transformer, as `DetrConfig` calls them; dropout is 0 unless given.
+        classifier: holds a convolutional timm model, whose last feature map is used.
+        sizes: of the transformer, by their names in `DetrConfig`; dropout is 0 by default.
     """
     register_backbone()
     wrapper: Any = classifier
@@ -261,7 +258,7 @@ def make_detr(
 
 
 def _copy_stages(classifier: nn.Module, stages: nn.Module) -> None:
-    """Copies the weights by name; what the classifier has beyond its stages is its head."""
+    """Copies the weights by name; the rest of the classifier is its head."""
     weights = classifier.state_dict()
     missing = [key for key in stages.state_dict() if key not in weights]
     if missing:
@@ -272,10 +269,10 @@ def _copy_stages(classifier: nn.Module, stages: nn.Module) -> None:
     stages.load_state_dict({key: weights[key] for key in stages.state_dict()})
 
 
-# ---- The forward pass of DETR (Carion et al. 2020) in transformers, stage by stage ---------------
+# ---- The forward pass (Carion et al. 2020) by stages ---------------------------------------------
 
 PUBLISHED_SIZE = (480, 640)
-"""(h, w) to which the inversion paper squashes every image."""
+"""(h, w) to which the inversion paper resizes every image."""
 
 N_BOX = 4
 
@@ -286,15 +283,15 @@ class DetrPath(ForwardPath):
     - `backbone`: the projected map of the convolutional network, B.
     - `encoder`: the map after all encoder layers, E. `encoder.0` is B, `encoder.i` layer i's.
     - `decoder`: the queries after all decoder layers and the final norm, D. `decoder.i` is layer
-      i's through the same norm; `decoder.0` is zeros, where the decoder starts.
+      i's after the same norm; `decoder.0` is the zeros that the decoder starts with.
     - `prediction`: per query the class scores before softmax, no-object last, and the box
       (centre x, centre y, width, height) as shares of the image.
     - `detection`: the same with the scores replaced by the one-hot code of the highest.
 
     Args:
         model: `DetrForObjectDetection`; its dropout is off and its batch norms are fixed.
-        name: what the model is called in specs and messages.
-        input_size: (h, w) to which images are squashed; no padding.
+        name: name of the model in specs and messages.
+        input_size: (h, w) to which images are resized, without cropping or padding.
     """
 
     family: ClassVar[str] = "detr"
@@ -322,21 +319,8 @@ class DetrPath(ForwardPath):
 
     @property
     def n_classes(self) -> int:
-        """Number of classes without no-object, which is the class of this number."""
+        """Number of classes; no-object is the class after them."""
         return self.model.class_labels_classifier.out_features - 1
-
-    def advance(
-        self, stage: str, previous: Float[Tensor, "b ..."]
-    ) -> dict[str, Float[Tensor, "b ..."]]:
-        """Returns a main stage and the states within it; see `ForwardPath.advance`."""
-        steps = {
-            "backbone": self._backbone,
-            "encoder": self._encoder,
-            "decoder": self._decoder,
-            "prediction": self._prediction,
-            "detection": self._detection,
-        }
-        return steps[stage](previous)
 
     def split(
         self, prediction: Float[Tensor, "b n_queries d"]
@@ -371,7 +355,7 @@ class DetrPath(ForwardPath):
         states = {"decoder.0": hidden}
         for i, layer in enumerate(decoder.layers, start=1):
             hidden = layer(hidden, None, positions, query_positions, memory)
-            if self.model.config.auxiliary_loss:  # then transformers feeds the norm's output on
+            if self.model.config.auxiliary_loss:  # then the next layer reads the norm's output
                 hidden = decoder.layernorm(hidden)
             states[f"decoder.{i}"] = decoder.layernorm(hidden)
         return states | {"decoder": states[f"decoder.{len(states) - 1}"]}

@@ -44,32 +44,18 @@ class DiffusionInverter(Inverter):
     ):
         default = pipeline.config
         self.pipeline = pipeline
-        self._spec = declared_spec(pipeline)
-        self._backbone = backbone or _backbone_of(pipeline, self.spec)
-        if self._backbone is not None:
-            self.spec.check_matches(self._backbone.spec)
+        self.spec = declared_spec(pipeline)
+        self.backbone = backbone or _backbone_of(pipeline, self.spec)
+        if self.backbone is not None:
+            self.spec.check_matches(self.backbone.spec)
+        parts = pipeline.components.items()
+        self.networks = {name: part for name, part in parts if isinstance(part, nn.Module)}
         self.num_inference_steps: int = _first(
             num_inference_steps, default["default_num_inference_steps"]
         )
         self.guidance_scale: float = _first(guidance_scale, default["default_guidance_scale"])
         self.guidance: str = _first(guidance, default["default_guidance"])
         self.strength = strength
-
-    @property
-    def spec(self) -> FeatureSpec:
-        """The features that the ControlNet declares."""
-        return self._spec
-
-    @property
-    def backbone(self) -> Backbone | None:
-        """The model that the features come from; None where it is not at hand."""
-        return self._backbone
-
-    @property
-    def networks(self) -> dict[str, nn.Module]:
-        """All modules of the pipeline."""
-        parts = self.pipeline.components.items()
-        return {name: part for name, part in parts if isinstance(part, nn.Module)}
 
     @property
     def is_deterministic(self) -> bool:

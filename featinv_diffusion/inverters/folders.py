@@ -1,4 +1,4 @@
-"""Folders of diffusers: the path that a user means, the class inside, and weights that fit it."""
+"""Folders that diffusers wrote: the class inside, and a network with exactly its weights."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ UNREADABLE = (
     RuntimeError,
     SafetensorError,
 )
-"""What the libraries raise where a file is absent or damaged, or its settings make no network."""
+"""What the libraries raise for a file that is missing or damaged, or for impossible settings."""
 
 
 def class_name(folder: Path) -> str | None:
-    """Returns the class of diffusers that a folder holds; None where it says of none.
+    """Returns the class that a folder's config names; None without one.
 
     Raises:
-        InputError: its config is no JSON object.
+        InputError: a config that is no JSON object.
     """
     path = folder / CONFIG
     if not path.is_file():
@@ -41,19 +41,20 @@ def class_name(folder: Path) -> str | None:
     except (OSError, ValueError) as error:
         raise InputError(f"{path} must be JSON, but cannot be read: {error}") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path} must hold a JSON object, but holds a {type(content).__name__}.")
+        raise InputError(f"{path} must hold a JSON object, got a {type(content).__name__}.")
     return content.get("_class_name")
 
 
 def load_network(network_class: type[Network], name: str | Path, *, wanted: str) -> Network:
-    """Loads a network in float32 whose weights are those of its config, no fewer and no more.
+    """Loads a network in float32, with exactly the weights that its config asks for.
 
     Args:
         name: folder or Hub repository.
-        wanted: what must be there, for the message.
+        wanted: what must be there, in words for the message.
 
     Raises:
-        InputError: nothing there, or it cannot be downloaded or read, or weights do not fit.
+        InputError: nothing there, files that cannot be downloaded or read, or weights that are
+            missing or unexpected.
     """
     loader: Any = network_class
     try:
@@ -74,6 +75,6 @@ def load_network(network_class: type[Network], name: str | Path, *, wanted: str)
 
 
 def first_line(error: Exception) -> str:
-    """Returns the first line of a library's message, or the error's name where it has none."""
+    """Returns the first line of a library's message, or the error's name if it has no message."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""`InverseSet`: the inverse modules of a model, by the stage that each reads."""
+"""Modular inverters: the inverse modules of a model by the stage that each reads, and the model."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from featinv_diffusion.backbones import Backbone, load_backbone
+from featinv_diffusion.backbones.names import recorded_name
 from featinv_diffusion.errors import InputError, choices_hint
 from featinv_diffusion.files import write_text
 from featinv_diffusion.inverters.blocks import ConvInverse, InverseModule
@@ -32,9 +33,9 @@ from featinv_diffusion.inverters.vit import AnalyticPatchInverse, BlocksInverse,
 
 INDEX = "inverter.json"
 TUNING = "tuning.json"
-"""Beside an inverter that was tuned end to end: its λ as `reconstruction_weight`."""
+"""File beside an inverter that was tuned end to end, with its λ as `reconstruction_weight`."""
 FAMILY, FOLDER = "tiny", "inverter"
-"""Bundled are `assets/tiny/NAME/inverter`."""
+"""A bundled inverter lies in `assets/tiny/NAME/inverter`."""
 FAMILIES = ("detr", "vit")
 MODULES: dict[str, type[InverseModule]] = {
     cls.__name__: cls
@@ -47,7 +48,7 @@ MODULES: dict[str, type[InverseModule]] = {
         AnalyticPatchInverse,
     )
 }
-"""By the class name in the config of a saved module."""
+"""The classes of modules, by the name in the config of a saved one."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class PathInfo:
     Args:
         family: `detr` or `vit`.
         model: name for `load_detr` or `load_backbone`.
-        input_size: (h, w) to which DETR's images are squashed; a ViT knows its own.
+        input_size: (h, w) to which images are resized for DETR; None for a ViT.
     """
 
     family: str
@@ -71,15 +72,15 @@ class PathInfo:
 
 
 class InverseSet(nn.Module):
-    """Inverse modules that undo parts of one model, one for each stage that can be inverted.
+    """Inverse modules of one model, by the stage that each reads.
 
     Args:
-        modules: any number, each reading another stage.
-        info: the model they undo.
+        modules: the modules by stage.
+        info: the model that they undo.
 
     Raises:
-        InputError: two modules read one stage, or one reads what another writes under that name
-            in another shape.
+        InputError: a module under the name of another stage than it reads, or one that writes
+            another stage than the next module reads.
     """
 
     def __init__(self, modules: Mapping[str, InverseModule], info: PathInfo):
@@ -108,14 +109,14 @@ class InverseSet(nn.Module):
         return module
 
     def forward(self, embeddings: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "b ..."]]:
-        """Returns what each module writes when it reads the true embedding of its stage."""
+        """Returns what each module writes, given the true embedding of its stage."""
         return {stage: self[stage](embeddings[stage]) for stage in self._stages}
 
     def chain(self, stage: str, path: ForwardPath | None = None) -> Chain:
         """Returns the modules from a stage to the image.
 
         Raises:
-            InputError: no module on the way reads what the one before writes.
+            InputError: a stage on the way has no module.
         """
         modules = [self[stage]]
         while not modules[-1].writes_image:
@@ -123,7 +124,7 @@ class InverseSet(nn.Module):
         return Chain(modules, path)
 
     def chainable(self) -> list[str]:
-        """Returns the stages from which there is a way to the image."""
+        """Returns the stages from which modules lead to the image."""
         return [stage for stage in self._stages if self._reaches_image(stage)]
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -144,14 +145,15 @@ class InverseSet(nn.Module):
         """Reads what `save_pretrained` wrote, in float32, in evaluation mode.
 
         Raises:
-            InputError: no such folder, or files missing in it.
+            InputError: no such folder, or missing files.
         """
         folder = Path(folder)
         try:
             index = json.loads((folder / INDEX).read_text())
             modules = {stage: _load_module(folder / stage) for stage in index["stages"]}
             size = index.get("input_size")
-            info = PathInfo(index["family"], index["model"], size and tuple(size))
+            model = recorded_name(index["model"])
+            info = PathInfo(index["family"], model, size and tuple(size))
         except (OSError, KeyError, ValueError) as error:
             raise InputError(
                 f"{folder} must hold a modular inverter ({INDEX} and a folder per stage), but it "
@@ -167,13 +169,13 @@ class InverseSet(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class ModularInverter:
-    """Inverse modules with the model they undo."""
+    """Inverse modules with the model that they undo."""
 
     inverses: InverseSet
     path: ForwardPath
 
     def chain(self, stage: str | None = None) -> Chain:
-        """Returns the way from a stage, or the family's default one, to the image."""
+        """Returns the modules from a stage, or from the family's default one, to the image."""
         return self.inverses.chain(stage or self.path.default_stage, self.path)
 
 
@@ -185,24 +187,22 @@ def list_modular() -> list[str]:
 def load_modular(name: str) -> ModularInverter:
     """Loads a bundled inverter by its name, or one from a folder, with its model.
 
-    Where a detector lies beside the folder, as end-to-end fine-tuning writes it, it is the model.
+    End-to-end fine-tuning writes a detector beside the folder, which is then the model.
 
     Raises:
-        InputError: no such inverter, or its model cannot be loaded.
+        InputError: no such inverter, or a model that cannot be loaded.
     """
     folder = ASSETS / FAMILY / name / FOLDER if name in list_modular() else Path(name).expanduser()
     if not (folder / INDEX).is_file():
-        hint = choices_hint(name, ["diffusion", *list_modular()])
+        hint = choices_hint(name, list_modular())
         raise InputError(
-            f"An inverter must be a name or a folder of trained modules, but {name!r} is none; "
+            f"A modular inverter must be a name or a folder of trained modules, got {name!r}; "
             f"{hint}"
         )
     inverses = InverseSet.from_pretrained(folder)
     tuned = folder.parent / DETECTOR
     if inverses.info.family == "detr" and tuned.is_dir():
-        size = inverses.info.input_size or PUBLISHED_SIZE
-        model = load_detr(str(tuned))
-        return ModularInverter(inverses, DetrPath(model, name=inverses.info.model, input_size=size))
+        return ModularInverter(inverses, _detr_path(inverses.info, str(tuned)))
     return ModularInverter(inverses, load_path(inverses.info))
 
 
@@ -210,12 +210,16 @@ def load_path(info: PathInfo) -> ForwardPath:
     """Loads the model that an inverter undoes.
 
     Raises:
-        InputError: it cannot be loaded, or is of another family.
+        InputError: a model that cannot be loaded, or of another family.
     """
     if info.family == "detr":
-        size = info.input_size or PUBLISHED_SIZE
-        return DetrPath(load_detr(info.model), name=info.model, input_size=size)
+        return _detr_path(info, info.model)
     return vit_path(load_backbone(info.model))
+
+
+def _detr_path(info: PathInfo, source: str) -> DetrPath:
+    size = info.input_size or PUBLISHED_SIZE
+    return DetrPath(load_detr(source), name=info.model, input_size=size)
 
 
 def vit_path(backbone: Backbone) -> VitPath:

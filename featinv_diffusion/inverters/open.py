@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from featinv_diffusion.backbones import SHORT_NAMES, load_backbone
+from featinv_diffusion.backbones import load_backbone, resolve_backbone, same_backbone
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
-from featinv_diffusion.diffusion.folders import INDEX, without_progress_bars
-from featinv_diffusion.diffusion.hub import REPO, list_bundled, load_pipeline
+from featinv_diffusion.diffusion.folders import INDEX, list_bundled, without_progress_bars
+from featinv_diffusion.diffusion.hub import REPO, load_pipeline
 from featinv_diffusion.diffusion.objective import make_scheduler, scheduler_name
 from featinv_diffusion.errors import InputError, choices_hint
 from featinv_diffusion.files import expand_path
@@ -25,7 +25,7 @@ from featinv_diffusion.inverters.folders import class_name
 from featinv_diffusion.settings import DIFFUSION, SampleSettings
 from featinv_diffusion.types import FeatureSpec
 
-DEFAULT_BACKBONE = "convnext"
+DEFAULT_BACKBONE = "tiny/convnext"
 BUNDLED = "tiny/"
 OF_DIFFUSION = (
     "steps",
@@ -280,15 +280,15 @@ def pipeline_name(settings: SampleSettings) -> str:
             )
         return bundled if bundled in list_bundled() else given
     backbone = settings.backbone or DEFAULT_BACKBONE
-    name = BUNDLED + backbone.removeprefix(BUNDLED)
+    name = resolve_backbone(backbone).name
     of_layer = f"{name}-{settings.layer}"
     if of_layer in list_bundled():
         return of_layer
     if name not in list_bundled():
-        known = [bundled.removeprefix(BUNDLED) for bundled in list_bundled()]
         raise InputError(
             f"No bundled pipeline inverts the backbone {backbone!r}; "
-            f"{choices_hint(backbone, known)} For others pass a pipeline: a folder or a Hub repo."
+            f"{choices_hint(name, list_bundled())} For others pass a pipeline: a folder or a Hub "
+            "repository."
         )
     return name
 
@@ -301,7 +301,8 @@ def _open_deterministic(settings: SampleSettings, device: torch.device) -> Inver
     backbone = inverter.require_backbone()
     for name, own in (("backbone", inverter.spec.backbone), ("layer", inverter.spec.layer)):
         asked = getattr(settings, name)
-        if asked not in (None, own):
+        same = same_backbone if name == "backbone" else str.__eq__
+        if asked is not None and not same(asked, own):
             raise InputError(
                 f"The inverter {settings.inverter!r} reads the {name} {own!r}, but the {name} "
                 f"{asked!r} was asked for. Leave that out."
@@ -378,22 +379,17 @@ def _open_diffusion(settings: SampleSettings, device: torch.device) -> Diffusion
 
 def _check_fits(name: str, spec: FeatureSpec, settings: SampleSettings) -> None:
     asked, has = settings.backbone, spec.backbone
-    if asked is not None and _full_name(asked) != _full_name(has):
+    if asked is not None and not same_backbone(asked, has):
         raise InputError(
-            f"The pipeline {name} inverts the backbone {has!r}, but the backbone {asked!r} was "
-            "asked for. Use the pipeline of that backbone, or leave the backbone out."
+            f"The pipeline {name} inverts the backbone {has!r}, but the backbone "
+            f"{resolve_backbone(asked).name!r} was asked for. Use the pipeline of that backbone, "
+            "or leave the backbone out."
         )
     if settings.layer not in (None, spec.layer):
         raise InputError(
             f"The pipeline {name} inverts the layer {spec.layer!r} of {has}, but the layer "
             f"{settings.layer!r} was asked for. Use a pipeline that was trained for that layer."
         )
-
-
-def _full_name(backbone: str) -> str:
-    """A tiny model stands for the backbone it is named after; short names stand for timm ids."""
-    name = backbone.removeprefix(BUNDLED)
-    return SHORT_NAMES.get(name, name).removeprefix("timm/")
 
 
 def _prepare(pipeline: FeatInvPipeline, settings: SampleSettings, device: torch.device) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator
 from typing import ClassVar, Literal
 
@@ -16,22 +15,23 @@ from featinv_diffusion.errors import InputError, choices_hint
 from featinv_diffusion.types import FeatureSpec, Images
 
 IMAGE = "image"
-"""The name of the stage before all others: images in [0, 1] at the model's input size."""
+"""Name of the stage before all others: images in [0, 1] at the model's input size."""
 
 
-class ForwardPath(nn.Module, ABC):
+class ForwardPath(nn.Module):
     """The way from images through the main stages of a model, and the states on that way.
 
-    The model is frozen in place and stays in evaluation mode; gradients flow through it, and
-    fine-tuning may set `requires_grad_` again.
+    The model is frozen in place and stays in evaluation mode. Gradients flow through it, and
+    fine-tuning may call `requires_grad_` again. A subclass has a method for each main stage, named
+    after it (`_encoder`), which `advance` calls.
 
     Args:
-        model: whose forward pass is taken apart.
-        name: what the model is called in specs and messages.
+        model: the model to take apart.
+        name: name of the model in specs and messages.
         preprocessing: from images in [0, 1] to the model's input.
 
     Attributes:
-        specs: shape of every stage and of every state within one, by name, in the model's order.
+        specs: shapes of all stages and of the states within them, by name, in the model's order.
     """
 
     family: ClassVar[str]
@@ -47,7 +47,6 @@ class ForwardPath(nn.Module, ABC):
         self.train(False)
         self.specs = self._describe()
 
-    @abstractmethod
     def advance(
         self, stage: str, previous: Float[Tensor, "b ..."]
     ) -> dict[str, Float[Tensor, "b ..."]]:
@@ -55,14 +54,15 @@ class ForwardPath(nn.Module, ABC):
 
         The first main stage starts from preprocessed pixels.
         """
+        return getattr(self, f"_{stage}")(previous)
 
     def embeddings(
         self, images: Images, stages: Collection[str] | None = None
     ) -> dict[str, Float[Tensor, "b ..."]]:
-        """Returns the named stages and states of a batch; None means the main stages.
+        """Returns the named stages and states of a batch of images; None takes the main stages.
 
         Raises:
-            InputError: a name that is not among `specs`.
+            InputError: a name that is not in `specs`.
         """
         wanted = self.main_stages if stages is None else stages
         for stage in wanted:
@@ -86,7 +86,7 @@ class ForwardPath(nn.Module, ABC):
         return self.specs[stage]
 
     def preprocess(self, images: Images) -> Float[Tensor, "b 3 h w"]:
-        """Squashes images to the input size and normalises them, in the model's dtype."""
+        """Resizes images to the input size, without cropping, and normalises them."""
         return self.preprocessing(images).to(self.dtype)
 
     @property
@@ -103,7 +103,7 @@ class ForwardPath(nn.Module, ABC):
         return next(self.model.parameters()).device
 
     def train(self, mode: bool = True) -> ForwardPath:
-        """Does nothing but keep the model in evaluation mode: targets must not be noisy."""
+        """Keeps the model in evaluation mode, so that targets hold no noise."""
         return super().train(False)
 
     def _walk(self, pixels: Tensor) -> Iterator[dict[str, Tensor]]:

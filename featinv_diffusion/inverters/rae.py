@@ -1,4 +1,4 @@
-"""diffusers' representation autoencoders (RAE) as an inverter: a ViT decoder of a frozen encoder.
+"""Representation autoencoders (RAE) of diffusers as an inverter: a frozen encoder, a ViT decoder.
 
 Source: "Diffusion Transformers with Representation Autoencoders" (Zheng et al. 2025). Checkpoints
 that diffusers documents: `nyu-visionx/RAE-dinov2-wReg-base-ViTXL-n08` (also `small`, `large`, and
@@ -39,7 +39,7 @@ class RaeBackbone(Backbone):
     """The encoder of a representation autoencoder.
 
     Its features are the latents that the decoder reads: the patch tokens as a map, normalised by
-    the statistics that come with the checkpoint where it has any.
+    the checkpoint's statistics if it has any.
     """
 
     def __init__(self, autoencoder: AutoencoderRAE, *, name: str):
@@ -56,11 +56,10 @@ class RaeBackbone(Backbone):
 
     @property
     def has_head(self) -> bool:
-        """None classifies."""
+        """Always false: these encoders do not classify."""
         return False
 
     def _features(self, images: Images) -> Features:
-        """Returns the latents of images, which are resized with antialiasing."""
         return self._run(self.preprocess(images))
 
     def features_and_logits(self, images: Images) -> tuple[Features, Float[Tensor, "b k"] | None]:
@@ -73,7 +72,7 @@ class RaeBackbone(Backbone):
 
     def _run(self, pixels: Tensor) -> Any:
         autoencoder: Any = self.model
-        # The class normalises by itself, with the same statistics.
+        # The autoencoder normalises again, with the same statistics.
         images = pixels * autoencoder.encoder_std + autoencoder.encoder_mean
         latents = autoencoder.encode(images.to(self.dtype)).latent
         return latents if latents.ndim == 4 else _to_map(latents, self.spec.grid)
@@ -83,38 +82,20 @@ class RaeBackbone(Backbone):
 
 
 class RaeInverter(Inverter):
-    """A representation autoencoder as an `Inverter` of its encoder's features, without noise.
+    """A representation autoencoder as an `Inverter` of its encoder's features; without noise.
 
     Args:
-        name: what specs and messages call it.
+        name: name of the encoder in specs and messages.
     """
 
-    def __init__(
-        self,
-        autoencoder: AutoencoderRAE,
-        *,
-        name: str = NAME,
-    ):
+    def __init__(self, autoencoder: AutoencoderRAE, *, name: str = NAME):
         self.autoencoder: Any = autoencoder.eval()
-        self._backbone = RaeBackbone(autoencoder, name=name)
-
-    @property
-    def spec(self) -> FeatureSpec:
-        """The latents that it reads."""
-        return self._backbone.spec
-
-    @property
-    def networks(self) -> dict[str, nn.Module]:
-        """The weights that decide its pictures; the encoder is among the backbone's."""
-        return {"decoder": self.autoencoder.decoder}
-
-    @property
-    def backbone(self) -> RaeBackbone:
-        """The encoder."""
-        return self._backbone
+        self.backbone = RaeBackbone(autoencoder, name=name)
+        self.spec = self.backbone.spec
+        self.networks: dict[str, nn.Module] = {"decoder": self.autoencoder.decoder}
 
     def _invert(self, features: Features, generator: Generators) -> Images:
-        latents = features.to(self._backbone.dtype)
+        latents = features.to(self.backbone.dtype)
         if not self.autoencoder.reshape_to_2d:
             latents = latents.flatten(2).transpose(1, 2)
         images = self.autoencoder.decode(latents).sample.float().clamp(0, 1)
@@ -126,7 +107,7 @@ def load_rae(name_or_path: str) -> RaeInverter:
     """Loads a representation autoencoder from a folder or Hub repository, in float32.
 
     Raises:
-        InputError: none there, or it cannot be downloaded or read.
+        InputError: no autoencoder there, or one that cannot be downloaded or read.
     """
     folder = expand_path(name_or_path)
     is_folder = bool(name_or_path) and folder.is_dir()
@@ -166,7 +147,7 @@ class _Autoencoder(AutoencoderRAE):
 def _nested_siglip() -> Iterator[None]:
     """Lets diffusers build a SigLIP encoder with transformers 5.
 
-    It reaches for the tower at a level, `vision_model`, that transformers 5 no longer has.
+    diffusers reads the attribute `vision_model` of the tower, which transformers 5 has removed.
     """
     tower_class: Any = SiglipVisionModel
     if int(transformers.__version__.partition(".")[0]) < 5:

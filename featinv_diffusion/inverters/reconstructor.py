@@ -20,14 +20,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from featinv_diffusion.backbones import Backbone, load_backbone, wrap_model
+from featinv_diffusion.backbones.names import canonical_name
 from featinv_diffusion.errors import InputError, choices_hint
 from featinv_diffusion.files import expand_path
 from featinv_diffusion.inverters.base import Generators, Inverter
 from featinv_diffusion.inverters.blocks import spec_of
 from featinv_diffusion.inverters.folders import CONFIG, class_name, load_network
 from featinv_diffusion.types import Features, FeatureSpec, Images
-
-# ---- The convolutional half of a reconstructor: from a map to normalised pixels ------------------
 
 PUBLISHED_STAGES = 4
 """Stages of the published decoder, each of which doubles the sides of the map."""
@@ -50,15 +49,16 @@ class ResidualBlock(nn.Module):
 
 
 class ResidualDecoder(nn.Module):
-    """Stages that double the map, residual blocks at full size, and a convolution to RGB.
+    """The convolutional half of a reconstructor, from a map to normalised pixels.
 
-    A stage is a transposed convolution and a residual block. Where the stages do not lead to the
-    size of the image, the picture is resized bilinearly at the end.
+    Stages that double the map, each a transposed convolution and a residual block, are followed by
+    residual blocks at full size and a convolution to RGB. If the stages do not lead to the size of
+    the image, the picture is resized bilinearly at the end.
 
     Args:
         n_in: channels of the map.
-        channels: after each stage; published are n_in / 2, / 4, / 8 and / 16.
-        n_residual: residual blocks after the last stage; published are 2.
+        channels: channels after each stage; the published ones are n_in / 2, / 4, / 8 and / 16.
+        n_residual: residual blocks after the last stage; the published decoder has 2.
         image_size: (h, w) in pixels.
     """
 
@@ -82,7 +82,7 @@ class ResidualDecoder(nn.Module):
         pixels = self.layers(x)
         if tuple(pixels.shape[-2:]) == self.image_size:
             return pixels
-        # On the CPU antialiasing knows no half precision.
+        # Antialiasing has no half precision on the CPU.
         resized = F.interpolate(pixels.float(), self.image_size, mode="bilinear", antialias=True)
         return resized.to(pixels.dtype)
 
@@ -90,9 +90,9 @@ class ResidualDecoder(nn.Module):
 def count_doublings(grid: tuple[int, int], image_size: tuple[int, int]) -> int:
     """Returns how many stages lead from a map to an image.
 
-    As many as double the map to the image where its sides are the map's times one power of two (4
-    for patches of 16 pixels, 3 for 8), otherwise the 4 of the published decoder, whose output is
-    resized: patches of 14 pixels are drawn with 16.
+    If the image is the map times a power of two, it is the logarithm of that factor: 4 for patches
+    of 16 pixels, 3 for 8. Otherwise it is the 4 of the published decoder, whose output is then
+    resized.
     """
     factor = image_size[0] // grid[0]
     is_power = factor > 0 and factor & (factor - 1) == 0
@@ -102,33 +102,34 @@ def count_doublings(grid: tuple[int, int], image_size: tuple[int, int]) -> int:
 
 
 def default_channels(n_in: int, n_stages: int) -> list[int]:
-    """Returns channels that halve with each stage, as the published ones do."""
+    """Returns channels that halve with each stage, as in the published decoder."""
     return [max(1, n_in // 2 ** (i + 1)) for i in range(n_stages)]
 
 
 ASSETS = Path(__file__).parents[1] / "assets"
 FAMILY, FOLDER, BACKBONE = "tiny", "reconstructor", "backbone"
-"""Bundled are `assets/tiny/NAME/reconstructor`, each beside its `backbone`."""
+"""A bundled reconstructor lies in `assets/tiny/NAME/reconstructor`, its encoder in `backbone`."""
 HEAD_CHANNELS = 64
 EPS = 1e-6
-"""Of the layer norms, as SigLIP has it, and of the norm that locations are divided by."""
+"""Epsilon of the layer norms, as in SigLIP, and of the norm that locations are divided by."""
 
 
 class Reconstructor(ModelMixin, ConfigMixin):
     """Transformer blocks over the unit-norm vectors of a map, and a decoder to pixels.
 
-    A learned token is put before the locations and dropped after the blocks; there is no position
-    embedding. Batch norms use the statistics of their training in evaluation.
+    A learned token is put before the locations and dropped after the blocks. There is no position
+    embedding.
 
     Args:
         spec: `FeatureSpec` of the features as a dict.
         image_size: (h, w) of the encoder's input.
-        mean, std: of the encoder's preprocessing, in whose pixels the network writes.
-        depth: blocks.
-        n_heads: None is one for each 64 channels.
-        feedforward: None is 4 × the channels.
-        channels: of the decoder's stages, see `ResidualDecoder`; None halves with each. Their
-            number is `count_doublings` then, and may be any other.
+        mean, std: statistics of the encoder's preprocessing; the network writes pixels that are
+            normalised by them.
+        depth: number of transformer blocks.
+        n_heads: attention heads; None takes one for every 64 channels.
+        feedforward: hidden width of the blocks; None takes 4 × the channels.
+        channels: channels of the decoder's stages, see `ResidualDecoder`; None takes
+            `count_doublings` stages whose channels halve.
         n_residual: residual blocks at full size.
 
     Raises:
@@ -173,21 +174,21 @@ class Reconstructor(ModelMixin, ConfigMixin):
 
     @property
     def spec(self) -> FeatureSpec:
-        """The features that it reads."""
+        """The features that the network reads."""
         return spec_of(self.config["spec"])
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """(h, w) in pixels of what it writes."""
+        """(h, w) of the images in pixels."""
         height, width = self.config["image_size"]
         return height, width
 
     def forward(self, features: Features) -> Images:
-        """Returns images about in [0, 1]: nothing bounds what the network writes."""
+        """Returns images, roughly in [0, 1]; they are not clamped."""
         return self.reconstruct(features) * self.pixel_std + self.pixel_mean
 
     def reconstruct(self, features: Features) -> Float[Tensor, "b 3 height width"]:
-        """Returns pixels as the encoder's preprocessing normalises them; raw features come in."""
+        """Returns pixels that are normalised as the encoder's input is."""
         features = F.normalize(features.to(self.dtype), dim=1, eps=EPS)
         tokens = features.flatten(2).transpose(1, 2)
         token = self.token.expand(len(tokens), 1, -1)
@@ -196,17 +197,13 @@ class Reconstructor(ModelMixin, ConfigMixin):
 
 
 class ReconstructorInverter(Inverter):
-    """A reconstructor with the encoder whose features it reads; an `Inverter` without noise.
+    """A reconstructor with the encoder whose features it reads; no noise is involved.
 
     Raises:
         InputError: an encoder with other features or another input size.
     """
 
-    def __init__(
-        self,
-        reconstructor: Reconstructor,
-        backbone: Backbone,
-    ):
+    def __init__(self, reconstructor: Reconstructor, backbone: Backbone):
         reconstructor.spec.check_matches(backbone.spec)
         if reconstructor.image_size != backbone.input_size:
             raise InputError(
@@ -214,22 +211,8 @@ class ReconstructorInverter(Inverter):
                 f"{backbone.name!r} reads {_times(backbone.input_size)}. Load it at that size."
             )
         self.reconstructor = reconstructor.eval()
-        self._backbone = backbone
-
-    @property
-    def spec(self) -> FeatureSpec:
-        """The features that it reads."""
-        return self.reconstructor.spec
-
-    @property
-    def networks(self) -> dict[str, nn.Module]:
-        """The weights that decide its pictures, beside the encoder's."""
-        return {FOLDER: self.reconstructor}
-
-    @property
-    def backbone(self) -> Backbone:
-        """The encoder."""
-        return self._backbone
+        self.backbone, self.spec = backbone, reconstructor.spec
+        self.networks: dict[str, nn.Module] = {FOLDER: reconstructor}
 
     def _invert(self, features: Features, generator: Generators) -> Images:
         images = self.reconstructor(features).float().clamp(0, 1)
@@ -243,7 +226,7 @@ def list_reconstructors() -> list[str]:
 
 
 def find_reconstructor(name: str) -> Path | None:
-    """Returns the folder that a name, or a folder with or without `reconstructor`, means."""
+    """Returns the folder of a reconstructor, by its name or by a folder that is it or holds it."""
     if name in list_reconstructors():
         return ASSETS / FAMILY / name / FOLDER
     folder = expand_path(name)
@@ -256,7 +239,7 @@ def find_reconstructor(name: str) -> Path | None:
 def load_reconstructor(name: str) -> ReconstructorInverter:
     """Loads a bundled reconstructor by its name, or one from a folder, with its encoder.
 
-    The encoder is the one beside it, in a folder `backbone`, or what its name leads to.
+    The encoder is loaded from the folder `backbone` beside it, or else by its name.
 
     Raises:
         InputError: no such reconstructor, or its encoder cannot be loaded.
@@ -265,7 +248,7 @@ def load_reconstructor(name: str) -> ReconstructorInverter:
     if folder is None:
         hint = choices_hint(name, list_reconstructors())
         raise InputError(
-            f"A reconstructor must be a bundled name or a folder, but {name!r} is none; {hint}"
+            f"A reconstructor must be a bundled name or a folder, got {name!r}; {hint}"
         )
     reconstructor = load_network(Reconstructor, folder, wanted="a folder of a reconstructor")
     spec, size = reconstructor.spec, reconstructor.image_size
@@ -282,7 +265,10 @@ def load_encoder(
     weights: str | Path | None = None,
     input_size: tuple[int, int] | None = None,
 ) -> Backbone:
-    """As `load_backbone`, from a folder under that name where the name does not lead to it.
+    """Loads an encoder by its name, or from a folder under that name.
+
+    Args:
+        weights: folder of the encoder, for a name that `load_backbone` cannot find.
 
     Raises:
         InputError: as `load_backbone`.
@@ -292,22 +278,28 @@ def load_encoder(
     from featinv_diffusion.backbones.transformers import load_transformers
 
     if not Path(weights).is_dir():
-        raise InputError(f"The weights of {name!r} must be in a folder, but {weights} is none.")
+        raise InputError(f"The weights of {name!r} must be in a folder, got {weights}.")
     model, processor = load_transformers(str(weights), pretrained=True)
-    return wrap_model(model, name=name, layer=layer, input_size=input_size, processor=processor)
+    return wrap_model(
+        model,
+        name=canonical_name(name),
+        layer=layer,
+        input_size=input_size,
+        processor=processor,
+    )
 
 
 def _make_block(width: int, n_heads: int | None, feedforward: int | None) -> nn.Module:
     n_heads = max(1, width // HEAD_CHANNELS) if n_heads is None else n_heads
     if width % n_heads:
         raise InputError(
-            f"The heads must divide the {width} channels of the features, but {n_heads} do not."
+            f"The number of heads must divide the {width} channels of the features, got {n_heads}."
         )
     make: Any = Block
     return make(
         width,
         n_heads,
-        mlp_ratio=((feedforward or 4 * width) + 0.5) / width,  # which timm rounds down
+        mlp_ratio=((feedforward or 4 * width) + 0.5) / width,  # timm rounds the product down
         qkv_bias=True,
         norm_layer=partial(nn.LayerNorm, eps=EPS),
         act_layer=QuickGELU,
@@ -318,11 +310,9 @@ def _read_spec(spec: Mapping[str, Any]) -> FeatureSpec:
     try:
         reads = spec_of(spec)
     except (TypeError, KeyError) as error:
-        raise InputError(
-            f"spec must hold the fields of a FeatureSpec, but {spec!r} came."
-        ) from error
+        raise InputError(f"spec must hold the fields of a FeatureSpec, got {spec!r}.") from error
     if reads.kind != "map":
-        raise InputError(f"A reconstructor must read a map, but its features are {reads}.")
+        raise InputError(f"A reconstructor must read a map, got {reads}.")
     _check_sizes("spec.channels", [reads.channels])
     _check_sizes("spec.grid", reads.grid, n=2)
     return reads
@@ -332,10 +322,10 @@ def _check_sizes(name: str, values: Any, *, least: int = 1, n: int | None = None
     """Raises `InputError` unless values are whole numbers of at least `least`, n of them."""
     is_row = isinstance(values, Sequence) and not isinstance(values, str)
     if not is_row or n not in (None, len(values)):
-        raise InputError(f"{name} must be {n or 'a row of'} whole numbers, but {values!r} came.")
+        raise InputError(f"{name} must be {n or 'a list of'} whole numbers, got {values!r}.")
     for value in values:
         if not isinstance(value, int) or value < least:
-            raise InputError(f"{name} needs whole numbers of at least {least}, but {value!r} came.")
+            raise InputError(f"{name} needs whole numbers of at least {least}, got {value!r}.")
 
 
 def _times(size: tuple[int, int]) -> str:

@@ -1,7 +1,7 @@
-"""The published checkpoints of reconstructors, as inverters that can be loaded here.
+"""Converts the published checkpoints of reconstructors.
 
-The repository FusionBrainLab/feature_analysis links to such files in its README, one per encoder:
-state dicts such as `models--google--siglip-base-patch16-512.pt`.
+The README of the repository FusionBrainLab/feature_analysis links to them, one per encoder: state
+dicts such as `models--google--siglip-base-patch16-512.pt`.
 """
 
 from __future__ import annotations
@@ -47,23 +47,23 @@ def save_original(
     layer: str = LAST,
     weights: str | Path | None = None,
 ) -> Path:
-    """Writes the reconstructor of a published checkpoint file, and returns where it lies.
+    """Converts a published checkpoint file to a folder that `load_inverter` opens; returns it.
 
-    `--inverter FOLDER` and `load_reconstructor` then open it. For instance
+    For instance
 
         save_original("models--google--siglip-base-patch16-512.pt",
                       "hf/google/siglip-base-patch16-512", "siglip-512", layer="encoder.layers.10")
 
     Args:
         path: state dict that `torch.save` wrote.
-        backbone: name of the encoder for `load_backbone`, from which it is loaded again.
-        folder: gets `reconstructor/`, which must not exist yet.
-        layer: whose features it reads. The published code takes `hidden_states[-2]`, the output of
-            the second-last block: `encoder.layers.10` of a base model.
-        weights: folder of the encoder where its name does not lead to it.
+        backbone: name of the encoder for `load_backbone`.
+        folder: folder to write `reconstructor/` in; that must not exist yet.
+        layer: layer that the reconstructor reads. The published code takes `hidden_states[-2]`, the
+            output of the second-last block: `encoder.layers.10` of a base model.
+        weights: folder of the encoder, for a name that `load_backbone` cannot find.
 
     Raises:
-        InputError: no such file or encoder, weights of another network or for another encoder.
+        InputError: no such file or encoder, or weights of another network or encoder.
     """
     found = from_original(_read_checkpoint(expand_path(path)))
     encoder = load_encoder(backbone, layer, weights=weights)
@@ -91,10 +91,10 @@ def save_original(
 
 
 def from_original(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns a published state dict as one that a `Reconstructor` of published sizes loads.
+    """Renames a published state dict for a `Reconstructor` of the published sizes.
 
-    Query, key and value become one matrix. The norm after the blocks, whose output the original
-    does not use, is left out.
+    Query, key and value become one matrix. The norm after the blocks is left out, since the
+    original does not use its output.
 
     Raises:
         InputError: weights of another network.
@@ -103,7 +103,8 @@ def from_original(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         found = _rename(weights)
     except KeyError as error:
         raise InputError(
-            f"The weights must be those of a published reconstructor, but {error} does not fit."
+            f"The weights must be those of a published reconstructor, but {error} does not belong "
+            "to one."
         ) from error
     if not any(key.startswith("decoder.") for key in found):
         raise InputError(
@@ -122,7 +123,7 @@ def _read_checkpoint(path: Path) -> Mapping[str, Tensor]:
         ) from error
     is_state = isinstance(content, Mapping) and all(isinstance(v, Tensor) for v in content.values())
     if not is_state:
-        raise InputError(f"{path} must hold a state dict, but a {type(content).__name__} came.")
+        raise InputError(f"{path} must hold a state dict, got a {type(content).__name__}.")
     return content
 
 
@@ -144,7 +145,7 @@ def _rename(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _decoder_key(key: str) -> str:
-    """Stages of `upconvN` and `resblockN` are layers in a row, then come the other blocks."""
+    """Returns the key in a row of layers: `upconvN` and `resblockN` by turns, then the others."""
     module, _, rest = key.partition(".")
     match = re.fullmatch(r"(upconv|resblock|final_conv)(\d*)", module)
     if match is None:

@@ -1,4 +1,4 @@
-"""Inverses of ViT stages: blocks of transformer layers, and the patch embedding in closed form."""
+"""Vision transformers: their forward pass by stages, and inverses of blocks and patch embedding."""
 
 from __future__ import annotations
 
@@ -16,29 +16,27 @@ from torch.nn import functional as F
 from featinv_diffusion.backbones.preprocessing import Preprocessing
 from featinv_diffusion.backbones.traced import Layout
 from featinv_diffusion.errors import InputError
-from featinv_diffusion.inverters.blocks import InverseModule, spec_of
+from featinv_diffusion.inverters.blocks import InverseModule
 from featinv_diffusion.inverters.path import IMAGE, ForwardPath
-
-# ---- The forward pass of timm's vision transformers, stage by stage ------------------------------
 
 
 class VitPath(ForwardPath):
     """A ViT as patches → encoder → last.
 
-    - `patches`: the tokens that enter the first block, prefix tokens and positions included.
+    - `patches`: the tokens that enter the first block, with prefix tokens and positions.
     - `encoder`: the tokens after all blocks, before the final norm. `blocks.i` are those after
       block i (counted from 0) and `blocks.i.attention` those after its attention.
-    - `last`: the map `[b, c, h, w]` behind the final norm without prefix tokens, which is the
-      `last` layer of the backbone and what its diffusion inverter reads.
+    - `last`: the map `[b, c, h, w]` after the final norm, without prefix tokens. It is the `last`
+      layer of the backbone, which the diffusion inverter reads.
 
     Args:
-        model: a timm `VisionTransformer` of pre-norm blocks.
-        name: what the model is called in specs and messages.
-        preprocessing: as of the backbone.
+        model: a timm `VisionTransformer` with pre-norm blocks.
+        name: name of the model in specs and messages.
+        preprocessing: preprocessing of the backbone.
         labels: names of the classes.
 
     Raises:
-        InputError: a model of other blocks.
+        InputError: a model with other blocks.
     """
 
     family: ClassVar[str] = "vit"
@@ -58,8 +56,8 @@ class VitPath(ForwardPath):
         )
         if not plain:
             raise InputError(
-                f"{name!r} must be a timm VisionTransformer of pre-norm blocks, but a "
-                f"{type(model).__name__} came. Choose one such as vit_base_patch16_224."
+                f"{name!r} must be a timm VisionTransformer with pre-norm blocks, got a "
+                f"{type(model).__name__}. Choose one such as vit_base_patch16_224."
             )
         self.labels = labels
         super().__init__(model, name=name, preprocessing=preprocessing)
@@ -77,30 +75,23 @@ class VitPath(ForwardPath):
 
     @property
     def embeds_linearly(self) -> bool:
-        """Whether the tokens that enter the first block are linear in the pixels: no norm."""
+        """Whether no norm comes between the pixels and the tokens that enter the first block."""
         norms = (self._vit.norm_pre, self._vit.patch_embed.norm)
         return all(isinstance(norm, nn.Identity) for norm in norms)
 
-    def advance(
-        self, stage: str, previous: Float[Tensor, "b ..."]
-    ) -> dict[str, Float[Tensor, "b ..."]]:
-        """Returns a main stage and the states within it; see `ForwardPath.advance`."""
-        steps = {"patches": self._patches, "encoder": self._encoder, "last": self._last}
-        return steps[stage](previous)
-
     def logits(self, tokens: Float[Tensor, "b n c"]) -> Float[Tensor, "b k"]:
-        """Returns the class scores of tokens of stage `encoder`, through the final norm."""
+        """Returns the class scores of the tokens of stage `encoder`."""
         return self._vit.forward_head(self._vit.norm(tokens))
 
     def positions(self) -> Float[Tensor, "n c"]:
-        """Returns the position embedding, a row per token; zeros for prefix tokens without one.
+        """Returns the position embedding, a row per token; prefix tokens may have zeros.
 
         Raises:
             InputError: the model has no table of positions.
         """
         table = self._vit.pos_embed
         if table is None:
-            raise InputError(f"{self.name!r} must add a table of positions, but has none.")
+            raise InputError(f"{self.name!r} must have a table of positions, but has none.")
         n_missing = self.spec("patches").grid[0] - table.shape[1]
         return nn.functional.pad(table.detach()[0], (0, 0, n_missing, 0))
 
@@ -128,10 +119,10 @@ class VitPath(ForwardPath):
 class BlocksInverse(InverseModule):
     """encoder⁻¹ and the inverse of any range of blocks: timm's pre-norm blocks, tokens to tokens.
 
-    Reading a map (stage `last`), it begins with learned prefix tokens.
+    A module that reads a map (stage `last`) puts learned prefix tokens before its cells.
 
     Args:
-        depth, n_heads, mlp_ratio: of the blocks; published are 12, 12 and 4 for ViT-B/16.
+        depth, n_heads, mlp_ratio: sizes of the blocks; published are 12, 12 and 4 for ViT-B/16.
     """
 
     reads_kinds = ("tokens", "map")
@@ -147,11 +138,10 @@ class BlocksInverse(InverseModule):
         mlp_ratio: float = 4.0,
     ):
         super().__init__()
-        reads, writes = spec_of(reads_spec), spec_of(writes_spec)
-        self._wire(reads, writes)
+        reads, writes = self._wire(reads_spec, writes_spec)
         if reads.channels != writes.channels:
             raise InputError(
-                f"Blocks keep the number of channels, but read {reads} and write {writes}."
+                f"Blocks must read as many channels as they write, got {reads} and {writes}."
             )
         make: Any = Block
         sizes: dict[str, Any] = {"mlp_ratio": mlp_ratio, "norm_layer": nn.LayerNorm}
@@ -162,7 +152,7 @@ class BlocksInverse(InverseModule):
             self.prefix = nn.Parameter(torch.zeros(1, n_prefix, reads.channels))
 
     def transform(self, embedding: Float[Tensor, "b ..."]) -> Float[Tensor, "b n c"]:
-        """Returns as many tokens as the written stage has."""
+        """Returns the tokens of the stage that is written."""
         if embedding.ndim == 4:
             tokens = embedding.flatten(2).transpose(1, 2)
             embedding = torch.cat([self.prefix.expand(len(tokens), -1, -1), tokens], dim=1)
@@ -172,15 +162,14 @@ class BlocksInverse(InverseModule):
 class AnalyticPatchInverse(InverseModule):
     """The pseudo-inverse of a ViT's patch embedding: x = W⁺ (e − position − bias).
 
-    Exact where W is square and invertible, as for patches of 16 pixels and 768 channels; errors of
-    e grow by up to `condition_number`. Nothing is trained. Pixels come back in [0, 1] but are not
-    clamped.
+    It is exact if W is square and invertible, as for patches of 16 pixels and 768 channels; errors
+    of e grow by up to `condition_number`. Nothing is trained, and pixels are not clamped.
 
     Args:
         patch: (h, w) in pixels.
         grid: (h, w) in patches.
-        n_prefix: tokens before the patches.
-        condition: largest by smallest singular value of W, without those that `rcond` cuts off.
+        n_prefix: number of tokens before the patches.
+        condition: largest singular value of W by the smallest one that is kept.
     """
 
     reads_kinds = ("tokens",)
@@ -202,8 +191,7 @@ class AnalyticPatchInverse(InverseModule):
         condition: float = 0.0,
     ):
         super().__init__()
-        reads = spec_of(reads_spec)
-        self._wire(reads, spec_of(writes_spec))
+        reads, _ = self._wire(reads_spec, writes_spec)
         self.register_buffer("weight", torch.zeros(3 * patch[0] * patch[1], reads.channels))
         self.register_buffer("offset", torch.zeros(grid[0] * grid[1], reads.channels))
         self.register_buffer("mean", torch.zeros(3))
@@ -211,19 +199,19 @@ class AnalyticPatchInverse(InverseModule):
 
     @classmethod
     def from_path(cls, path: VitPath, rcond: float = 1e-6) -> AnalyticPatchInverse:
-        """Inverts the patch embedding of a model, in float64; the module keeps that dtype.
+        """Inverts the patch embedding of a model; the module is in float64.
 
         Args:
-            rcond: singular values below this share of the largest are taken for zero.
+            rcond: singular values below this share of the largest count as zero.
 
         Raises:
-            InputError: the model norms its patches before the first block.
+            InputError: a model that normalises its patches before the first block.
         """
         vit: Any = path.model
         if not path.embeds_linearly:
             raise InputError(
-                f"{path.name!r} must hand its patch embedding to the first block as it is, but it "
-                "has a norm between. Train a backbone inverse instead."
+                f"{path.name!r} must not normalise its patches before the first block, but it has "
+                "a norm there. Train a backbone inverse instead."
             )
         projection = vit.patch_embed.proj
         weight = projection.weight.detach().double().flatten(1)
@@ -247,11 +235,11 @@ class AnalyticPatchInverse(InverseModule):
 
     @property
     def condition_number(self) -> float:
-        """Largest by smallest singular value that is kept."""
+        """Largest singular value by the smallest one that is kept."""
         return self.config["condition"]
 
     def transform(self, embedding: Float[Tensor, "b n c"]) -> Float[Tensor, "b 3 h w"]:
-        """Returns pixels, which lie in [0, 1] where the tokens are those of an image."""
+        """Returns pixels; they lie in [0, 1] for tokens of an image."""
         config: Any = self.config
         patches = (embedding[:, config.n_prefix :] - self.offset) @ self.weight.T
         height, width = self.writes.grid

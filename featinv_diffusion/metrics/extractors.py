@@ -12,7 +12,9 @@ from PIL.Image import Resampling
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from featinv_diffusion.backbones import Backbone
+from featinv_diffusion.backbones import Backbone, resolve_backbone
+from featinv_diffusion.backbones.timm import create_timm
+from featinv_diffusion.backbones.transformers import load_transformers
 from featinv_diffusion.errors import InputError, choices_hint
 from featinv_diffusion.images import to_pil, to_tensor
 from featinv_diffusion.metrics.weights import file_sha256, find_weights, read_weights
@@ -139,20 +141,15 @@ def load_dinov2(
     Raises:
         InputError: no such model, no DINOv2, weights that cannot be loaded.
     """
-    if name.startswith("hf/"):
-        from featinv_diffusion.backbones.transformers import load_transformers
-
-        model, _ = load_transformers(name[3:], pretrained=pretrained, **model_kwargs)
+    found = resolve_backbone(name)
+    if found.source != "timm":
+        model, _ = load_transformers(found.target, pretrained=pretrained, **model_kwargs)
         is_dinov2 = getattr(model, "base_model_prefix", "").startswith("dinov2")
         model = getattr(model, model.base_model_prefix, model)
     else:
-        from featinv_diffusion.backbones.timm import check_timm_id, create_timm
-
-        timm_id = name.removeprefix("timm/")
-        check_timm_id(timm_id, [])
-        is_dinov2 = "dinov2" in timm_id
+        is_dinov2 = "dinov2" in found.target
         model_kwargs = {"img_size": _INPUT_SIZE[0], **model_kwargs} if is_dinov2 else model_kwargs
-        model = create_timm(timm_id, pretrained=pretrained and is_dinov2, **model_kwargs)
+        model = create_timm(found.target, pretrained=pretrained and is_dinov2, **model_kwargs)
     if not is_dinov2:
         raise InputError(
             f"FD-DINOv2 needs a DINOv2 model, but {name!r} is none. Name one of timm, e.g. "

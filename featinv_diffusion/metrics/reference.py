@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from featinv_diffusion.data.places import list_pictures
 from featinv_diffusion.errors import InputError
-from featinv_diffusion.images import center_square, list_images, read_image, to_tensor
+from featinv_diffusion.images import center_square, read_image, to_tensor
 from featinv_diffusion.metrics.distribution import FeatureSample, Moments, PublishedMoments
 from featinv_diffusion.metrics.extractors import ImageFeatures
 from featinv_diffusion.metrics.statistics import FeatureMoments
@@ -86,7 +87,7 @@ def load_reference(
     path = Path(path)
     collected = _Collector(extractor, sample_size, seed)
     if path.is_dir():
-        files = list_images(path)
+        files = [path / name for name in list_pictures(path).names]
         digest = _folder_sha256(path, files)
         for batch in _batches(files, batch_size):
             ids = [file.relative_to(path).as_posix() for file in batch]
@@ -108,7 +109,7 @@ def check_reference(path: str | Path, extractor: ImageFeatures) -> None:
     """
     path = Path(path)
     if path.is_dir():
-        files = list_images(path)
+        files = [path / name for name in list_pictures(path).names]
         read_image(files[0])
         _check_count(path, len(files))
         return

@@ -33,7 +33,7 @@ from featinv_diffusion.runs.record import (
 from featinv_diffusion.runs.sampling import (
     Job,
     Reconstruction,
-    make_jobs,
+    output_stems,
     read_maps,
     reconstruct,
     reconstruct_maps,
@@ -79,10 +79,14 @@ def sample(
     n_samples = 1 if inverter.is_deterministic else n_samples
     if n_samples < 1:
         raise InputError(f"n_samples must be at least 1, got {n_samples}.")
-    named = [(s.name or f"map-{i}.png", s.location or "") for i, s in enumerate(maps.sources)]
+    stems = output_stems([s.name or f"map-{i}" for i, s in enumerate(maps.sources)])
     jobs = [
-        Job(job.input, job.outputs, _seeds(seed, source.name, n_samples))
-        for job, source in zip(make_jobs(named, seed, n_samples), maps.sources, strict=True)
+        Job(
+            source.location or "",
+            tuple(f"{stem}_{j}.png" for j in range(n_samples)),
+            tuple(derive_seed(seed, source.name, j) for j in range(n_samples)),
+        )
+        for source, stem in zip(maps.sources, stems, strict=True)
     ]
     scope = open_scope(inverter)
 
@@ -95,10 +99,6 @@ def sample(
     if settings is not None:
         settings = replace(settings, n_samples=n_samples, seed=seed, batch_size=batch_size)
     return Samples(settings, done, scope.basis, str(inverter.spec))
-
-
-def _seeds(seed: int, name: str, n_samples: int) -> tuple[int, ...]:
-    return tuple(derive_seed(seed, name, j) for j in range(n_samples))
 
 
 @dataclass(frozen=True, eq=False, repr=False)

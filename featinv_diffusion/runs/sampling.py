@@ -9,8 +9,9 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import PurePosixPath
 from statistics import fmean
 from typing import TypeVar
 
@@ -21,12 +22,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from featinv_diffusion.data.crops import to_images
+from featinv_diffusion.data.sets import ImageSet, read_location
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.images import (
     center_square,
-    list_images,
-    picture_id,
-    read_image,
     to_pil,
     to_tensor,
 )
@@ -138,7 +137,8 @@ def sample_map(
     for batch in sample_maps(inverter, ((features[0], seed) for seed in seeds), batch_size):
         if not all(batch.finite):
             raise InputError(not_finite("The features", inverter))
-        yield batch
+        # The map itself, whose memory layout decides the last bits of cosines.
+        yield replace(batch, maps=features.as_subclass(Tensor).expand_as(batch.maps))
 
 
 def sample_all(
@@ -148,12 +148,24 @@ def sample_all(
     batches = list(sample_map(inverter, features, seeds, batch_size))
     logits = [batch.logits for batch in batches if batch.logits is not None]
     return SampleBatch(
-        torch.cat([batch.maps for batch in batches]),
+        features.as_subclass(Tensor).expand(len(seeds), -1, -1, -1),
         torch.cat([batch.images for batch in batches]),
         torch.cat([batch.features for batch in batches]),
         torch.cat(logits) if logits else None,
         [finite for batch in batches for finite in batch.finite],
     )
+
+
+def sample_each(inverter: Inverter, features: Features, seeds: Sequence[int]) -> SampleBatch:
+    """Returns one sample of each map as one batch, with the noise of its own seed.
+
+    Raises:
+        InputError: samples that are not finite.
+    """
+    (batch,) = sample_maps(inverter, zip(features, seeds, strict=True), len(features))
+    if not all(batch.finite):
+        raise InputError(not_finite("The features", inverter))
+    return batch
 
 
 def not_finite(what: str, inverter: Inverter) -> str:
@@ -190,11 +202,13 @@ class Job:
     Args:
         input: location of the picture; empty where it was given in memory.
         outputs: paths relative to the output folder, with forward slashes.
+        read: decodes the picture; by default from its location.
     """
 
     input: str
     outputs: tuple[str, ...]
     seeds: tuple[int, ...]
+    read: Callable[[], Image.Image] | None = field(default=None, compare=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -242,47 +256,16 @@ class _Sample:
     top5_match: bool | None
 
 
-def find_images(paths: Sequence[Path], exclude: Path | None = None) -> list[tuple[str, Path]]:
-    """Lists (image id, path) of files and, below folders, of all pictures.
-
-    The id is the path relative to the given folder, or the name of a file that was given itself;
-    outputs are named after it. Noise derives from its last part, the file name, so that a picture
-    is the same alone and in a folder. A file that is named twice is taken once.
-
-    Args:
-        exclude: folder whose pictures are left out, i.e. the output.
-
-    Raises:
-        InputError: a path where nothing is, or a folder without pictures.
-    """
-    found: dict[Path, tuple[str, Path]] = {}
-    for path in paths:
-        if not path.exists():
-            raise InputError(f"A picture or a folder must exist at {path}, but nothing is there.")
-        files = list_images(path) if path.is_dir() else [path]
-        for file in files:
-            if exclude is None or exclude.resolve() not in file.resolve().parents:
-                name = file.relative_to(path).as_posix() if path.is_dir() else file.name
-                found.setdefault(file.resolve(), (picture_id(name), file.absolute()))
-    return list(found.values())
-
-
-def make_jobs(images: Sequence[tuple[str, str | Path]], seed: int, n_samples: int) -> list[Job]:
-    """Derives each sample's seed from (seed, file name, sample number) and names its output.
-
-    Args:
-        images: (id, location) of each.
-    """
-    stems = output_stems([image_id for image_id, _ in images])
+def make_jobs(images: ImageSet, seed: int, n_samples: int) -> list[Job]:
+    """Derives each sample's seed from (seed, file name, sample number) and names its output."""
     return [
         Job(
-            input=str(location),
+            input=images.locations[i],
             outputs=tuple(f"{stem}_{j}.png" for j in range(n_samples)),
-            seeds=tuple(
-                derive_seed(seed, PurePosixPath(image_id).name, j) for j in range(n_samples)
-            ),
+            seeds=tuple(derive_seed(seed, PurePosixPath(name).name, j) for j in range(n_samples)),
+            read=partial(images.read, i),
         )
-        for (image_id, location), stem in zip(images, stems, strict=True)
+        for i, (name, stem) in enumerate(zip(images.ids, output_stems(images.ids), strict=True))
     ]
 
 
@@ -344,7 +327,8 @@ def _read(
 ) -> Iterator[tuple[Job, Image.Image]]:
     for job in jobs:
         try:
-            yield job, center_square(read_image(job.input), size)
+            picture = read_location(job.input) if job.read is None else job.read()
+            yield job, center_square(picture, size)
         except InputError as error:
             on_failure(job, str(error))
 

@@ -1,8 +1,8 @@
-"""Whether maps that are inverted are like natural ones: what applications ask, print and mark."""
+"""Scope: whether a feature map is like those of real images, and the statistics that tell."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,18 +28,19 @@ from featinv_diffusion.images import center_square, to_tensor
 from featinv_diffusion.inverters.base import Inverter
 from featinv_diffusion.inverters.diffusion import DiffusionInverter
 from featinv_diffusion.metrics import feature_cosine
-from featinv_diffusion.runs.sampling import batched, not_finite, sample_maps
+from featinv_diffusion.runs.progress import Advance
+from featinv_diffusion.runs.sampling import batched, sample_each
 from featinv_diffusion.seeds import derive_seed
 from featinv_diffusion.types import Features
 
 MAP, RECONSTRUCTION = "map", "map and reconstruction"
 MARK = " · out"
 UNKNOWN = (
-    "Scope: unknown (scope_p_value is null), for this pipeline holds no statistics of natural "
+    "Scope: unknown (scope_p_value is null), since this pipeline holds no statistics of natural "
     "feature maps to compare with. Fit them with: featinv scope PIPELINE_FOLDER --data IMAGES."
 )
 UNKNOWN_DETERMINISTIC = (
-    "Scope: unknown (scope_p_value is null), for only pipelines of the diffusion inverter hold "
+    "Scope: unknown (scope_p_value is null), since only pipelines of the diffusion inverter hold "
     "statistics of natural feature maps to compare with."
 )
 _MAX_LISTED = 8
@@ -47,11 +48,11 @@ _MAX_LISTED = 8
 
 @dataclass(frozen=True, eq=False)
 class Scope:
-    """Scores maps against the natural ones that a pipeline knows.
+    """Scores feature maps by the statistics of natural maps in a pipeline.
 
     Args:
-        natural: None where the pipeline holds no statistics; then nothing is scored.
-        uses_cosines: whether cosines of reconstructions are comparable with those of calibration.
+        natural: the statistics; None without any, and then nothing is scored.
+        uses_cosines: whether cosines of reconstructions can be compared with those of calibration.
     """
 
     natural: NaturalMaps | None = None
@@ -59,7 +60,7 @@ class Scope:
 
     @property
     def basis(self) -> str | None:
-        """What p-values rest on: the map alone, or its reconstruction too; None without any."""
+        """What p-values rest on: the map, or the map and its reconstruction; None without any."""
         if self.natural is None:
             return None
         return RECONSTRUCTION if self.uses_cosines else MAP
@@ -68,8 +69,8 @@ class Scope:
         """Returns how often a natural map looks less natural than this one; None if not known.
 
         Args:
-            features: `[1, c, h, w]`, as it was inverted.
-            cosine: of its samples' features to it, the mean.
+            features: the map that was inverted, `[1, c, h, w]`.
+            cosine: mean cosine between the features of its samples and the map.
         """
         found = self.p_values(features, [cosine])
         return None if found is None else found[0]
@@ -78,12 +79,12 @@ class Scope:
         """Returns `p_value` of each map.
 
         Raises:
-            InputError: not one cosine for each, or maps of another shape or not finite.
+            InputError: another number of cosines than maps, or maps of another shape or not finite.
         """
         if len(features) != len(cosines):
             raise InputError(
-                f"Each map must come with its cosine, but {len(features)} maps and {len(cosines)} "
-                "cosines came."
+                f"Each map must have one cosine, got {len(features)} maps and {len(cosines)} "
+                "cosines."
             )
         if self.natural is None:
             return None
@@ -91,7 +92,7 @@ class Scope:
 
 
 def open_scope(inverter: Inverter) -> Scope:
-    """Reads the statistics that the inverter's pipeline comes with.
+    """Reads the statistics in the inverter's pipeline.
 
     Raises:
         InputError: statistics that are damaged, or of other features or weights.
@@ -107,7 +108,7 @@ def open_scope(inverter: Inverter) -> Scope:
 
 
 def sampling_of(inverter: Inverter) -> dict[str, Any]:
-    """Returns the settings that cosines of reconstructions depend on; none where it has none."""
+    """Returns the settings on which cosines of reconstructions depend."""
     if not isinstance(inverter, DiffusionInverter):
         return {}
     return {
@@ -120,14 +121,14 @@ def sampling_of(inverter: Inverter) -> dict[str, Any]:
 
 
 def scope_notes(basis: str | None) -> list[str]:
-    """Returns a line for a figure's heading that explains the mark; none without statistics."""
+    """Returns the line of a figure's heading that explains the mark; nothing without statistics."""
     if basis is None:
         return []
     return [f"Marked “out”: out of scope, unlike the maps of images, p < {LEVEL:g} ({basis})."]
 
 
 def caption(axes: Axes, words: str, p_value: float | None) -> None:
-    """Writes a line below a tile, and marks it where the map is out of scope."""
+    """Writes a line below a tile, and marks a map that is out of scope."""
     if p_value is not None and p_value < LEVEL:
         figures.caption(axes, words + MARK, color=figures.ORANGE)
     else:
@@ -137,10 +138,10 @@ def caption(axes: Axes, words: str, p_value: float | None) -> None:
 def scope_line(
     p_values: float | Sequence[float] | None, basis: str | None, *, deterministic: bool = False
 ) -> str:
-    """Returns what the terminal says of one map or of several.
+    """Returns the line of the terminal about the scope of one map or several.
 
     Args:
-        deterministic: whether a deterministic inverter was used, which has no statistics.
+        deterministic: whether the inverter is deterministic, and so has no statistics.
     """
     if p_values is None:
         return UNKNOWN_DETERMINISTIC if deterministic else UNKNOWN
@@ -157,17 +158,14 @@ def scope_line(
     )
 
 
-# ---- Fits the statistics of natural maps that tell whether a map is in scope ---------------------
+# ---- Fitting the statistics ----------------------------------------------------------------------
 
-Advance = Callable[[float], None]
-"""Called with the number of images that are done."""
-
-_CALIBRATION_SHARE = 5  # one of so many images, where none are held back by class
+_CALIBRATION_SHARE = 5  # one image of five, if none are held back by class
 
 
 @dataclass(frozen=True)
 class ScopeSplit:
-    """Which images the density is fitted on, and which calibrate it; in random order."""
+    """Indices of the images to fit on and of those for calibration, in random order."""
 
     fitted: list[int]
     held_out: list[int]
@@ -179,26 +177,26 @@ def split_images(
     """Draws the images of both parts with a fixed seed.
 
     Args:
-        held_back_per_class: the last k images of each class are held out, as in training: what a
-            backbone was trained on is no measure of what it makes of other images. 0 holds out a
-            fifth of all.
-        n_images: at most so many to fit on.
+        held_back_per_class: hold out the last k images of each class, as training does, so that
+            calibration uses images that the backbone was not trained on; 0 holds out a fifth of
+            all images.
+        n_images: largest number of images to fit on.
 
     Raises:
-        InputError: images without classes where some of each are to be held out, or too few.
+        InputError: too few images, or `held_back_per_class` for images without classes.
     """
     if held_back_per_class < 0 or (n_images is not None and n_images < 1):
         raise InputError(
             "held_back_per_class must be at least 0 and n_images at least 1, "
-            f"but {held_back_per_class} and {n_images} came."
+            f"got {held_back_per_class} and {n_images}."
         )
     generator = torch.Generator().manual_seed(derive_seed("scope"))
     order = torch.randperm(len(images), generator=generator).tolist()
     if held_back_per_class:
         if images.labels is None:
             raise InputError(
-                "Images must have classes where some of each are held back, but these have none. "
-                "Leave --held-back-per-class out, or give a folder with a folder for each class."
+                "Images must have classes to hold some of each back, but these have none. Leave "
+                "--held-back-per-class out, or give a folder with a folder for each class."
             )
         held = set(split_held_back(images.labels, held_back_per_class)[1])
     else:
@@ -206,8 +204,8 @@ def split_images(
     fitted, held_out = ([i for i in order if (i in held) == side] for side in (False, True))
     if len(held_out) < MIN_CALIBRATION:
         raise InputError(
-            f"At least {MIN_CALIBRATION} images must be held out to calibrate p-values, but "
-            f"{len(held_out)} of {len(images)} are. Give more images."
+            f"At least {MIN_CALIBRATION} images must be held out to calibrate p-values, got "
+            f"{len(held_out)} of {len(images)}. Give more images."
         )
     return ScopeSplit(fitted[:n_images], held_out)
 
@@ -220,19 +218,21 @@ def fit_scope(
     batch_size: int = 8,
     advance: Advance = lambda n: None,
 ) -> NaturalMaps:
-    """Fits the natural maps of a pipeline's backbone, and calibrates them on held-out images.
+    """Fits the distribution of natural maps, and calibrates p-values on held-out images.
 
     Args:
-        n_reconstructions: held-out images that are sampled once each, with the inverter's settings,
-            to know how well natural maps come back; 0 leaves reconstructions out of the score.
+        n_reconstructions: number of held-out images to sample once each, with the inverter's
+            settings, which shows how well natural maps come back; 0 leaves reconstructions out of
+            the score.
+        advance: called with the number of images that are done.
 
     Raises:
         InputError: too few images, one that cannot be read, or maps that are not finite.
     """
     if n_reconstructions < 0 or 0 < n_reconstructions < MIN_CALIBRATION:
         raise InputError(
-            f"There must be no reconstructions or at least {MIN_CALIBRATION}, but "
-            f"{n_reconstructions} were asked for."
+            f"There must be no reconstructions or at least {MIN_CALIBRATION}, got "
+            f"{n_reconstructions}."
         )
     looked = _look(inverter, images, split.fitted, batch_size, advance)
     density = fit_density(maps for _, maps in looked)
@@ -268,8 +268,5 @@ def _look(
 
 
 def _self_consistency(inverter: Inverter, maps: Features, seeds: Sequence[int]) -> Tensor:
-    """Cosine of each map to the features of one sample of it, of 8-bit pixels."""
-    (batch,) = sample_maps(inverter, zip(maps, seeds, strict=True), len(maps))
-    if not all(batch.finite):
-        raise InputError(not_finite("The features", inverter))
-    return feature_cosine(maps, batch.features).cpu()
+    """Returns the cosine between each map and the features of one sample of it."""
+    return feature_cosine(maps, sample_each(inverter, maps, seeds).features).cpu()

@@ -1,24 +1,23 @@
-"""Concepts of a folder of pictures of one class: what `featinv concepts` finds."""
+"""The concepts of pictures of one class in a backbone's features."""
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from difflib import get_close_matches
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-import pyarrow as pa
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from matplotlib.figure import Figure
-from pyarrow import parquet
+from PIL import Image
 from torch import Tensor
 
 from featinv_diffusion import __version__
-from featinv_diffusion.backbones import Backbone, list_backbones, load_backbone
+from featinv_diffusion.backbones import Backbone, same_backbone
+from featinv_diffusion.backbones.base import weights_sha256
 from featinv_diffusion.concepts import (
     MCD,
     ConceptDictionary,
@@ -30,18 +29,106 @@ from featinv_diffusion.concepts import (
     read_head,
 )
 from featinv_diffusion.concepts.base import completeness, orthonormal_rows, read_directions
-from featinv_diffusion.diffusion.folders import without_progress_bars
-from featinv_diffusion.errors import InputError, choices_hint
+from featinv_diffusion.data.classes import find_class
+from featinv_diffusion.data.places import list_pictures
+from featinv_diffusion.errors import InputError
 from featinv_diffusion.features.edits import high_cells
 from featinv_diffusion.figures import board as figures
-from featinv_diffusion.figures.board import Board, write_figure
-from featinv_diffusion.files import replacing, write_text
-from featinv_diffusion.images import center_square, read_image, to_tensor
-from featinv_diffusion.inverters.open import BUNDLED, find_device
-from featinv_diffusion.runs.record import from_values, path_of, read_content, read_environment
+from featinv_diffusion.figures.board import Board, check_name
+from featinv_diffusion.images import center_square, read_batch, read_image, to_pil
+from featinv_diffusion.inverters.base import Inverter
+from featinv_diffusion.runs.record import RunFolder, read_environment, to_png
 from featinv_diffusion.runs.sampling import batched, to_list
-from featinv_diffusion.backbones.base import weights_sha256
-from featinv_diffusion.types import Features, FeatureSpec
+from featinv_diffusion.settings import ConceptSettings, to_flat
+from featinv_diffusion.types import Features, FeatureSpec, Source
+
+SUFFIX, MANIFEST_SUFFIX = ".safetensors", ".manifest.json"
+MAX_CONCEPTS, N_PICTURES, SIDE = 6, 6, 256
+HEADER = ("concept", "dimensions", "relevance", "completeness", "energy")
+
+logger = logging.getLogger(__name__)
+
+
+def find_concepts(
+    backbone: Backbone | Inverter,
+    pictures: Any,
+    *,
+    folder: str | Path | None = None,
+    target: str | int | None = None,
+    method: str | None = None,
+    n_concepts: int | str | None = None,
+    directions: str | Path | None = None,
+    encoding: str = "least_squares",
+    max_cells: int | None = 20_000,
+    seed: int = 42,
+    batch_size: int = 32,
+    progress: bool = False,
+) -> FoundConcepts:
+    """Finds the concepts of a class in a backbone's features, most relevant first.
+
+    Args:
+        backbone: the backbone, or an inverter that has one.
+        pictures: of one class: a folder, or a list of whatever `Backbone.features` takes. Files
+            that cannot be read are left out with a warning.
+        folder: what the paths in a list are relative to.
+        target: name or index of the class that relevance is measured to; None is the one that
+            most pictures are classified as.
+        method: one of `settings.METHODS`; None is `mcd`, or `directions` where they are given.
+        n_concepts: None is 3, or all directions of a file; `auto` lets mcd choose.
+        directions: file with a matrix of directions, see `concepts.base.read_directions`.
+        encoding: how features split over such directions, see `DirectionConcepts`.
+        max_cells: cells that mcd draws where there are more, whose time grows with the square;
+            None takes all.
+        seed: random seed of whatever the method draws.
+        batch_size: pictures per batch of the backbone.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        InputError: no picture that can be read, an unknown method or class, or what the method
+            refuses.
+    """
+    if isinstance(backbone, Inverter):
+        backbone = backbone.require_backbone()
+    settings = ConceptSettings(
+        backbone=backbone.spec.backbone,
+        layer=backbone.spec.layer,
+        target=None if target is None else str(target),
+        method=method,
+        n_concepts=None if n_concepts is None else str(n_concepts),
+        directions=None if directions is None else str(Path(directions).absolute()),
+        encoding=encoding,
+        max_cells=max_cells or 0,
+        seed=seed,
+        batch_size=batch_size,
+        device=str(backbone.device),
+    )
+    concepts = _make(settings, backbone.spec)
+    folder, items = _listed(pictures, folder)
+    names, sources, features, logits = _encode(backbone, folder, items, batch_size)
+    chosen = find_target(backbone, settings.target, logits)
+    _fit(concepts, features, chosen, progress)
+    _arrange(concepts, settings.number, chosen)
+    concepts.origin = {
+        "class_index": None if chosen is None else chosen.index,
+        "class_name": None if chosen is None else chosen.name,
+        "weights_sha256": weights_sha256({"backbone": backbone.model}),
+    }
+    activations, energy, relevance = _measure(concepts, features, chosen, batch_size)
+    return FoundConcepts(
+        settings=settings,
+        folder=folder,
+        given=[_name(item, i) for i, item in enumerate(items)],
+        spec=backbone.spec,
+        concepts=concepts,
+        target=chosen,
+        images=names,
+        sources=sources,
+        activations=activations,
+        local_relevance=relevance,
+        energy=energy,
+        predicted=None if logits is None else logits.argmax(dim=1),
+    )
+
 
 # ---- The class that concepts are relevant to: by name, by index, or by majority prediction -------
 
@@ -69,7 +156,7 @@ class TargetClass:
         return None if self.head is None else self.head.direction(self.index).float().cpu()
 
 
-def find_class(
+def find_target(
     backbone: Backbone, given: str | None, logits: Float[Tensor, "n k"] | None
 ) -> TargetClass | None:
     """Returns the class that is meant, or without a classification head None.
@@ -89,7 +176,7 @@ def find_class(
     index = (
         int(predicted.bincount().argmax())
         if given is None
-        else _index_of(given, backbone.labels, logits.shape[1])
+        else find_class(given, backbone.labels, logits.shape[1], backbone.name)
     )
     head, note = None, None
     try:
@@ -100,197 +187,71 @@ def find_class(
     return TargetClass(index, name, int((predicted == index).sum()), head, note)
 
 
-def _index_of(given: str, labels: tuple[str, ...] | None, n_classes: int) -> int:
-    if given.isdecimal():
-        if int(given) < n_classes:
-            return int(given)
-        raise InputError(f"The class must lie in 0 … {n_classes - 1}, but {given} came.")
-    if labels is None:
-        raise InputError(f"The backbone knows its classes by index only, but {given!r} came.")
-    wanted = given.strip().casefold()
-    spellings = [[part.strip() for part in [label, *label.split(",")]] for label in labels]
-    found = [i for i, names in enumerate(spellings) if wanted in map(str.casefold, names)]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise InputError(
-            f"The classes {', '.join(map(str, found))} are all named {given!r}. Give the index."
-        )
-    near = get_close_matches(given, [name for names in spellings for name in names[1:]], n=3)
-    hint = f"did you mean {', '.join(map(repr, near))}?" if near else "give its index."
-    raise InputError(f"No class is named {given!r}; {hint}")
+# ---- The steps of a fit --------------------------------------------------------------------------
 
 
-METHODS = ("mcd", "pca", "nmf", "kmeans", "directions")
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ConceptFit:
-    """Arguments of a fit; they are keys of its manifest.
-
-    Args:
-        folder: of the pictures.
-        images: their paths below it.
-        backbone: a name of `load_backbone`.
-        layer: of the features.
-        target: name or index of the class that relevance is to; None is the one that most
-            pictures are classified as.
-        method: one of `METHODS`.
-        n_concepts: None lets MCD choose, and keeps all directions of a file.
-        directions: path of a matrix, see `read_directions`, for the method of that name.
-        encoding: of such directions, see `DirectionConcepts`.
-        max_cells: cells that MCD looks at, whose time grows with the square; None takes all.
-        seed: of whatever the method draws.
-        batch_size: pictures per batch of the backbone.
-        output: name of the file of concepts; the others are named after it.
-        figure: name of the figure.
-    """
-
-    command: ClassVar[str] = "concepts"
-
-    folder: str
-    images: list[str]
-    backbone: str
-    layer: str
-    target: str | None
-    method: str
-    n_concepts: int | None
-    directions: str | None
-    encoding: str
-    max_cells: int | None
-    seed: int
-    batch_size: int
-    device: str
-    output: str
-    figure: str
-
-    def __post_init__(self) -> None:
-        figures.check_name(self.figure)
-        if Path(self.output).name != self.output or Path(self.output).suffix != ".safetensors":
-            raise InputError(
-                f"Concepts must go to a file that ends in .safetensors, but {self.output!r} came."
-            )
-        if self.method not in METHODS:
-            hint = choices_hint(self.method, list(METHODS))
-            raise InputError(f"No method is named {self.method!r}; {hint}")
-        if (self.method == "directions") != (self.directions is not None):
-            raise InputError(
-                "The method directions and a file of directions go together, but the method "
-                f"{self.method} came with {self.directions or 'none'}."
-            )
-        if self.n_concepts is None and self.method not in ("mcd", "directions"):
-            raise InputError(
-                f"{self.method} must be told the number of concepts; only mcd chooses it."
-            )
-        if not 0 <= self.seed < 2**32:
-            raise InputError(f"seed must lie in 0 … 2**32 - 1, but {self.seed} came.")
-        for name in ("n_concepts", "max_cells", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name} must be at least 1, but {value} came.")
+def _listed(pictures: Any, folder: str | Path | None) -> tuple[Path | None, list[Any]]:
+    """Returns what paths are relative to, None where pictures lie in memory, and the pictures."""
+    if isinstance(pictures, str | Path) and not Path(pictures).is_file():
+        folder = Path(pictures).absolute()
+        return folder, list_pictures(folder).names
+    if isinstance(pictures, str | Path | Image.Image):
+        pictures = [pictures]
+    if isinstance(pictures, np.ndarray | Tensor) and pictures.ndim == 3:
+        pictures = pictures[None]
+    items = list(pictures)
+    in_memory = not all(isinstance(item, str | Path) for item in items)
+    return None if in_memory else Path(folder or "").absolute(), items
 
 
-@dataclass(frozen=True, eq=False)
-class Fitted:
-    """What a fit found.
-
-    Args:
-        concepts: most relevant first where relevance is defined, else as the method has them.
-        target: None where the backbone does not classify.
-        images: those that could be read, of `ConceptFit.images`.
-        activations: of each picture, as published: divided by its longest feature vector.
-        local_relevance: what each concept adds to the logit; None where that is not defined.
-        energy: share of the squared length of all cells that each concept's part has.
-        predicted: class of each picture.
-        notes: what a user may not expect, a sentence each.
-    """
-
-    spec: FeatureSpec
-    concepts: ConceptDictionary
-    target: TargetClass | None
-    images: list[str]
-    activations: Float[Tensor, "n k h w"]
-    local_relevance: Float[Tensor, "n k"] | None
-    energy: Float[Tensor, " k"]
-    predicted: Int[Tensor, " n"] | None
-    notes: tuple[str, ...] = ()
-
-
-def fit_concepts(fit: ConceptFit, *, progress: bool = False) -> Fitted:
-    """Reads the pictures, finds their concepts and measures them; writes nothing.
-
-    Raises:
-        InputError: no picture that can be read, an unknown backbone, layer or class, or what the
-            method refuses.
-    """
-    device = find_device(fit.device)
-    with without_progress_bars():
-        backbone = load_backbone(fit.backbone, fit.layer).to(device)
-    concepts = _make(fit, backbone.spec)
-    images, features, logits = _encode(fit, backbone)
-    target = find_class(backbone, fit.target, logits)
-    _fit(concepts, features, target, progress)
-    _arrange(concepts, fit, target)
-    concepts.origin = {
-        "class_index": None if target is None else target.index,
-        "class_name": None if target is None else target.name,
-        "weights_sha256": weights_sha256({"backbone": backbone.model}),
-    }
-    activations, energy, relevance = _measure(concepts, features, target, fit.batch_size)
-    return Fitted(
-        spec=backbone.spec,
-        concepts=concepts,
-        target=target,
-        images=images,
-        activations=activations,
-        local_relevance=relevance,
-        energy=energy,
-        predicted=None if logits is None else logits.argmax(dim=1),
-        notes=() if target is None or target.note is None else (target.note,),
-    )
-
-
-def backbone_name(name: str) -> str:
-    """Returns the bundled model that stands for a name, as in all commands, or the name itself."""
-    bundled = BUNDLED + name.removeprefix(BUNDLED)
-    return bundled if bundled in list_backbones() else name
+def _name(item: Any, place: int) -> str:
+    return Path(item).as_posix() if isinstance(item, str | Path) else str(place)
 
 
 @torch.no_grad()
-def _encode(fit: ConceptFit, backbone: Backbone) -> tuple[list[str], Features, Tensor | None]:
-    """Returns the pictures that can be read, their features, and their class scores."""
+def _encode(
+    backbone: Backbone, folder: Path | None, items: Sequence[Any], batch_size: int
+) -> tuple[list[str], list[Source], Features, Tensor | None]:
+    """Returns the pictures that can be read: names, sources, features and class scores."""
     size = max(backbone.input_size)
-    images, features, scores = [], [], []
-    for names in batched(fit.images, fit.batch_size):
-        squares = []
-        for name in names:
+    names: list[str] = []
+    sources: list[Source] = []
+    features, scores = [], []
+    for batch in batched(enumerate(items), batch_size):
+        images = []
+        for place, item in batch:
             try:
-                squares.append(center_square(read_image(Path(fit.folder) / name), size))
-                images.append(name)
+                is_path = isinstance(item, str | Path)
+                image, (source,) = read_batch(
+                    [(folder or Path()) / item if is_path else item], size
+                )
             except InputError as error:
                 logger.warning("A picture is left out: %s", error)
-        if squares:
-            found, logits = backbone.features_and_logits(to_tensor(squares).to(backbone.device))
+                continue
+            images.append(image)
+            names.append(_name(item, place))
+            sources.append(source if source.square else replace(source, square=to_pil(image)[0]))
+        if images:
+            found, logits = backbone.features_and_logits(torch.cat(images).to(backbone.device))
             features.append(found.float().cpu())
             scores.append(None if logits is None else logits.float().cpu())
-    if not images:
-        raise InputError(f"{fit.folder} must hold a picture that can be read, but holds none.")
+    if not names:
+        where = "The list" if folder is None else str(folder)
+        raise InputError(f"{where} must hold a picture that can be read, but holds none.")
     has_scores = scores[0] is not None
-    return images, torch.cat(features), torch.cat(scores) if has_scores else None
+    return names, sources, torch.cat(features), torch.cat(scores) if has_scores else None
 
 
-def _make(fit: ConceptFit, spec: FeatureSpec) -> ConceptDictionary:
-    n, seed = fit.n_concepts, fit.seed
-    if fit.method == "mcd":
-        return MCD(n, max_cells=fit.max_cells, seed=seed, spec=spec)
-    if fit.directions is not None:
-        directions, offset = read_directions(fit.directions)
-        encoding: Any = fit.encoding
+def _make(settings: ConceptSettings, spec: FeatureSpec) -> ConceptDictionary:
+    n, seed = settings.number, settings.seed
+    if settings.directions is not None:
+        directions, offset = read_directions(settings.directions)
+        encoding: Any = settings.encoding
         return DirectionConcepts(directions, offset=offset, encoding=encoding, spec=spec)
+    if settings.resolved_method == "mcd":
+        return MCD(n, max_cells=settings.max_cells or None, seed=seed, spec=spec)
     kinds = {"pca": PCAConcepts, "nmf": NMFConcepts, "kmeans": KMeansConcepts}
-    return kinds[fit.method](n, seed=seed, spec=spec)
+    return kinds[settings.resolved_method](n, seed=seed, spec=spec)
 
 
 def _fit(
@@ -303,12 +264,12 @@ def _fit(
         concepts.fit(features, progress=progress)
 
 
-def _arrange(concepts: ConceptDictionary, fit: ConceptFit, target: TargetClass | None) -> None:
+def _arrange(concepts: ConceptDictionary, number: int | None, target: TargetClass | None) -> None:
     """Sorts concepts by relevance, as MCD has done already, and keeps as many as are asked for."""
     if target is not None and target.direction is not None and not isinstance(concepts, MCD):
         concepts.sort_by_relevance(target.direction)
-    if fit.n_concepts is not None and concepts.n_concepts > fit.n_concepts:
-        concepts.reorder(range(fit.n_concepts))
+    if number is not None and concepts.n_concepts > number:
+        concepts.reorder(range(number))
 
 
 def _measure(
@@ -333,143 +294,219 @@ def _measure(
     )
 
 
-def to_rows(fitted: Fitted) -> list[dict[str, Any]]:
-    """Returns one row per picture and concept."""
-    predicted: Sequence[int | None] = (
-        [None] * len(fitted.images) if fitted.predicted is None else fitted.predicted.tolist()
-    )
-    greatest, mean = fitted.activations.amax(dim=(2, 3)), fitted.activations.mean(dim=(2, 3))
-    return [
-        {
-            "image": name,
-            "predicted": predicted[i],
-            "concept": k,
-            "activation_max": greatest[i, k].item(),
-            "activation_mean": mean[i, k].item(),
-            "relevance": None
-            if fitted.local_relevance is None
-            else fitted.local_relevance[i, k].item(),
-        }
-        for i, name in enumerate(fitted.images)
-        for k in range(fitted.concepts.n_concepts)
-    ]
+# ---- What was found ------------------------------------------------------------------------------
 
 
-# ---- The figure of `featinv concepts` ----
+@dataclass(frozen=True, eq=False, repr=False)
+class FoundConcepts:
+    """Concepts of pictures, and what they are worth. Shows itself in a notebook.
 
-MAX_CONCEPTS, N_PICTURES, SIDE = 6, 6, 256
-
-
-def draw_concepts(fit: ConceptFit, fitted: Fitted) -> Figure:
-    """Draws for each concept the pictures with the greatest activation, above their maps."""
-    n_concepts = min(fitted.concepts.n_concepts, MAX_CONCEPTS)
-    n_pictures = min(len(fitted.images), N_PICTURES)
-    board = Board(
-        2 * n_concepts,
-        n_pictures,
-        _title(fitted),
-        _notes(fit, fitted, n_concepts),
-        headers="first",
-        right=0.7,
-    )
-    figure = board.make()
-    greatest = fitted.activations.amax(dim=(2, 3))
-    high = max(greatest[:, :n_concepts].max().item(), 1e-6)
-    for k in range(n_concepts):
-        order = greatest[:, k].argsort(descending=True, stable=True)[:n_pictures]
-        for column, i in enumerate(order.tolist()):
-            activation = fitted.activations[i, k]
-            above, below = (board.tile_axes(figure, 2 * k + row, column) for row in range(2))
-            path = Path(fit.folder) / fitted.images[i]
-            figures.show_picture(above, center_square(read_image(path), SIDE))
-            figures.outline(above, high_cells(activation))
-            figures.caption(above, figures.short_name(fitted.images[i]), color=figures.GREY)
-            image = figures.show_map(below, activation, 0, high)
-            figures.caption(below, f"max {figures.number(activation.max().item())}")
-            if column == 0:
-                figures.side_label(above, f"concept {k}")
-                figures.side_label(below, "activation")
-            if column == n_pictures - 1:
-                figures.add_colour_bar(board, figure, 2 * k + 1, image, "‖part‖ / max ‖f‖")
-    return figure
-
-
-def _title(fitted: Fitted) -> str:
-    what = "these pictures" if fitted.target is None else fitted.target.name
-    return f"Concepts of {what} in {fitted.spec.backbone}, layer {fitted.spec.layer}"
-
-
-def _notes(fit: ConceptFit, fitted: Fitted, n_shown: int) -> list[str]:
-    sizes = ", ".join(map(str, fitted.concepts.sizes[:n_shown]))
-    shown = "" if n_shown == fitted.concepts.n_concepts else f", first {n_shown} shown"
-    head = (
-        f"{fit.method}, {len(fitted.images)} pictures, {fitted.concepts.n_concepts} concepts"
-        f"{shown}, of {sizes} dimensions"
-    )
-    direction = None if fitted.target is None else fitted.target.direction
-    if direction is not None:
-        relevance = fitted.concepts.global_relevance(direction)[:n_shown]
-        head += f" · global relevance {', '.join(map(figures.number, relevance.tolist()))}"
-    return [
-        head,
-        "Of each concept the pictures that activate it most, and their activation maps; outlined: "
-        "at least half of the picture's own maximum.",
-    ]
-
-
-# ---- The figures of fitted concepts: as numbers, and as a table for the terminal -----------------
-
-HEADER = ("concept", "dimensions", "relevance", "completeness", "energy")
-
-
-def describe(fitted: Fitted) -> dict[str, Any]:
-    """Returns all figures; those of relevance are None where it is not defined.
-
-    `relevance` is ‖w_l‖ of the split of the class's unit direction over the concepts,
-    `completeness` ‖P w‖ / ‖w‖ of one concept by itself or of all, `energy` the share of the cells'
-    squared length that a part has (parts that are not orthogonal need not add up).
+    Args:
+        settings: how they were found.
+        folder: what the names of the pictures are relative to; None where they lie in memory.
+        given: names of all pictures that were given.
+        spec: the features.
+        concepts: most relevant first where relevance is defined, else as the method has them.
+        target: None where the backbone does not classify.
+        images: names of the pictures that could be read.
+        sources: these pictures.
+        activations: of each picture, as published: divided by its longest feature vector.
+        local_relevance: what each concept adds to the logit; None where that is not defined.
+        energy: share of the squared length of all cells that each concept's part has.
+        predicted: class of each picture.
     """
-    concepts, target = fitted.concepts, fitted.target
-    direction = None if target is None else target.direction
-    relevance = None if direction is None else to_list(concepts.global_relevance(direction))
-    return {
-        "backbone": fitted.spec.backbone,
-        "layer": fitted.spec.layer,
-        "kind": concepts.kind,
-        "class_index": None if target is None else target.index,
-        "class_name": None if target is None else target.name,
-        "n_predicted": None if target is None else target.n_predicted,
-        "n_images": len(fitted.images),
-        "head": None if target is None or target.head is None else target.head.form,
-        "completeness": None if direction is None else concepts.completeness(direction),
-        "relevance_of_rest": None if relevance is None else relevance[-1],
-        "energy": concepts.report.get("energy"),
-        "concepts": [
+
+    settings: ConceptSettings
+    folder: Path | None
+    given: list[str]
+    spec: FeatureSpec
+    concepts: ConceptDictionary
+    target: TargetClass | None
+    images: list[str]
+    sources: list[Source]
+    activations: Float[Tensor, "n k h w"]
+    local_relevance: Float[Tensor, "n k"] | None
+    energy: Float[Tensor, " k"]
+    predicted: Int[Tensor, " n"] | None
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user may not expect, a sentence each."""
+        return [] if self.target is None or self.target.note is None else [self.target.note]
+
+    @property
+    def _direction(self) -> Tensor | None:
+        return None if self.target is None else self.target.direction
+
+    def numbers(self) -> dict[str, Any]:
+        """Returns all figures; those of relevance are None where it is not defined.
+
+        `relevance` is ‖w_l‖ of the split of the class's unit direction over the concepts,
+        `completeness` ‖P w‖ / ‖w‖ of one concept by itself or of all, `energy` the share of the
+        cells' squared length that a part has (parts that are not orthogonal need not add up).
+        """
+        concepts, target, direction = self.concepts, self.target, self._direction
+        relevance = None if direction is None else to_list(concepts.global_relevance(direction))
+        return {
+            "backbone": self.spec.backbone,
+            "layer": self.spec.layer,
+            "kind": concepts.kind,
+            "class_index": None if target is None else target.index,
+            "class_name": None if target is None else target.name,
+            "n_predicted": None if target is None else target.n_predicted,
+            "n_images": len(self.images),
+            "head": None if target is None or target.head is None else target.head.form,
+            "completeness": None if direction is None else concepts.completeness(direction),
+            "relevance_of_rest": None if relevance is None else relevance[-1],
+            "energy": concepts.report.get("energy"),
+            "concepts": [
+                {
+                    "concept": k,
+                    "dimensions": concepts.sizes[k],
+                    "relevance": None if relevance is None else relevance[k],
+                    "completeness": None
+                    if direction is None
+                    else _completeness(concepts.basis(k), direction),
+                    "energy": self.energy[k].item(),
+                }
+                for k in range(concepts.n_concepts)
+            ],
+            "fit": concepts.report,
+            "notes": self.notes,
+        }
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Returns one dict per picture and concept."""
+        predicted = None if self.predicted is None else self.predicted.tolist()
+        greatest, mean = self.activations.amax(dim=(2, 3)), self.activations.mean(dim=(2, 3))
+        relevance = self.local_relevance
+        return [
             {
+                "image": name,
+                "predicted": None if predicted is None else predicted[i],
                 "concept": k,
-                "dimensions": concepts.sizes[k],
-                "relevance": None if relevance is None else relevance[k],
-                "completeness": None
-                if direction is None
-                else _completeness(concepts.basis(k), direction),
-                "energy": fitted.energy[k].item(),
+                "activation_max": greatest[i, k].item(),
+                "activation_mean": mean[i, k].item(),
+                "relevance": None if relevance is None else relevance[i, k].item(),
             }
-            for k in range(concepts.n_concepts)
-        ],
-        "fit": concepts.report,
-        "notes": list(fitted.notes),
-    }
+            for i, name in enumerate(self.images)
+            for k in range(self.concepts.n_concepts)
+        ]
+
+    def summary(self) -> str:
+        """Returns the class, a table with one line per concept, and the energy of each basis."""
+        found = self.numbers()
+        rows = [_cells(row, row["concept"]) for row in found["concepts"]]
+        total = {"dimensions": sum(self.concepts.sizes), "completeness": found["completeness"]}
+        rows += [_cells(total, "all"), _cells({"relevance": found["relevance_of_rest"]}, "rest")]
+        widths = [max(len(row[i]) for row in [HEADER, *rows]) for i in range(len(HEADER))]
+        lines = [_line(row, widths) for row in [HEADER, *rows]]
+        return "\n".join([_heading(found), *lines, *_energies(found), *self.notes])
+
+    def figure(self) -> Figure:
+        """Draws for each concept the pictures with the greatest activation, above their maps."""
+        n_concepts = min(self.concepts.n_concepts, MAX_CONCEPTS)
+        n_pictures = min(len(self.images), N_PICTURES)
+        what = "these pictures" if self.target is None else self.target.name
+        board = Board(
+            2 * n_concepts,
+            n_pictures,
+            f"Concepts of {what} in {self.spec.backbone}, layer {self.spec.layer}",
+            [
+                self._heading(n_concepts),
+                "Of each concept the pictures that activate it most, and their activation maps; "
+                "outlined: at least half of the picture's own maximum.",
+            ],
+            headers="first",
+            right=0.7,
+        )
+        figure = board.make()
+        greatest = self.activations.amax(dim=(2, 3))
+        high = max(greatest[:, :n_concepts].max().item(), 1e-6)
+        for k in range(n_concepts):
+            order = greatest[:, k].argsort(descending=True, stable=True)[:n_pictures]
+            for column, i in enumerate(order.tolist()):
+                activation = self.activations[i, k]
+                above, below = (board.tile_axes(figure, 2 * k + row, column) for row in range(2))
+                figures.show_picture(above, _large(self.sources[i]))
+                figures.outline(above, high_cells(activation))
+                figures.caption(above, figures.short_name(self.images[i]), color=figures.GREY)
+                image = figures.show_map(below, activation, 0, high)
+                figures.caption(below, f"max {figures.number(activation.max().item())}")
+                if column == 0:
+                    figures.side_label(above, f"concept {k}")
+                    figures.side_label(below, "activation")
+                if column == n_pictures - 1:
+                    figures.add_colour_bar(board, figure, 2 * k + 1, image, "‖part‖ / max ‖f‖")
+        return figure
+
+    def _heading(self, n_shown: int) -> str:
+        sizes = ", ".join(map(str, self.concepts.sizes[:n_shown]))
+        shown = "" if n_shown == self.concepts.n_concepts else f", first {n_shown} shown"
+        head = (
+            f"{self.settings.resolved_method}, {len(self.images)} pictures, "
+            f"{self.concepts.n_concepts} concepts{shown}, of {sizes} dimensions"
+        )
+        if self._direction is None:
+            return head
+        relevance = self.concepts.global_relevance(self._direction)[:n_shown]
+        return f"{head} · global relevance {', '.join(map(figures.number, relevance.tolist()))}"
+
+    def save(self, path: str | Path, figure: str | None = None) -> Path:
+        """Writes the concepts, and beside them their figure, numbers, table and manifest.
+
+        Args:
+            path: a file that ends in .safetensors, or a folder for `concepts.safetensors`.
+            figure: file name of the figure, a .png, .pdf or .svg; by default that of the concepts
+                with .png.
+
+        Returns:
+            The file of the concepts.
+
+        Raises:
+            InputError: a figure of another format, or the disk refuses.
+        """
+        path = Path(path)
+        path = path if path.suffix == SUFFIX else path / f"concepts{SUFFIX}"
+        figure = figure or f"{path.stem}.png"
+        check_name(figure)
+        numbers, device = self.numbers(), self.settings.device
+        run = RunFolder(path.parent, f"{path.stem}{MANIFEST_SUFFIX}")
+        run.figure(figure, self.figure())
+        run.numbers(f"{path.stem}.json", numbers)
+        run.table(f"{path.stem}.parquet", self.rows())
+        self.concepts.save(path)
+        run.complete(
+            {
+                "version": __version__,
+                "command": "concepts",
+                "folder": None if self.folder is None else str(self.folder),
+                "images": self.given,
+                **to_flat(self.settings),
+                "method": self.settings.resolved_method,
+                "n_concepts": self.settings.number,
+                "max_cells": self.settings.max_cells or None,
+                "output": path.name,
+                "figure": figure,
+                **{k: numbers[k] for k in ("class_index", "class_name", "completeness", "energy")},
+                "environment": read_environment(device),
+            }
+        )
+        return path
+
+    def _repr_png_(self) -> bytes:
+        return to_png(self.figure())
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}: {self.summary()}"
 
 
-def to_table(fitted: Fitted) -> str:
-    """Returns what is printed: the class, one line per concept, and the energy of each basis."""
-    found = describe(fitted)
-    rows = [_cells(row, row["concept"]) for row in found["concepts"]]
-    total = {"dimensions": sum(fitted.concepts.sizes), "completeness": found["completeness"]}
-    rows += [_cells(total, "all"), _cells({"relevance": found["relevance_of_rest"]}, "rest")]
-    widths = [max(len(row[i]) for row in [HEADER, *rows]) for i in range(len(HEADER))]
-    lines = [_line(row, widths) for row in [HEADER, *rows]]
-    return "\n".join([_heading(found), *lines, *_energies(found), *fitted.notes])
+def _large(source: Source) -> Image.Image:
+    """Returns the picture as figures show it; files are larger than what the backbone saw."""
+    if source.location is not None:
+        return center_square(read_image(source.location), SIDE)
+    assert source.square is not None
+    return source.square
 
 
 def _heading(found: dict[str, Any]) -> str:
@@ -516,82 +553,41 @@ def _line(row: Sequence[str], widths: Sequence[int]) -> str:
     return "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
 
 
-# ---- The files of `featinv concepts` ----
-
-MANIFEST_SUFFIX = ".manifest.json"
+# ---- Concepts and the features that they are of --------------------------------------------------
 
 
-def write_fit(fit: ConceptFit, fitted: Fitted, folder: Path) -> list[str]:
-    """Writes concepts, figure, numbers and manifest, the manifest last; returns their names."""
-    stem = Path(fit.output).stem
-    manifest = folder / f"{stem}{MANIFEST_SUFFIX}"
-    manifest.unlink(missing_ok=True)
-    fitted.concepts.save(folder / fit.output)
-    write_figure(draw_concepts(fit, fitted), folder / fit.figure)
-    numbers = describe(fitted)
-    write_text(folder / f"{stem}.json", _to_json(numbers))
-    with replacing(folder / f"{stem}.parquet") as partial:
-        parquet.write_table(pa.Table.from_pylist(to_rows(fitted)), partial)
-    device = str(find_device(fit.device))
-    content = {
-        "version": __version__,
-        "command": fit.command,
-        **asdict(replace(fit, device=device)),
-        **{key: numbers[key] for key in ("class_index", "class_name", "completeness", "energy")},
-        "environment": read_environment(device),
-    }
-    write_text(manifest, _to_json(content))
-    return [fit.output, fit.figure, f"{stem}.json", f"{stem}.parquet", manifest.name]
-
-
-def read_fit(path: Path) -> tuple[ConceptFit, dict[str, Any]] | None:
-    """Reads a manifest that `write_fit` wrote; None where it is one of another command.
-
-    Raises:
-        InputError: no such file, no JSON, keys missing or of a wrong kind.
-    """
-    path = path_of(path)
-    content = read_content(path)
-    if not isinstance(content, dict) or content.get("command") != ConceptFit.command:
-        return None
-    names = [field.name for field in fields(ConceptFit)]
-    if missing := [name for name in (*names, "environment") if name not in content]:
-        raise InputError(
-            f"{path} is no manifest of featinv concepts; it lacks {', '.join(missing)}."
-        )
-    if not isinstance(content["environment"], dict):
-        raise InputError(f"{path} must tell its environment, but holds something else.")
-    return from_values(ConceptFit, {name: content[name] for name in names}, path), content
-
-
-def load_concepts(path: str | Path, backbone: Backbone) -> ConceptDictionary:
-    """Reads concepts that were fitted on this backbone and layer.
+def check_concepts(
+    concepts: ConceptDictionary | FoundConcepts | str | Path, backbone: Backbone
+) -> ConceptDictionary:
+    """Returns concepts that were found on this backbone and layer, read from a file where named.
 
     Raises:
         InputError: no concepts, or those of another layer or other weights.
     """
-    concepts = ConceptDictionary.load(path)
+    what = "The concepts"
+    if isinstance(concepts, str | Path):
+        what = f"The concepts in {concepts}"
+        concepts = ConceptDictionary.load(concepts)
+    if isinstance(concepts, FoundConcepts):
+        concepts = concepts.concepts
     mine, spec = concepts.spec, backbone.spec
     if mine is None:
         raise InputError(
-            f"The concepts in {path} must tell which features they are of, but do not. "
-            f"Give the dictionary spec={spec!r} before it is saved."
+            f"{what} must tell which features they are of, but do not. "
+            f"Build the dictionary with spec={spec!r}."
         )
     digest = concepts.origin.get("weights_sha256")
     layers = [(s.layer, s.kind, s.channels) for s in (mine, spec)]
-    if layers[0] != layers[1] or (digest is None and mine.backbone != spec.backbone):
+    same = digest is not None or same_backbone(mine.backbone, spec.backbone)
+    if layers[0] != layers[1] or not same:
         raise InputError(
-            f"The concepts in {path} are those of a {mine}, but the pipeline inverts a {spec}. "
-            "Use the pipeline of that backbone and layer, or fit concepts of this one with "
+            f"{what} are those of a {mine}, but the inverter reads a {spec}. "
+            "Use the inverter of that backbone and layer, or find concepts of this one with "
             f"featinv concepts FOLDER --backbone {spec.backbone} --layer {spec.layer}."
         )
     if digest not in (None, weights_sha256({"backbone": backbone.model})):
         raise InputError(
-            f"The concepts in {path} were fitted on a {mine} with other weights than those of the "
-            f"pipeline's {spec}. Fit them again."
+            f"{what} were found on a {mine} with other weights than those of the inverter's "
+            f"{spec}. Find them again."
         )
     return concepts
-
-
-def _to_json(content: dict[str, Any]) -> str:
-    return json.dumps(content, indent=2, allow_nan=False) + "\n"

@@ -1,59 +1,143 @@
 """Encoders compared by how well their features are turned back into images.
 
-Source: "Image Reconstruction as a Tool for Feature Analysis", section 4. What differs from its
-code: images are central squares, as in configs/inverters/siglip.yaml and siglip2.yaml, where it
-trains on whole images squashed to squares and evaluates on DINOv2's central crops; similarity is
-measured in colour, and in grey only on request, where it always turns grey without saying so; its
-scorers are CLIP ViT-L/14 and SigLIP2-L, of which the latter is of the family of what it ranks.
-Here pixels and colours are measured too, and each figure has its interval.
+Source: "Image Reconstruction as a Tool for Feature Analysis", section 4. This code differs from the
+published one in these points. Images are central squares, as in configs/inverters/siglip.yaml and
+siglip2.yaml; the published code trains on whole images squashed to squares and evaluates on the
+central crops of DINOv2. Similarity is measured in colour, and without colour only on request; the
+published code always turns images grey. Its scorers are CLIP ViT-L/14 and SigLIP2-L, the second of
+which belongs to the family that it ranks. Pixels and colours are measured too, and each mean has
+its interval.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from pathlib import PurePath
+from itertools import combinations, pairwise
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
 from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 
 from featinv_diffusion.backbones import Backbone, load_backbone
+from featinv_diffusion.backbones.names import canonical_name
 from featinv_diffusion.backbones.timm import TimmBackbone
 from featinv_diffusion.backbones.transformers import TransformersBackbone
-from featinv_diffusion.data.crops import to_images
-from featinv_diffusion.data.selection import Item
-from featinv_diffusion.data.sets import ImageSet
+from featinv_diffusion.data.selection import Item, digest, select_items
+from featinv_diffusion.data.sets import ImageSet, open_images
 from featinv_diffusion.errors import InputError
-from featinv_diffusion.evaluation.evaluator import find_partners, noise_of
-from featinv_diffusion.evaluation.settings import EvaluationSettings
+from featinv_diffusion.evaluation.evaluator import find_partners
+from featinv_diffusion.evaluation.report import to_cell
 from featinv_diffusion.features.pixel_operations import to_grey
+from featinv_diffusion.figures import board as figures
+from featinv_diffusion.figures.board import add_bars, draw_grid
 from featinv_diffusion.files import expand_path
 from featinv_diffusion.images import center_square, to_tensor
 from featinv_diffusion.inverters.base import Inverter
-from featinv_diffusion.inverters.open import BUNDLED, open_chosen
+from featinv_diffusion.inverters.open import open_inverter
 from featinv_diffusion.metrics.colour import delta_e_2000
 from featinv_diffusion.metrics.features import psnr, ssim
-from featinv_diffusion.runs.sampling import batched, finite_rows, to_pixels
-from featinv_diffusion.settings import SampleSettings
+from featinv_diffusion.metrics.statistics import (
+    Interval,
+    bootstrap_difference,
+    bootstrap_mean,
+    bootstrap_p_value,
+    holm,
+    wilcoxon_signed_rank,
+)
+from featinv_diffusion.runs.progress import Advance, progress_bar
+from featinv_diffusion.runs.record import RunFolder, read_environment
+from featinv_diffusion.runs.sampling import batched, sample_each
+from featinv_diffusion.settings import SampleSettings, Selection, to_flat
+from featinv_diffusion.studies.analysis import N_DEFAULT, Analysis
+from featinv_diffusion.studies.settings import EncoderSettings
 from featinv_diffusion.types import Images
 
-# ---- Similarity of a reconstruction to its original as an encoder that made neither sees it ----
+N_EXAMPLES = 8
+NULL = "null_"
+"""Prefix of the null of a similarity: to the reconstruction of another image, if possible of
+another class."""
+PIXEL_METRICS = {"psnr": psnr, "ssim": ssim, "delta_e_2000": delta_e_2000}
+TITLE = "Images from the features of each encoder"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Comparison(Analysis):
+    """A comparison of encoders; its rows are those of `per_image.parquet`."""
+
+    def _write(self, run: RunFolder, made_by: Mapping[str, Any]) -> None:
+        run.table("per_image.parquet", self.table)
+        run.text("metrics.md", to_markdown({**made_by, **self.metrics}))
+
+
+def compare_encoders(
+    settings: EncoderSettings, *, exclude: Path | None = None, progress: bool = False
+) -> Comparison:
+    """Compares encoders by how well their features are turned back into images.
+
+    Args:
+        exclude: folder whose pictures are left out, i.e. the output.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        InputError: fewer than two inverters or images, or settings, images or models that cannot
+            be used.
+    """
+    pictures = settings.pictures
+    choice = pictures.images
+    images = open_images(choice.data, choice.split, choice.classes, exclude=exclude)
+    items = select_items(images, select(settings), settings.seed)
+    if pictures.n_images is None:
+        items = items[:N_DEFAULT]
+    if len(items) < 2:
+        raise InputError("A comparison needs at least 2 images, got 1. Take more.")
+    encoders = open_encoders(settings.inverters, settings.device)
+    backbones = [encoder.inverter.spec.backbone for encoder in encoders]
+    scorers = open_scorers(settings.scorers, backbones, settings.grey)
+    with progress_bar(len(items) * len(encoders), progress) as advance:
+        found = measure_encoders(encoders, scorers, images, items, settings.batch_size, advance)
+    metrics = {
+        "settings": {**to_flat(settings), "scorers": [s.backbone.name for s in scorers]},
+        "n_images": len(items),
+        "images_sha256": digest(found.ids),
+        **summarise(found, settings.seed),
+        "environment": read_environment(str(encoders[0].backbone.device)),
+    }
+    note = f"{len(items)} images; pixels are compared at {found.size}×{found.size}."
+    drawings = {
+        "encoders.png": draw_comparison(metrics),
+        "reconstructions.png": draw_grid(
+            {"original": found.original, **found.examples}, TITLE, [note]
+        ),
+    }
+    lines = [order_line(metrics, metric) for metric in metrics["ranking"]]
+    return Comparison(metrics, drawings, lines, found.rows())
+
+
+def select(settings: EncoderSettings) -> Selection:
+    """Returns the choice of images; an evaluation with the same choice takes the same ones."""
+    pictures = settings.pictures
+    return Selection(n_images=pictures.n_images, held_back_per_class=pictures.held_back_per_class)
+
+
+# ---- Scorers -------------------------------------------------------------------------------------
 
 BUNDLED_SCORERS = ("tiny/convnext", "tiny/resnet", "tiny/swin", "tiny/vit")
 
 
 @dataclass(frozen=True, eq=False)
 class Scorer:
-    """An encoder that compares.
+    """An encoder that measures how similar a reconstruction is to its original.
 
     Args:
-        grey: whether it sees images without colour, as in the code of "Image Reconstruction as a
-            Tool for Feature Analysis"; the paper does not say so.
+        grey: turn images grey first, as the published code does; the paper does not say so.
     """
 
     backbone: Backbone
@@ -61,23 +145,23 @@ class Scorer:
 
     @property
     def column(self) -> str:
-        """The name of the figure."""
+        """The name of the measure in tables."""
         return f"{'grey_' if self.grey else ''}similarity_{self.backbone.name}"
 
     @torch.no_grad()
     def embed(self, images: Images) -> Float[Tensor, "b c"]:
-        """One unit vector per image."""
+        """Returns a unit vector for each image."""
         if self.grey:
-            size = self.backbone.input_size
-            images = to_grey(resize(images, size))
+            images = to_grey(resize(images, self.backbone.input_size))
         return F.normalize(pooled_embedding(self.backbone, images).float(), dim=1)
 
 
 def pooled_embedding(backbone: Backbone, images: Images) -> Float[Tensor, "b c"]:
-    """What the model pools its features to: before the head of a timm model, or pooler_output.
+    """Returns the pooled features of a model: what a timm head reads, or `pooler_output`.
 
-    For a tower of transformers that pools nothing, the mean of its patches. CLIP's is before its
-    projection, which towers do not hold; SigLIP's is the embedding that is contrasted.
+    A tower of transformers without a pooler gives the mean of its patches. For CLIP the embedding
+    is the one before the projection, which towers do not hold; for SigLIP it is the one that is
+    contrasted.
     """
     if isinstance(backbone, TimmBackbone):
         model: Any = backbone.model
@@ -96,33 +180,34 @@ def pooled_embedding(backbone: Backbone, images: Images) -> Float[Tensor, "b c"]
 
 
 def resize(images: Images, size: tuple[int, int]) -> Float[Tensor, "b 3 _ _"]:
-    """Bilinear with antialiasing; images of this size are returned as they are."""
+    """Resizes bilinearly with antialiasing; images of this size are returned unchanged."""
     if tuple(images.shape[-2:]) == tuple(size):
         return images
     return F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True)
 
 
 def open_scorers(names: Sequence[str], compared: Collection[str], grey: bool) -> list[Scorer]:
-    """Loads the scorers, each in colour and, with `grey`, without it too.
+    """Loads the scorers, and with `grey` each of them without colour too.
 
     Args:
-        names: none takes the first of the bundled classifiers that is not compared.
+        names: names of backbones; none takes the first bundled classifier that is not compared.
         compared: the backbones whose reconstructions are scored.
 
     Raises:
-        InputError: a scorer that is compared itself, is named twice, or cannot be loaded.
+        InputError: a scorer that is among the compared encoders, is named twice or cannot be
+            loaded.
     """
-    taken = {_plain(name) for name in compared}
-    free = [name for name in BUNDLED_SCORERS if _plain(name) not in taken]
+    taken = {canonical_name(name) for name in compared}
+    free = [name for name in BUNDLED_SCORERS if canonical_name(name) not in taken]
     if not names and not free:
-        raise InputError("All bundled classifiers are compared: name another one with --scorers.")
+        raise InputError("All bundled classifiers are compared. Name another one with --scorers.")
     names = names or free[:1]
-    if len({_plain(name) for name in names}) < len(names):
-        raise InputError(f"--scorers names a backbone twice: {', '.join(names)}")
+    if len({canonical_name(name) for name in names}) < len(names):
+        raise InputError(f"--scorers must name each backbone once, got {', '.join(names)}.")
     for name in names:
-        if _plain(name) in taken:
+        if canonical_name(name) in taken:
             raise InputError(
-                f"A scorer must be none of the compared encoders, but {name!r} is. Name another "
+                f"A scorer must not be among the compared encoders, got {name!r}. Name another "
                 "one, or leave --scorers out."
             )
     backbones = [load_backbone(name) for name in names]
@@ -130,65 +215,29 @@ def open_scorers(names: Sequence[str], compared: Collection[str], grey: bool) ->
     return [Scorer(backbone, colour) for colour in colours for backbone in backbones]
 
 
-def _plain(name: str) -> str:
-    return name.removeprefix(BUNDLED)
-
-
-# ---- Which encoders are compared, on which images, and the inverters that turn them back ---------
-
-
-@dataclass(frozen=True)
-class EncoderSettings:
-    """What is compared, on which images.
-
-    Args:
-        inverters: names or folders as of `--inverter`, each perhaps with a stage and a pipeline:
-            NAME, NAME@STAGE, NAME:PIPELINE (see `parse_inverter`).
-        scorers: backbones that measure similarity; none takes a bundled classifier.
-        grey: measure similarity without colour too.
-        seed: of the noise of diffusion inverters.
-        n_images: None takes at most `picture_set.N_DEFAULT`.
-
-    The others are those of `EvaluationSettings`; the same choice takes the same images.
-    """
-
-    inverters: tuple[str, ...] = ()
-    data: str | None = None
-    split: str = "validation"
-    classes: str | None = None
-    held_back_per_class: int = 0
-    n_images: int | None = None
-    scorers: tuple[str, ...] = ()
-    grey: bool = False
-    seed: int = 0
-    batch_size: int = 32
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        _ = self.selection  # checks what they share
-
-    @property
-    def selection(self) -> EvaluationSettings:
-        """The same choice of images for `select_items`."""
-        shared = {f.name for f in fields(self)} & {f.name for f in fields(EvaluationSettings)}
-        return EvaluationSettings(**{name: getattr(self, name) for name in shared})
+# ---- Encoders with their inverters ---------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
 class Encoder:
-    """One that is compared.
+    """An encoder in the comparison.
 
     Args:
-        label: what tables and figures call it.
-        name: of its inverter, as it was given.
+        label: its name in tables and figures.
+        name: the name of its inverter, as it was given.
     """
 
     label: str
     name: str
     inverter: Inverter
-    backbone: Backbone
+
+    @property
+    def backbone(self) -> Backbone:
+        """The encoder itself."""
+        return self.inverter.require_backbone()
 
     def describe(self) -> dict[str, Any]:
+        """Returns what `metrics.json` says about it."""
         spec = self.inverter.spec
         return {
             "label": self.label,
@@ -202,43 +251,42 @@ class Encoder:
 
     @torch.no_grad()
     def reconstruct(self, images: Images, items: Sequence[Item]) -> Float[Tensor, "b 3 _ _"]:
-        """Returns what its features are turned back into, in 8-bit steps.
+        """Returns the images that its inverter makes of its features, in 8-bit steps.
 
         Raises:
             InputError: features or samples that are not finite.
         """
-        samples = self.inverter.invert(self.backbone.features(images), generator=noise_of(items))
-        if not bool(finite_rows(samples).all()):
-            raise InputError(f"The inverter {self.name!r} gave NaN values; use a full precision.")
-        return to_images(to_pixels(samples)).to(images.device)
+        features = self.backbone.features(images)
+        batch = sample_each(self.inverter, features, [item.seed for item in items])
+        return batch.images.to(images.device)
 
 
-def open_encoders(settings: EncoderSettings) -> list[Encoder]:
-    """Loads all inverters with their encoders.
+def open_encoders(names: Sequence[str], device: str = "auto") -> list[Encoder]:
+    """Loads inverters with their encoders.
+
+    Args:
+        names: see `parse_inverter`.
 
     Raises:
-        InputError: fewer than two inverters, one of them twice, unknown ones, or a device that is
-            not there.
+        InputError: fewer than two inverters, one that is named twice or unknown, or a device that
+            is not there.
     """
-    chosen = {name: parse_inverter(name) for name in settings.inverters}
-    _check_different(settings.inverters, chosen.values())
-    opened, resolved = [], []
-    for name, source in chosen.items():
-        inverter, complete = open_chosen(replace(source, device=settings.device))
-        if inverter.backbone is None:
-            raise InputError(f"The inverter {name!r} must know its backbone, but does not.")
-        opened.append((name, inverter, inverter.backbone))
-        resolved.append(complete)
-    _check_different(settings.inverters, resolved)  # a default may be what another one names
-    labels = make_labels([(inverter.spec.backbone, name) for name, inverter, _ in opened])
-    return [Encoder(label, *one) for label, one in zip(labels, opened, strict=True)]
+    chosen = {name: parse_inverter(name) for name in names}
+    _check_different(names, chosen.values())
+    opened = {
+        name: open_inverter(replace(source, device=device)) for name, source in chosen.items()
+    }
+    resolved = [one.settings for one in opened.values() if one.settings is not None]
+    _check_different(names, resolved)  # a default may be what another one names
+    labels = make_labels([(one.spec.backbone, name) for name, one in opened.items()])
+    return [Encoder(label, *one) for label, one in zip(labels, opened.items(), strict=True)]
 
 
 def parse_inverter(text: str) -> SampleSettings:
-    """Reads NAME[@STAGE][:PIPELINE] or FOLDER[@STAGE]; a folder's name may hold such signs itself.
+    """Reads NAME[@STAGE][:PIPELINE] or FOLDER[@STAGE]; a folder's name may contain `@` and `:`.
 
     Raises:
-        InputError: a sign with nothing before or after it.
+        InputError: an `@` or `:` with nothing before or after it.
     """
     folder, _, stage = text.rpartition("@")
     pipeline = None
@@ -252,7 +300,7 @@ def parse_inverter(text: str) -> SampleSettings:
         pipeline, stage = (parts[0] if parts else None for parts in (pipelines, stages))
     if "" in (name, stage, pipeline):
         raise InputError(
-            f"An inverter must be given as NAME, NAME@STAGE or NAME:PIPELINE, but {text!r} came."
+            f"An inverter must be given as NAME, NAME@STAGE or NAME:PIPELINE, got {text!r}."
         )
     return SampleSettings(inverter=name, stage=stage, pipeline=pipeline)
 
@@ -261,7 +309,7 @@ def _check_different(names: Sequence[str], sources: Iterable[SampleSettings]) ->
     if len({_resolve(source) for source in sources}) < max(2, len(names)):
         raise InputError(
             "A comparison needs at least two different inverters, e.g. --inverter siglip,siglip2, "
-            f"but {', '.join(names) or 'none'} came."
+            f"got {', '.join(names) or 'none'}."
         )
 
 
@@ -270,7 +318,7 @@ def _is_folder(text: str) -> bool:
 
 
 def _resolve(source: SampleSettings) -> tuple[str | None, ...]:
-    """Name, stage and pipeline; of a folder, where it really is."""
+    """Returns name, stage and pipeline; folders by their real path."""
     names = (source.inverter, source.stage, source.pipeline)
     return tuple(
         str(expand_path(name).resolve()) if name and _is_folder(name) else name for name in names
@@ -278,10 +326,10 @@ def _resolve(source: SampleSettings) -> tuple[str | None, ...]:
 
 
 def make_labels(named: Sequence[tuple[str, str]]) -> list[str]:
-    """Labels of (backbone, inverter): the backbone where that is one's alone, else the inverter.
+    """Returns distinct labels of (backbone, inverter).
 
-    Of a folder as many of its last parts, at least two, as tell it from the others. No two labels
-    are the same.
+    A label is the name of the backbone if no other has it. Otherwise it is the name of the
+    inverter; for a folder as many of its last parts, at least two, as distinguish it.
 
     Raises:
         InputError: an inverter that is named twice.
@@ -295,32 +343,28 @@ def make_labels(named: Sequence[tuple[str, str]]) -> list[str]:
             return labels
         longer = [names for names in shared if len(names) > 1]
         if not longer:
-            raise InputError(f"Each inverter must be named once, but {shared[0][0]!r} came twice.")
+            raise InputError(f"Each inverter must be named once, got {shared[0][0]!r} twice.")
         for names in longer:
             names.pop(0)
 
 
 def _label_candidates(backbone: str, name: str) -> list[str]:
-    """From the shortest on; the last is the whole name."""
+    """Returns the possible labels, the shortest first and the whole name last."""
     path = PurePath(name)
     return [backbone, *("/".join(path.parts[-n:]) for n in range(2, len(path.parts))), str(path)]
 
 
-N_EXAMPLES = 8
-NULL = "null_"
-"""Before a similarity: that of the reconstruction of another image, of another class if it can."""
-
-PIXEL_METRICS = {"psnr": psnr, "ssim": ssim, "delta_e_2000": delta_e_2000}
+# ---- Measurements --------------------------------------------------------------------------------
 
 
 @dataclass(eq=False)
-class Comparison:
-    """Figures of each image by encoder and metric, row i of all of them of image `ids[i]`.
+class Measured:
+    """Measurements of each image, by encoder and metric; row i belongs to the image `ids[i]`.
 
     Args:
         size: side in pixels at which pixels are compared, the largest input of the encoders.
-        examples: the first originals, and their reconstructions by label.
         original: the first originals.
+        examples: their reconstructions, by label.
     """
 
     encoders: list[Encoder]
@@ -332,29 +376,36 @@ class Comparison:
 
     @property
     def metrics(self) -> list[str]:
-        """The names of the figures that rank; nulls are left out."""
+        """The names of the metrics, without the nulls."""
         names = next(iter(self.columns.values()))
         return [name for name in names if not name.startswith(NULL)]
 
+    def rows(self) -> list[dict[str, Any]]:
+        """Returns one dict per image."""
+        table: dict[str, list[Any]] = {"id": self.ids}
+        for label, measured in self.columns.items():
+            table |= {f"{label}/{name}": values.tolist() for name, values in measured.items()}
+        return [dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)]
 
-def compare_encoders(
+
+def measure_encoders(
     encoders: Sequence[Encoder],
     scorers: Sequence[Scorer],
     images: ImageSet,
     items: Sequence[Item],
     batch_size: int,
-    on_progress: Callable[[float], None] | None = None,
-) -> Comparison:
+    advance: Advance = lambda n: None,
+) -> Measured:
     """Reconstructs every image from every encoder; originals are decoded once.
 
     Raises:
-        InputError: an image that cannot be read.
+        InputError: an image that cannot be read, or samples that are not finite.
     """
     device = encoders[0].backbone.device
     for scorer in scorers:
         scorer.backbone.to(device)
     side = max(max(encoder.backbone.input_size) for encoder in encoders)
-    result = Comparison(list(encoders), side, [item.id for item in items])
+    result = Measured(list(encoders), side, [item.id for item in items])
     seen = {scorer.column: [] for scorer in scorers}
     parts: dict[str, list[dict[str, Tensor]]] = {encoder.label: [] for encoder in encoders}
     for batch in batched(items, batch_size):
@@ -366,8 +417,7 @@ def compare_encoders(
             samples = encoder.reconstruct(originals, batch)
             parts[encoder.label].append(_measure(originals, samples, scorers))
             _keep_examples(result, encoder.label, samples)
-            if on_progress is not None:
-                on_progress(len(batch))
+            advance(len(batch))
         if len(result.original) < N_EXAMPLES:
             kept = [*result.original, *originals.cpu()][:N_EXAMPLES]
             result.original = torch.stack(kept)
@@ -382,7 +432,7 @@ def compare_encoders(
 def _measure(
     originals: Images, samples: Float[Tensor, "b 3 _ _"], scorers: Sequence[Scorer]
 ) -> dict[str, Tensor]:
-    """Pixel metrics, and the embeddings of the samples under the names of the scorers."""
+    """Returns the pixel metrics, and the embeddings of the samples by scorer."""
     size = (originals.shape[-2], originals.shape[-1])
     resized = resize(samples, size).clamp(0, 1)
     measured = {name: metric(resized, originals) for name, metric in PIXEL_METRICS.items()}
@@ -393,10 +443,10 @@ def _measure(
 def _compare_embeddings(
     measured: dict[str, Tensor], embeddings: dict[str, Tensor], partners: Sequence[int]
 ) -> dict[str, Tensor]:
-    """Replaces embeddings by their cosine with the original's, and adds that of the partner.
+    """Replaces embeddings by their cosine with the original's, and adds the null.
 
     Args:
-        partners: another image of each; none leaves that out.
+        partners: another image for each; without any, there is no null.
     """
     cosine = partial(F.cosine_similarity, dim=1)
     columns = {name: values for name, values in measured.items() if name not in embeddings}
@@ -407,8 +457,205 @@ def _compare_embeddings(
     return columns
 
 
-def _keep_examples(result: Comparison, label: str, samples: Images) -> None:
+def _keep_examples(result: Measured, label: str, samples: Images) -> None:
     kept = result.examples.get(label)
     if kept is None or len(kept) < N_EXAMPLES:
         joined = samples.cpu() if kept is None else torch.cat([kept, samples.cpu()])
         result.examples[label] = joined[:N_EXAMPLES]
+
+
+# ---- Report --------------------------------------------------------------------------------------
+
+LOWER_IS_BETTER = ("delta_e_2000",)
+SIGNIFICANCE = 0.05
+TITLES = {"psnr": "PSNR, dB", "ssim": "SSIM", "delta_e_2000": "ΔE2000, lower is better"}
+NOTE = """\
+95 % bootstrap intervals over images. Similarity: cosine of the pooled embeddings of original and
+reconstruction; in brackets that of the original and the reconstruction of another image.
+Pairs: mean difference, Wilcoxon's signed-rank test (rank-biserial effect) and paired bootstrap,
+two-sided{correction}.
+Order: best first, of two neighbours; ≈ where either p is not below {level}. Bold: the best, and
+those that are ≈ to it.
+Where the inverters of a pair are of different kinds, it compares encoder and inverter together.
+Tests say nothing of what another training of an encoder or of its inverter would give."""
+CORRECTION = ", each p adjusted by Holm for the pairs of its metric"
+
+
+def summarise(measured: Measured, seed: int = 0) -> dict[str, Any]:
+    """Returns means with intervals, the order of the encoders, and a test of each pair.
+
+    Args:
+        seed: random seed of the bootstrap.
+    """
+    metrics = measured.metrics
+    encoders = []
+    for encoder in measured.encoders:
+        columns = measured.columns[encoder.label]
+        figures = {name: asdict(bootstrap_mean(v, seed=seed)) for name, v in columns.items()}
+        encoders.append({**encoder.describe(), "figures": figures})
+    return {
+        "compared_at": measured.size,
+        "encoders": encoders,
+        "ranking": {metric: rank(encoders, metric) for metric in metrics},
+        "pairs": {metric: _test_pairs(measured, metric, seed) for metric in metrics},
+    }
+
+
+def rank(encoders: Sequence[Mapping[str, Any]], metric: str) -> list[str]:
+    """Returns the labels, the best one first."""
+    sign = 1 if metric in LOWER_IS_BETTER else -1
+    ordered = sorted(encoders, key=lambda e: sign * e["figures"][metric]["value"])
+    return [encoder["label"] for encoder in ordered]
+
+
+def is_told_apart(pairs: Sequence[Mapping[str, Any]], first: str, second: str) -> bool:
+    """Returns whether both adjusted tests of these two encoders are significant.
+
+    Args:
+        pairs: the tests of one metric, from `summarise`.
+    """
+    (pair,) = [pair for pair in pairs if {pair["a"], pair["b"]} == {first, second}]
+    return all(pair[test]["p_holm"] < SIGNIFICANCE for test in ("wilcoxon", "bootstrap"))
+
+
+def order_line(metrics: Mapping[str, Any], metric: str) -> str:
+    """Returns the order, best first; neighbours that are not told apart are joined by ≈."""
+    labels, pairs = metrics["ranking"][metric], metrics["pairs"][metric]
+    sign = "<" if metric in LOWER_IS_BETTER else ">"
+    text = labels[0]
+    for better, worse in pairwise(labels):
+        text += f" {sign if is_told_apart(pairs, better, worse) else '≈'} {worse}"
+    return f"{title_of(metric)}: {text}"
+
+
+def title_of(metric: str) -> str:
+    """Returns the name of a metric in tables and figures."""
+    if metric in TITLES:
+        return TITLES[metric]
+    kind, _, scorer = metric.partition("similarity_")
+    return f"similarity by {scorer}" + (", grey" if kind else "")
+
+
+def to_markdown(metrics: Mapping[str, Any]) -> str:
+    """Returns a page with a table of the encoders, one of the pairs, and the command."""
+    corrected = len(metrics["encoders"]) > 2
+    note = NOTE.format(correction=CORRECTION if corrected else "", level=SIGNIFICANCE)
+    lines = [
+        "# Comparison of encoders by reconstruction",
+        "",
+        f"{metrics['n_images']} images of {metrics['settings']['data']}, pixels compared at "
+        f"{metrics['compared_at']}×{metrics['compared_at']}.",
+        "",
+        *_encoder_table(metrics),
+        "",
+        *(f"- {order_line(metrics, metric)}" for metric in metrics["ranking"]),
+        "",
+        *_pair_table(metrics),
+    ]
+    command = ["```", metrics["command"], "```", ""] if "command" in metrics else []
+    return "\n".join([*lines, "", note, "", *command])
+
+
+def _test_pairs(measured: Measured, metric: str, seed: int) -> list[dict[str, Any]]:
+    rows = []
+    for first, second in combinations([encoder.label for encoder in measured.encoders], 2):
+        a, b = (measured.columns[label][metric] for label in (first, second))
+        rows.append(
+            {
+                "a": first,
+                "b": second,
+                "difference": asdict(bootstrap_difference(a, b, seed=seed)),
+                "wilcoxon": asdict(wilcoxon_signed_rank(a, b)),
+                "bootstrap": {"p_value": bootstrap_p_value(a, b, seed=seed)},
+            }
+        )
+    for test in ("wilcoxon", "bootstrap"):
+        adjusted = holm([row[test]["p_value"] for row in rows])
+        for row, p_value in zip(rows, adjusted, strict=True):
+            row[test]["p_holm"] = p_value
+    return rows
+
+
+def _encoder_table(metrics: Mapping[str, Any]) -> list[str]:
+    names = list(metrics["ranking"])
+    best = {name: _find_best(metrics, name) for name in names}
+    rows = []
+    for encoder in metrics["encoders"]:
+        cells = [_figure_cell(encoder["figures"], name) for name in names]
+        marked = [
+            f"**{cell}**" if encoder["label"] in best[name] else cell
+            for name, cell in zip(names, cells, strict=True)
+        ]
+        size = "×".join(map(str, encoder["input_size"]))
+        rows.append([encoder["label"], size, *marked])
+    return _table(["encoder", "pixels", *map(title_of, names)], rows)
+
+
+def _find_best(metrics: Mapping[str, Any], metric: str) -> list[str]:
+    """Returns the first encoder in order, and those that are not told apart from it."""
+    first, *others = metrics["ranking"][metric]
+    pairs = metrics["pairs"][metric]
+    return [first, *(label for label in others if not is_told_apart(pairs, first, label))]
+
+
+def _figure_cell(figures: Mapping[str, Any], name: str) -> str:
+    null = figures.get(NULL + name)
+    other = f" ({null['value']:.3f})" if null else ""
+    return to_cell(figures[name], name) + other
+
+
+def _pair_table(metrics: Mapping[str, Any]) -> list[str]:
+    rows = [
+        [
+            title_of(metric),
+            f"{row['a']} − {row['b']}",
+            to_cell(row["difference"], metric),
+            f"{row['wilcoxon']['effect']:+.2f}",
+            f"{row['wilcoxon']['p_holm']:.2g}",
+            f"{row['bootstrap']['p_holm']:.2g}",
+        ]
+        for metric, pairs in metrics["pairs"].items()
+        for row in pairs
+    ]
+    return _table(["metric", "pair", "difference", "effect", "Wilcoxon p", "bootstrap p"], rows)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
+
+
+PER_ROW = 4
+
+
+def draw_comparison(metrics: Mapping[str, Any]) -> Figure:
+    """Draws the means of each metric with their intervals, and the null as a line."""
+    names, encoders = list(metrics["ranking"]), metrics["encoders"]
+    n_columns = min(PER_ROW, len(names))
+    n_rows = -(-len(names) // n_columns)
+    width = max(1.5, 0.7 + 0.42 * len(encoders))
+    size = (n_columns * width + 0.4, n_rows * 2.6 + 0.4)
+    figure = Figure(figsize=size, layout="constrained")
+    figure.suptitle(TITLE, fontsize=figures.TITLE, x=0.01, ha="left", weight="bold")
+    note = f"{metrics['n_images']} images, 95 % intervals"
+    if any(name.startswith(NULL) for name in encoders[0]["figures"]):
+        note += "; line: the reconstruction of another image"
+    figure.supxlabel(note, fontsize=figures.TEXT, color=figures.GREY, x=0.01, ha="left")
+    panels = figure.subplots(n_rows, n_columns, squeeze=False).flatten()
+    for axes, name in zip(panels, names, strict=False):
+        _draw_panel(axes, name, encoders)
+    for axes in panels[len(names) :]:
+        axes.set_visible(False)
+    return figure
+
+
+def _draw_panel(axes: Axes, name: str, encoders: Sequence[Mapping[str, Any]]) -> None:
+    places = range(len(encoders))
+    add_bars(axes, places, [Interval(**e["figures"][name]) for e in encoders], width=0.65)
+    nulls = [encoder["figures"].get(NULL + name) for encoder in encoders]
+    for place, null in zip(places, nulls, strict=True):
+        if null is not None:
+            ends = (place - 0.32, place + 0.32)
+            axes.hlines(null["value"], *ends, color=figures.ORANGE, linewidth=1.5)
+    labels = [encoder["label"] for encoder in encoders]
+    axes.set_xticks(places, labels, rotation=30, ha="right", rotation_mode="anchor")
+    axes.set_title(title_of(name), fontsize=figures.TEXT)

@@ -27,10 +27,10 @@ from featinv_diffusion.runs.record import Result
 from featinv_diffusion.runs.sampling import read_maps, sample_all, seeds_of, to_list
 from featinv_diffusion.runs.scope import caption, open_scope, scope_notes
 from featinv_diffusion.studies.study import (
+    choose_seeds,
     draw_original,
     settings_line,
     settings_of,
-    to_n_samples,
 )
 from featinv_diffusion.types import Features, Source
 
@@ -46,6 +46,7 @@ def interpolate(
     weights: Sequence[float] = (0, 0.25, 0.5, 0.75, 1),
     n_samples: int = 4,
     seed: int = 0,
+    seeds: Sequence[int] | None = None,
     batch_size: int = 8,
     progress: bool = False,
 ) -> Interpolation:
@@ -57,6 +58,7 @@ def interpolate(
         weights: weights of A in any order; below 0 and above 1 they extrapolate.
         n_samples: samples of each mixture; deterministic inverters make one.
         seed: random seed.
+        seeds: the seed of each sample itself, as a manifest keeps them.
         batch_size: samples per batch.
         progress: show a progress bar on stderr.
 
@@ -66,7 +68,7 @@ def interpolate(
     """
     weights = check_weights(weights)
     a, b = read_maps(inverter, a), read_maps(inverter, b)
-    seeds = seeds_of(a, seed, to_n_samples(inverter, n_samples))
+    seeds = choose_seeds(inverter, a, seed, n_samples, seeds)
     seeds_of(b, seed, 1)
     scope = open_scope(inverter)
     pairs = [(weight, 1 - weight) for weight in weights]

@@ -1,4 +1,4 @@
-"""The study of `featinv variability`: many samples of one picture's features."""
+"""Many samples of one picture's features: what they fix, and what they leave open."""
 
 from __future__ import annotations
 
@@ -10,20 +10,221 @@ import torch
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
-from featinv_diffusion.errors import InputError
 from featinv_diffusion.figures import board as figures
 from featinv_diffusion.figures.board import Board
 from featinv_diffusion.images import to_pil
 from featinv_diffusion.inverters.base import Inverter
-from featinv_diffusion.runs.sampling import Encoded, encode_picture, sample_map, to_list
-from featinv_diffusion.runs.scope import Scope, caption
-from featinv_diffusion.settings import SampleSettings
-from featinv_diffusion.studies.study import Outcome, Study, settings_line
-from featinv_diffusion.types import Features, Images
+from featinv_diffusion.runs.progress import advancing
+from featinv_diffusion.runs.record import Result
+from featinv_diffusion.runs.sampling import read_maps, sample_map, to_list
+from featinv_diffusion.runs.scope import caption, open_scope, scope_notes
+from featinv_diffusion.studies.study import (
+    choose_seeds,
+    draw_original,
+    pixel_rows,
+    settings_line,
+    settings_of,
+)
+from featinv_diffusion.types import Images, Source
 
-# ---- How much the samples of one map differ ----
+LEVELS = (0.05, 0.25, 0.5, 0.75, 0.95)
+SHOWN = (0.05, 0.5, 0.95)
+N_EXAMPLES = 2
+
+
+def variability(
+    inverter: Inverter,
+    picture: Any,
+    *,
+    n_samples: int = 32,
+    seed: int = 0,
+    seeds: Sequence[int] | None = None,
+    batch_size: int = 8,
+    progress: bool = False,
+) -> Variability:
+    """Samples one map many times; holds one batch, and of each sample only its cosines.
+
+    Args:
+        picture: a picture or a feature map `[1, c, h, w]`; the noise depends on its file name.
+        n_samples: samples, at least 2; deterministic inverters make one, which has no spread.
+        seed: random seed.
+        seeds: the seed of each sample itself, as a manifest keeps them.
+        batch_size: samples per batch.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        InputError: too few samples, a picture that cannot be read, a map of another shape, samples
+            that are not finite.
+    """
+    maps = read_maps(inverter, picture)
+    seeds = choose_seeds(inverter, maps, seed, n_samples, seeds, least=2)
+    features = maps.as_subclass(Tensor)
+    scope = open_scope(inverter)
+    moments, cosines, examples = RunningMoments(), [], []
+    with advancing(inverter, len(seeds), progress):
+        for batch in sample_map(inverter, features, seeds, batch_size):
+            missing = max(0, N_EXAMPLES - sum(map(len, examples)))
+            examples.append(batch.images[:missing])
+            moments.update(batch.images)
+            cosines.append(batch.cosine.float().cpu())
+    cosine = torch.cat(cosines)
+    return Variability(
+        settings=settings_of(inverter, len(seeds), seed, batch_size),
+        arguments={"seeds": seeds, "image": maps.sources[0].location},
+        scope_p_value=scope.p_value(features, cosine.double().mean().item()),
+        scope_basis=scope.basis,
+        picture=maps.sources[0],
+        mean=moments.mean,
+        std=moments.std,
+        cosine=cosine,
+        examples=torch.cat(examples),
+    )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Variability(Result):
+    """What many samples of one map have in common.
+
+    Args:
+        picture: that the map comes from.
+        mean: the mean image, in [0, 1].
+        std: of each pixel over samples, root mean square of the three channels' deviations; None
+            for the one sample of a deterministic inverter.
+        cosine: of each sample's cells to the map.
+        examples: the first samples.
+    """
+
+    command: ClassVar[str] = "variability"
+
+    picture: Source
+    mean: Float[Tensor, "3 height width"]
+    std: Float[Tensor, "height width"] | None
+    cosine: Float[Tensor, "seeds h w"]
+    examples: Images
+
+    def cosine_quantiles(self, levels: Sequence[float]) -> Float[Tensor, " levels"]:
+        """Returns quantiles of the cosines of all cells of all samples."""
+        return _quantiles(self.cosine.flatten()[:, None], levels)[:, 0]
+
+    def cosine_quantiles_per_cell(self, levels: Sequence[float]) -> Float[Tensor, "levels h w"]:
+        """Returns quantiles over the samples, of each cell."""
+        rows = _quantiles(self.cosine.flatten(1), levels)
+        return rows.unflatten(1, self.cosine.shape[1:])
+
+    def main_figures(self) -> dict[str, Any]:
+        """Returns the mean deviation of a pixel, and quantiles of the cosine of a cell."""
+        return {
+            "pixel_std_mean": None if self.std is None else self.std.double().mean().item(),
+            "cosine_quantiles": _by_level(self.cosine_quantiles(LEVELS)),
+        }
+
+    def numbers(self) -> dict[str, Any]:
+        """Returns these, the quantiles of each cell over samples, and each sample's cosine."""
+        per_cell = None if self.std is None else self.cosine_quantiles_per_cell(LEVELS)
+        return {
+            **self.main_figures(),
+            "cosine_quantiles_per_cell": None if per_cell is None else _by_level(per_cell),
+            "cosines": to_list(self.cosine.mean(dim=(1, 2))),
+            "seeds": self.arguments["seeds"],
+        }
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Returns one dict per pixel."""
+        red, green, blue = self.mean
+        return pixel_rows(mean_red=red, mean_green=green, mean_blue=blue, std=self.std)
+
+    def pictures(self) -> dict[str, Image.Image]:
+        """Returns the mean image."""
+        return {"mean.png": to_pil(self.mean[None])[0]}
+
+    def summary(self) -> str:
+        """Returns how much the samples differ and how well the cells come back, in a sentence."""
+        found = self.main_figures()
+        low, middle = (figures.number(found["cosine_quantiles"][key]) for key in ("0.05", "0.5"))
+        deviation = (
+            "1 sample of a deterministic inverter, which has no spread:"
+            if self.std is None
+            else f"{len(self.cosine)} samples: standard deviation of a pixel "
+            f"{found['pixel_std_mean']:.3f} on average,"
+        )
+        return f"{deviation} cosine of a cell {middle} in the median (5 % of them below {low})."
+
+    def figure(self) -> Figure:
+        """Draws original, samples, their mean and deviation; below, quantiles of the cosine.
+
+        Of a deterministic inverter: original, its sample, and the cosine of each cell.
+        """
+        return self._draw_one() if self.std is None else self._draw_many(self.std)
+
+    def _draw_one(self) -> Figure:
+        notes = "A deterministic inverter makes one sample, which has no spread."
+        board = Board(
+            1,
+            3,
+            "What the features fix: one sample",
+            [settings_line(self.settings), notes, *scope_notes(self.scope_basis)],
+            right=0.8,
+        )
+        figure = board.make()
+        draw_original(board.tile_axes(figure, 0, 0), self.picture)
+        self._draw_sample(board.tile_axes(figure, 0, 1), 0)
+        self._draw_cosines(board, figure, 0, 2, {"cosine of cells": self.cosine[0]})
+        return figure
+
+    def _draw_many(self, std: Float[Tensor, "height width"]) -> Figure:
+        board = Board(
+            2,
+            4,
+            f"What the features fix, and what the prior fills in: {len(self.cosine)} samples",
+            [
+                settings_line(self.settings),
+                "Bright in the upper map: pixels that the features leave open.",
+                *scope_notes(self.scope_basis),
+            ],
+            right=0.8,
+        )
+        figure = board.make()
+        tiles = [board.tile_axes(figure, 0, column) for column in range(4)]
+        draw_original(tiles[0], self.picture)
+        self._draw_sample(tiles[1], 0)
+        figures.label(tiles[2], "mean of samples")
+        figures.show_picture(tiles[2], self.mean)
+        figures.label(tiles[3], "std of pixels")
+        image = figures.show_map(tiles[3], std, 0, max(std.max().item(), 1e-3))
+        figures.caption(tiles[3], f"mean {std.mean().item():.3f}")
+        figures.add_colour_bar(board, figure, 0, image, "std, RGB in 0 … 1")
+        self._draw_sample(board.tile_axes(figure, 1, 0), 1)
+        levels = (f"cosine, {level:.0%} quantile" for level in SHOWN)
+        maps = dict(zip(levels, self.cosine_quantiles_per_cell(SHOWN), strict=True))
+        self._draw_cosines(board, figure, 1, 1, maps)
+        return figure
+
+    def _draw_sample(self, axes: Axes, j: int) -> None:
+        figures.label(axes, f"sample {j}")
+        figures.show_picture(axes, self.examples[j])
+        words = f"cosine {figures.number(self.cosine[j].mean().item())}"
+        caption(axes, words, self.scope_p_value)
+
+    def _draw_cosines(
+        self, board: Board, figure: Figure, row: int, first: int, maps: dict[str, Tensor]
+    ) -> None:
+        """Draws maps of cosines beside each other, at one scale."""
+        low = min(values.min().item() for values in maps.values())
+        high = max(low + 1e-3, *(values.max().item() for values in maps.values()))
+        image: Any = None
+        for column, (name, values) in enumerate(maps.items(), start=first):
+            axes = board.tile_axes(figure, row, column)
+            figures.label(axes, name)
+            image = figures.show_map(axes, values, low, high)
+            figures.caption(axes, f"mean {figures.number(values.mean().item())}")
+        figures.add_colour_bar(board, figure, row, image, "cosine of a cell")
+
+
+def _by_level(values: Tensor) -> dict[str, Any]:
+    return dict(zip(map(str, LEVELS), to_list(values), strict=True))
 
 
 class RunningMoments:
@@ -57,62 +258,14 @@ class RunningMoments:
         return self._mean.float()
 
     @property
-    def std(self) -> Float[Tensor, "height width"]:
-        """Standard deviation of each pixel: root of the variance (n − 1), mean over channels."""
+    def std(self) -> Float[Tensor, "height width"] | None:
+        """Standard deviation of each pixel, root of the variance (n − 1), mean over channels.
+
+        None for a single image.
+        """
+        if self.count < 2:
+            return None
         return (self._squares / (self.count - 1)).mean(dim=0).sqrt().float()
-
-
-@dataclass(frozen=True, eq=False)
-class Variability:
-    """What many samples of one map have in common.
-
-    Args:
-        mean: the mean image.
-        std: of each pixel over samples, root mean square of the three channels' deviations.
-        cosine: of each sample's cells to the map.
-        examples: the first samples.
-    """
-
-    mean: Float[Tensor, "3 height width"]
-    std: Float[Tensor, "height width"]
-    cosine: Float[Tensor, "seeds h w"]
-    examples: Images
-
-    def cosine_quantiles(self, levels: Sequence[float]) -> Float[Tensor, " levels"]:
-        """Returns quantiles of the cosines of all cells of all samples."""
-        return _quantiles(self.cosine.flatten()[:, None], levels)[:, 0]
-
-    def cosine_quantiles_per_cell(self, levels: Sequence[float]) -> Float[Tensor, "levels h w"]:
-        """Returns quantiles over the samples, of each cell."""
-        rows = _quantiles(self.cosine.flatten(1), levels)
-        return rows.unflatten(1, self.cosine.shape[1:])
-
-
-def measure_variability(
-    inverter: Inverter,
-    features: Features,
-    seeds: Sequence[int],
-    batch_size: int = 8,
-    n_examples: int = 0,
-) -> Variability:
-    """Samples one map with many seeds; holds one batch, and of each sample only its cosines.
-
-    Args:
-        features: `[1, c, h, w]`.
-        n_examples: how many of the samples are kept.
-
-    Raises:
-        InputError: fewer than two seeds; as `sample_map`.
-    """
-    if len(seeds) < 2:
-        raise InputError(f"Variability needs at least 2 samples, but {len(seeds)} came.")
-    moments, cosines, examples = RunningMoments(), [], []
-    for batch in sample_map(inverter, features, seeds, batch_size):
-        missing = max(0, n_examples - sum(map(len, examples)))
-        examples.append(batch.images[:missing])
-        moments.update(batch.images)
-        cosines.append(batch.cosine.float().cpu())
-    return Variability(moments.mean, moments.std, torch.cat(cosines), torch.cat(examples))
 
 
 def _quantiles(
@@ -125,130 +278,3 @@ def _quantiles(
     above = (below + 1).clamp(max=len(ordered) - 1)
     share = (places - below)[:, None]
     return ((1 - share) * ordered[below] + share * ordered[above]).float()
-
-
-LEVELS = (0.05, 0.25, 0.5, 0.75, 0.95)
-SHOWN = (0.05, 0.5, 0.95)
-N_EXAMPLES = 2
-
-
-@dataclass(frozen=True)
-class SampleVariability(Study):
-    """Mean, standard deviation and cosine quantiles of the samples of one map.
-
-    Args:
-        image: path of the picture.
-    """
-
-    command: ClassVar[str] = "variability"
-
-    image: str
-
-    def __post_init__(self) -> None:
-        figures.check_name(self.figure)
-        if len(self.seeds) < 2:
-            raise InputError(f"n_samples must be at least 2 here, but {len(self.seeds)} came.")
-
-    @property
-    def n_samples(self) -> int:
-        return len(self.seeds)
-
-    def run(self, inverter: Inverter, settings: SampleSettings, scope: Scope) -> Outcome:
-        picture = encode_picture(inverter, self.image)
-        found = measure_variability(
-            inverter, picture.features, self.seeds, settings.batch_size, N_EXAMPLES
-        )
-        quantiles = _by_level(found.cosine_quantiles(LEVELS))
-        p_value = scope.p_value(picture.features, found.cosine.double().mean().item())
-        held = {"pixel_std_mean": found.std.double().mean().item(), "cosine_quantiles": quantiles}
-        return Outcome(
-            figures=held,
-            numbers={
-                **held,
-                "cosine_quantiles_per_cell": _by_level(found.cosine_quantiles_per_cell(LEVELS)),
-                "cosines": to_list(found.cosine.mean(dim=(1, 2))),
-                "seeds": self.seeds,
-            },
-            rows=_rows(found),
-            pictures={"mean.png": to_pil(found.mean[None])[0]},
-            drawing=self._draw(picture, found, settings, scope, p_value),
-            summary=(
-                f"{self.n_samples} samples: standard deviation of a pixel "
-                f"{held['pixel_std_mean']:.3f} on average, cosine of a cell "
-                f"{figures.number(quantiles['0.5'])} in the median (5 % of them below "
-                f"{figures.number(quantiles['0.05'])})."
-            ),
-            scope_p_value=p_value,
-        )
-
-    def _draw(
-        self,
-        picture: Encoded,
-        found: Variability,
-        settings: SampleSettings,
-        scope: Scope,
-        p_value: float | None,
-    ) -> Figure:
-        """Draws original, samples, their mean and deviation; below, quantiles of the cosine."""
-        board = Board(
-            2,
-            4,
-            f"What the features fix, and what the prior fills in: {self.n_samples} samples",
-            [
-                settings_line(settings),
-                "Bright in the upper map: pixels that the features leave open.",
-                *scope.notes,
-            ],
-            right=0.8,
-        )
-        figure = board.make()
-        titles = ("original", "sample 0", "mean of samples", "std of pixels")
-        tiles = [board.tile_axes(figure, 0, column) for column in range(4)]
-        for axes, title in zip(tiles, titles, strict=True):
-            figures.label(axes, title)
-        figures.show_picture(tiles[0], picture.square)
-        figures.caption(tiles[0], figures.short_name(self.image), color=figures.GREY)
-        _show_sample(tiles[1], found, 0, p_value)
-        figures.show_picture(tiles[2], found.mean)
-        image = figures.show_map(tiles[3], found.std, 0, max(found.std.max().item(), 1e-3))
-        figures.caption(tiles[3], f"mean {found.std.mean().item():.3f}")
-        figures.add_colour_bar(board, figure, 0, image, "std, RGB in 0 … 1")
-        self._draw_cosines(board, figure, found, p_value)
-        return figure
-
-    def _draw_cosines(
-        self, board: Board, figure: Figure, found: Variability, p_value: float | None
-    ) -> None:
-        maps = found.cosine_quantiles_per_cell(SHOWN)
-        low, high = maps.min().item(), max(maps.max().item(), maps.min().item() + 1e-3)
-        axes = board.tile_axes(figure, 1, 0)
-        figures.label(axes, "sample 1")
-        _show_sample(axes, found, 1, p_value)
-        image: Any = None
-        for column, (level, values) in enumerate(zip(SHOWN, maps, strict=True), start=1):
-            axes = board.tile_axes(figure, 1, column)
-            figures.label(axes, f"cosine, {level:.0%} quantile")
-            image = figures.show_map(axes, values, low, high)
-            figures.caption(axes, f"mean {figures.number(values.mean().item())}")
-        figures.add_colour_bar(board, figure, 1, image, "cosine of a cell")
-
-
-def _show_sample(axes: Axes, found: Variability, j: int, p_value: float | None) -> None:
-    figures.show_picture(axes, found.examples[j])
-    caption(axes, f"cosine {figures.number(found.cosine[j].mean().item())}", p_value)
-
-
-def _by_level(values: torch.Tensor) -> dict[str, Any]:
-    return dict(zip(map(str, LEVELS), to_list(values), strict=True))
-
-
-def _rows(found: Variability) -> list[dict[str, Any]]:
-    """One row per pixel."""
-    red, green, blue = (to_list(channel.flatten()) for channel in found.mean)
-    height, width = found.std.shape
-    places = [(y, x) for y in range(height) for x in range(width)]
-    columns = zip(places, red, green, blue, to_list(found.std.flatten()), strict=True)
-    return [
-        {"y": y, "x": x, "mean_red": r, "mean_green": g, "mean_blue": b, "std": std}
-        for (y, x), r, g, b, std in columns
-    ]

@@ -28,14 +28,15 @@ class Progress:
     """How far a run is.
 
     `batch` counts micro-batches of the current epoch, on each process; `seconds` are those of all
-    sittings that led to the last checkpoint.
+    sittings that led to the last checkpoint; `unreadable` are the images that were replaced.
     """
 
     def __init__(self) -> None:
         self.step = self.epoch = self.batch = self.micro_step = 0
         self.seconds = 0.0
+        self.unreadable: list[str] = []
 
-    def state_dict(self) -> dict[str, float]:
+    def state_dict(self) -> dict[str, Any]:
         return dict(vars(self))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -121,10 +122,18 @@ def environment(n_processes: int) -> dict[str, Any]:
     """Library versions, the commit and the number of processes."""
     names = ("torch", "diffusers", "transformers", "accelerate", "timm", "datasets")
     return {
-        "versions": {name: importlib.metadata.version(name) for name in names},
+        "versions": {name: _version(name) for name in names},
         "commit": _commit(),
         "n_processes": n_processes,
     }
+
+
+def _version(package: str) -> str | None:
+    """The installed version of a package; None where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _commit() -> str | None:

@@ -46,6 +46,7 @@ class RunConfig:
         resume: continue from the newest checkpoint in `output`; False refuses to touch one.
         allow_changed_config: resume although the data, optimizer or model settings changed.
         checkpoints_total_limit: keep this many, delete older ones.
+        tracker: `auto` is tensorboard where it is installed, else none.
         validate_every: optimizer steps between reconstructions of the fixed validation images.
         dry_run: print the config, parameter counts, memory and batch shapes, then stop.
     """
@@ -58,7 +59,7 @@ class RunConfig:
     validate_every: int = 500
     n_validation_images: int = 16
     log_every: int = 10
-    tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
+    tracker: Literal["auto", "tensorboard", "wandb", "none"] = "auto"
     mixed_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     gradient_checkpointing: bool = False
     channels_last: bool = False

@@ -19,12 +19,13 @@ from torchvision.utils import make_grid
 from transformers import CLIPTextModel, CLIPTokenizer, TimmWrapperForImageClassification
 
 from featinv_diffusion.backbones import Backbone, load_backbone, wrap_model
+from featinv_diffusion.backbones.names import PUBLISHED, canonical_name
 from featinv_diffusion.config import to_yaml
 from featinv_diffusion.data.crops import (
     CropDataset,
     DataConfig,
     StreamedCrops,
-    load_records,
+    open_training_images,
     to_images,
 )
 from featinv_diffusion.diffusion.featinv_controlnet import FeatureControlNet
@@ -68,7 +69,7 @@ class ControlNetModelConfig:
     """
 
     base: str = "lambdalabs/miniSD-diffusers"
-    backbone: str = "convnext"
+    backbone: str = PUBLISHED["convnext"]
     backbone_name: str | None = None
     layer: str = "last"
     feature_hidden_channels: int = 512
@@ -289,7 +290,7 @@ def load_training_backbone(config: ControlNetModelConfig) -> Backbone:
     if not Path(config.backbone).is_dir():
         return load_backbone(config.backbone, config.layer)
     wrapper = load_component(TimmWrapperForImageClassification, config.backbone)
-    name = config.backbone_name or wrapper.config.architecture
+    name = canonical_name(config.backbone_name or wrapper.config.architecture)
     return wrap_model(wrapper, name=name, layer=config.layer)
 
 
@@ -381,9 +382,7 @@ def _open_data(config: ControlNetConfig) -> tuple[CropDataset | StreamedCrops, T
             raise InputError("A latent cache needs random access: unset cache.folder or streaming.")
         stream = StreamedCrops(config.data, config.seed, n_skipped=n)
         return stream, stream.held_back_images()
-    train, held = make_datasets(load_records(config.data), config.data, config.seed)
-    if not len(held):
-        raise InputError("Validation images are needed: set data.held_back_per_class to 1 or more.")
+    train, held = make_datasets(open_training_images(config.data), config.data, config.seed)
     return train, stack_images(held, n)[0]
 
 

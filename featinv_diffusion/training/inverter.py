@@ -18,16 +18,22 @@ from transformers import TimmWrapperForImageClassification
 from transformers.loss.loss_for_object_detection import HungarianMatcher, ImageLoss
 
 from featinv_diffusion.backbones import wrap_model
+from featinv_diffusion.backbones.names import canonical_name
 from featinv_diffusion.config import to_yaml
-from featinv_diffusion.data.boxes import BoxDataset, coco_annotations, load_box_records, targets_of
+from featinv_diffusion.data.boxes import (
+    BoxDataset,
+    coco_annotations,
+    open_boxed_images,
+    targets_of,
+)
 from featinv_diffusion.data.crops import (
     CropDataset,
     DataConfig,
-    Records,
-    load_records,
+    open_training_images,
     split_held_back,
     to_images,
 )
+from featinv_diffusion.data.sets import ImageSet
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.files import write_text
 from featinv_diffusion.inverters.blocks import ConvInverse, InverseModule, published_layers
@@ -46,7 +52,7 @@ from featinv_diffusion.metrics.detection import best_query_scores
 from featinv_diffusion.metrics.features import psnr
 from featinv_diffusion.seeds import derive_seed
 from featinv_diffusion.training.config import OptimConfig, RunConfig
-from featinv_diffusion.training.entry import load_component
+from featinv_diffusion.training.entry import load_component, stack_items
 from featinv_diffusion.training.loop import fit, make_accelerator
 
 # ---- DETR's set prediction loss, from transformers' matcher and criterion ------------------------
@@ -154,12 +160,12 @@ def load_training_path(config: InverterModelConfig) -> ForwardPath:
         size = config.input_size or PUBLISHED_SIZE
         return DetrPath(load_detr(config.weights), name=config.model, input_size=size)
     wrapper = load_component(TimmWrapperForImageClassification, config.weights)
-    return vit_path(wrap_model(wrapper, name=config.model))
+    return vit_path(wrap_model(wrapper, name=info.model))
 
 
 def info_of(config: InverterModelConfig) -> PathInfo:
     """Returns what the saved inverter says of its model."""
-    return PathInfo(config.family, config.model, config.input_size)
+    return PathInfo(config.family, canonical_name(config.model), config.input_size)
 
 
 def make_inverses(config: InverterModelConfig, path: ForwardPath) -> InverseSet:
@@ -372,29 +378,14 @@ def tune_inverter(config: InverterConfig) -> Path:
     if not isinstance(path, DetrPath):
         raise InputError(f"Fine-tuning is for DETR, but {path.name!r} is of family {path.family}.")
     inverses = InverseSet.from_pretrained(str(config.tuning.inverter))
-    records = load_box_records(config.data)
-    kept, held = split_images(records, config.data)
-    train = BoxDataset(records, kept, config.data, config.seed)
-    validation = BoxDataset(records, held, held_back_config(config.data), config.seed)
+    images = open_boxed_images(config.data)
+    kept, held = split_images(images, config.data)
+    train = BoxDataset(images, kept, config.data, config.seed)
+    validation = BoxDataset(images, held, held_back_config(config.data), config.seed)
     task = TuningTask(
         path, inverses, config.tuning, stack_items(validation, 250), config.run.n_validation_images
     )
     return fit(task, train, accelerator, config.optim, config.run, to_yaml(config))
-
-
-def stack_items(dataset: BoxDataset, n: int) -> dict[str, Tensor]:
-    """Stacks n items that are spread evenly over a data set, tensors only.
-
-    Raises:
-        InputError: the data set is empty.
-    """
-    if not len(dataset):
-        raise InputError("Validation images are needed: set data.held_back_per_class to 1 or more.")
-    positions = torch.linspace(0, len(dataset) - 1, min(n, len(dataset))).round().long().tolist()
-    items = [dataset[i] for i in positions]
-    return {
-        name: torch.stack([x[name] for x in items]) for name in ("pixels", "boxes", "box_labels")
-    }
 
 
 N_VALIDATION = 250
@@ -421,7 +412,7 @@ class TuningConfig:
         if not 0 <= self.reconstruction_weight <= 1:
             raise InputError(
                 "tuning.reconstruction_weight (λ) must lie in [0, 1], "
-                f"but {self.reconstruction_weight} came."
+                f"got {self.reconstruction_weight}."
             )
 
 
@@ -548,13 +539,6 @@ def held_back_config(config: DataConfig) -> DataConfig:
     return replace(config, crop=crop, hflip=False, vflip=False)
 
 
-def stack_pixels(dataset: CropDataset, n: int) -> Tensor:
-    """Returns n images, or all, spread evenly over the data: uint8 `[n, 3, s, s]`."""
-    n = min(n, len(dataset))
-    positions = torch.linspace(0, len(dataset) - 1, n).round().long().tolist()
-    return torch.stack([dataset[position]["pixels"] for position in positions])
-
-
 def train_inverter(config: InverterConfig) -> Path:
     """Trains to the end and returns the folder that holds `inverter/`."""
     refuse_streaming(config.data)
@@ -564,16 +548,18 @@ def train_inverter(config: InverterConfig) -> Path:
     torch.manual_seed(derive_seed(config.seed, "initial weights"))
     path = load_training_path(config.model).to(accelerator.device)
     inverses = make_inverses(config.model, path)
-    records = load_images(config.data)
-    kept, held = split_images(records, config.data)
-    train = CropDataset(records, kept, config.data, config.seed)
-    validation = CropDataset(records, held, held_back_config(config.data), config.seed)
+    images = load_images(config.data)
+    kept, held = split_images(images, config.data)
+    train = CropDataset(images, kept, config.data, config.seed)
+    validation = CropDataset(images, held, held_back_config(config.data), config.seed)
     n = 1 if config.run.dry_run else config.model.statistics_images
-    statistics = measure_statistics(path, _stages_of(inverses), to_images(stack_pixels(train, n)))
+    statistics = measure_statistics(
+        path, _stages_of(inverses), to_images(stack_items(train, n)["pixels"])
+    )
     if config.model.standardise and not config.run.dry_run:
         set_statistics(inverses, statistics)
     n_pictures = config.run.n_validation_images
-    pixels = stack_pixels(validation, max(N_VALIDATION, n_pictures))
+    pixels = stack_items(validation, max(N_VALIDATION, n_pictures))["pixels"]
     task = InverterTask(inverses, path, pixels, statistics, n_pictures, config.optim.batch_size)
     return fit(task, train, accelerator, config.optim, config.run, to_yaml(config))
 
@@ -587,13 +573,13 @@ def refuse_streaming(config: DataConfig) -> None:
         )
 
 
-def split_images(records: Records, config: DataConfig) -> tuple[list[int], list[int]]:
+def split_images(images: ImageSet, config: DataConfig) -> tuple[list[int], list[int]]:
     """Returns (training, held-back) indices.
 
     Raises:
         InputError: one side has none.
     """
-    kept, held = split_held_back(records.labels, config.held_back_per_class)
+    kept, held = split_held_back(images.labels or [], config.held_back_per_class)
     if not held:
         raise InputError("Validation images are needed: set data.held_back_per_class to 1 or more.")
     if not kept:
@@ -604,11 +590,11 @@ def split_images(records: Records, config: DataConfig) -> tuple[list[int], list[
     return kept, held
 
 
-def load_images(config: DataConfig) -> Records:
+def load_images(config: DataConfig) -> ImageSet:
     """Opens any images; COCO's have no folders of classes."""
     root = Path(config.root or "").expanduser()
     is_coco = bool(config.root) and coco_annotations(root, config.split).is_file()
-    return load_box_records(config) if is_coco else load_records(config)
+    return open_boxed_images(config) if is_coco else open_training_images(config)
 
 
 def _stages_of(inverses: InverseSet) -> list[str]:

@@ -23,6 +23,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from featinv_diffusion.data.crops import Crop, CropDataset, draw_crop, to_images
 from featinv_diffusion.errors import InputError
+from featinv_diffusion.images import without_notes
 from featinv_diffusion.seeds import derive_seed, make_generator
 
 
@@ -63,6 +64,7 @@ class LatentCache:
             "box": ((n, crops, 4), np.int32),
             "flip": ((n, crops, 2), np.bool_),
             "done": ((n,), np.bool_),
+            "attempt": ((n,), np.uint8),  # of an image in place of one that cannot be read
         }
 
     @property
@@ -74,12 +76,14 @@ class LatentCache:
         marker = self.folder / "cache.json"
         if marker.exists():
             found = json.loads(marker.read_text())["fingerprint"]
-            if found == self.fingerprint:
-                return
-            raise InputError(
-                f"{self.folder} holds latents of other data, crops or another VAE. "
-                "Delete it or set another cache.folder."
-            )
+            if found != self.fingerprint:
+                raise InputError(
+                    f"{self.folder} holds latents of other data, crops or another VAE. "
+                    "Delete it or set another cache.folder."
+                )
+            if not (self.folder / "attempt.npy").exists():  # written before there were any
+                self._create("attempt")
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.folder).free
         if free < self.n_bytes:
@@ -87,11 +91,14 @@ class LatentCache:
                 f"The latent cache needs {self.n_bytes / 2**30:.1f} GiB in {self.folder}, but "
                 f"{free / 2**30:.1f} GiB are free. Lower cache.n_crops or set cache.folder."
             )
-        for name, (shape, dtype) in self.layout.items():
-            np.lib.format.open_memmap(
-                self.folder / f"{name}.npy", mode="w+", dtype=dtype, shape=shape
-            ).flush()
+        for name in self.layout:
+            self._create(name)
         marker.write_text(json.dumps({"fingerprint": self.fingerprint}))
+
+    def _create(self, name: str) -> None:
+        shape, dtype = self.layout[name]
+        path = self.folder / f"{name}.npy"
+        np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape).flush()
 
     def open(self, mode: str = "r") -> dict[str, np.ndarray]:
         return {name: np.load(self.folder / f"{name}.npy", mmap_mode=mode) for name in self.layout}  # pyright: ignore[reportArgumentType]
@@ -109,7 +116,7 @@ class _CacheCrops(Dataset):
     def __getitem__(self, i: int) -> dict[str, Any]:
         position = self.positions[i]
         index = self.source.indices[position]
-        image = self.source.records.image(index)
+        image, attempt = self.source.read(index)
         config = self.source.config
         crops = [
             draw_crop(config, *image.size, make_generator(self.source.seed, "cache", k, index))
@@ -117,6 +124,7 @@ class _CacheCrops(Dataset):
         ]
         return {
             "position": position,
+            "attempt": attempt,
             "pixels": torch.stack([pil_to_tensor(c.apply(image, config.size)) for c in crops]),
             "box": torch.tensor([c.box for c in crops]),
             "flip": torch.tensor([(c.hflip, c.vflip) for c in crops]),
@@ -127,7 +135,7 @@ class CachedCropDataset(CropDataset):
     """Crops drawn from a cache: items hold `latent_mean`, `latent_std` and the identical pixels."""
 
     def __init__(self, source: CropDataset, cache: LatentCache, with_pixels: bool = True):
-        super().__init__(source.records, source.indices, source.config, source.seed)
+        super().__init__(source.images, source.indices, source.config, source.seed)
         self.cache, self.with_pixels = cache, with_pixels
         self.arrays: dict[str, np.ndarray] | None = None
 
@@ -140,19 +148,23 @@ class CachedCropDataset(CropDataset):
         index = self.indices[position]
         generator = make_generator(self.seed, self.epoch, index)
         k = int(torch.randint(0, self.cache.shape[1], (), generator=generator))
+        attempt = int(self.arrays["attempt"][position])
+        used = self.substitute(index, attempt)
         item = {
             "latent_mean": torch.from_numpy(self.arrays["mean"][position, k].astype(np.float32)),
             "latent_std": torch.from_numpy(self.arrays["std"][position, k].astype(np.float32)),
-            "label": self.records.labels[index],
+            "label": self.labels[used],
             "index": index,
             "seed": int(torch.randint(0, 2**62, (1,), generator=generator)),
+            "n_unreadable": attempt,
         }
         if self.with_pixels:
             top, left, height, width = self.arrays["box"][position, k].tolist()
             hflip, vflip = self.arrays["flip"][position, k].tolist()
             crop = Crop((top, left, height, width), hflip, vflip)
-            image = crop.apply(self.records.image(index), self.config.size)
-            item["pixels"] = pil_to_tensor(image)
+            with without_notes():
+                image = self.images.read(used)
+            item["pixels"] = pil_to_tensor(crop.apply(image, self.config.size))
         return item
 
 
@@ -192,6 +204,7 @@ def fill_cache(
         arrays["mean"][rows] = mean.half().cpu().numpy().reshape(len(rows), *shape[1:])
         arrays["std"][rows] = std.half().cpu().numpy().reshape(len(rows), *shape[1:])
         arrays["box"][rows], arrays["flip"][rows] = batch["box"].numpy(), batch["flip"].numpy()
+        arrays["attempt"][rows] = batch["attempt"].numpy()
         arrays["done"][rows] = True
     for array in arrays.values():
         array.flush()  # pyright: ignore[reportAttributeAccessIssue]
@@ -203,7 +216,7 @@ def _fingerprint(dataset: CropDataset, vae: AutoencoderKL, n_crops: int, size: i
     weights = hashlib.sha256()
     for parameter in vae.encoder.parameters():
         weights.update(parameter.detach().float().cpu().numpy().tobytes())
-    ids = [dataset.records.id(i) for i in dataset.indices]
+    ids = [dataset.images.ids[i] for i in dataset.indices]
     crop = (dataset.config.crop, dataset.config.scale, dataset.config.shift, dataset.config.hflip)
     source = (Path(dataset.config.root or "").name, dataset.config.split)
     identity = (

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import (
     DataLoaderConfiguration,
     ProjectConfiguration,
+    is_tensorboard_available,
     is_wandb_available,
 )
 from diffusers.training_utils import EMAModel
@@ -74,12 +75,19 @@ def make_accelerator(optim: OptimConfig, run: RunConfig, seed: int) -> Accelerat
         mixed_precision="no" if run.mixed_precision == "fp32" else run.mixed_precision,
         gradient_accumulation_steps=optim.gradient_accumulation_steps,
         cpu=run.cpu,
-        log_with=None if run.tracker == "none" else run.tracker,
+        log_with=find_tracker(run),
         project_config=ProjectConfiguration(project_dir=run.output),
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed),
     )
     check_process_group(accelerator)
     return accelerator
+
+
+def find_tracker(run: RunConfig) -> str | None:
+    """Returns the tracker that a run writes to; None without one."""
+    if run.tracker == "auto":
+        return "tensorboard" if is_tensorboard_available() else None
+    return None if run.tracker == "none" else run.tracker
 
 
 def _check_settings(optim: OptimConfig, run: RunConfig) -> None:
@@ -90,7 +98,7 @@ def _check_settings(optim: OptimConfig, run: RunConfig) -> None:
     values["run.checkpoints_total_limit"] = run.checkpoints_total_limit
     for name, value in values.items():
         if value < 1:
-            raise InputError(f"{name} must be at least 1, but {value} came.")
+            raise InputError(f"{name} must be at least 1, got {value}.")
     if optim.schedule == "one_cycle" and optim.warmup_steps:
         raise InputError(
             "optim.schedule=one_cycle has its own warm-up, but optim.warmup_steps is "
@@ -98,6 +106,11 @@ def _check_settings(optim: OptimConfig, run: RunConfig) -> None:
         )
     if run.tracker == "wandb" and not is_wandb_available():
         raise InputError("run.tracker=wandb needs its package: pip install wandb.")
+    if run.tracker == "tensorboard" and not is_tensorboard_available():
+        raise InputError(
+            "run.tracker=tensorboard needs its package: pip install 'featinv-diffusion[train]'. "
+            "Or set run.tracker=none."
+        )
 
 
 def fit(
@@ -149,6 +162,7 @@ class _Run:
         config_text: str,
     ):
         self.task, self.dataset, self.optim, self.run = task, dataset, optim, run
+        self.tracker = find_tracker(run)
         self.config_text, self.output, self.progress = config_text, Path(run.output), Progress()
         self.accelerator = accelerator
         task.to(self.accelerator.device, _frozen_dtype(run))
@@ -195,7 +209,7 @@ class _Run:
             return self.optim.max_steps
         if len(self.loader) == 0:
             raise InputError(
-                f"The data must fill one batch per process, but {len(self.dataset)} images came "
+                f"The data must fill one batch per process, got {len(self.dataset)} images "
                 f"for batches of {self.optim.batch_size}. Lower optim.batch_size."
             )
         per_epoch = math.ceil(len(self.loader) / self.optim.gradient_accumulation_steps)
@@ -237,6 +251,7 @@ class _Run:
         with bar:
             for batch in self._batches():
                 self._micro_step(batch, bar)
+        self._list_unreadable()
         if self.progress.step > resumed_at:
             self._validate()
             self._checkpoint()
@@ -285,9 +300,27 @@ class _Run:
                 self.accelerator.clip_grad_norm_(self.module.parameters(), self.optim.max_grad_norm)
             self.optimizer.step()
             self.optimizer.zero_grad()
-        self.log.add(self.accelerator, loss, scalars, batch["index"])
+        self._count_unreadable(batch, self.log.add(self.accelerator, loss, scalars, batch))
         if self.accelerator.sync_gradients:
             self._after_step(lr, bar)
+
+    def _count_unreadable(self, batch: dict[str, Any], indices: list[int]) -> None:
+        """Remembers the images that could not be read, in checkpoints too."""
+        counts: Any = self.accelerator.gather(batch["n_unreadable"])
+        for index, n_unreadable in zip(indices, counts.tolist(), strict=True):
+            if n_unreadable:
+                found = self.dataset.unreadable(index, n_unreadable)
+                self.progress.unreadable = sorted({*self.progress.unreadable, *found})
+
+    def _list_unreadable(self) -> None:
+        if self.accelerator.is_main_process and (found := self.progress.unreadable):
+            path = self.output / "unreadable.txt"
+            write_text(path, "".join(f"{location}\n" for location in found))
+            first = ", ".join(found[:3]) + (", …" if len(found) > 3 else "")
+            self.accelerator.print(
+                f"{len(found)} images could not be read and were replaced: {first} "
+                f"All are listed in {path}."
+            )
 
     def _after_step(self, lr: float, bar: TrainingBar) -> None:
         self.progress.step += 1
@@ -334,12 +367,14 @@ class _Run:
         self.accelerator.print(f"Resumed from {checkpoints[-1]}")
 
     def _start_tracker(self) -> None:
-        if self.run.tracker == "none":
+        if self.tracker is None:
+            if self.run.tracker == "auto":
+                self.accelerator.print("No tracker: tensorboard is not installed.")
             return
         # What is logged beyond the checkpoint is logged again.
         options = {"tensorboard": {"purge_step": self.progress.step + 1}}
         self.accelerator.init_trackers(
-            "tracker", init_kwargs=options if self.run.tracker == "tensorboard" else {}
+            "tracker", init_kwargs=options if self.tracker == "tensorboard" else {}
         )
 
     def _averaged_weights(self):
@@ -368,9 +403,9 @@ class _Run:
         folder = self.output / "validation"
         folder.mkdir(exist_ok=True)
         picture.save(folder / f"{name}-{self.progress.step:08d}.png")
-        if self.run.tracker != "none":
-            tracker: Any = self.accelerator.get_tracker(self.run.tracker)
-            layout = {"dataformats": "NHWC"} if self.run.tracker == "tensorboard" else {}
+        if self.tracker is not None:
+            tracker: Any = self.accelerator.get_tracker(self.tracker)
+            layout = {"dataformats": "NHWC"} if self.tracker == "tensorboard" else {}
             tracker.log_images({name: np.asarray(picture)[None]}, step=self.progress.step, **layout)
 
     def _dry_run(self) -> Path:
@@ -402,13 +437,19 @@ class _LossLog:
         self.path, self.pending, self.order = path, [], []
 
     def add(
-        self, accelerator: Accelerator, loss: Tensor, scalars: dict[str, Tensor], index: Tensor
-    ) -> None:
+        self,
+        accelerator: Accelerator,
+        loss: Tensor,
+        scalars: dict[str, Tensor],
+        batch: Mapping[str, Any],
+    ) -> list[int]:
+        """Returns the indices of the images of all processes."""
         names = ["loss", *scalars]
         values = torch.stack([x.detach().float() for x in (loss, *scalars.values())])
         self.pending.append((names, accelerator.reduce(values, "mean")))
-        gathered: Any = accelerator.gather(index)
+        gathered: Any = accelerator.gather(batch["index"])
         self.order += gathered.tolist()
+        return gathered.tolist()
 
     def write(self, step: int, lr: float, main: bool) -> dict[str, float]:
         names = self.pending[0][0]

@@ -19,6 +19,7 @@ from featinv_diffusion.inverters.reconstructor import FOLDER, Reconstructor, loa
 from featinv_diffusion.metrics.features import psnr
 from featinv_diffusion.seeds import derive_seed
 from featinv_diffusion.training.config import OptimConfig, RunConfig
+from featinv_diffusion.training.entry import stack_items
 from featinv_diffusion.training.inverter import (
     N_VALIDATION,
     add_rows,
@@ -27,7 +28,6 @@ from featinv_diffusion.training.inverter import (
     load_images,
     refuse_streaming,
     split_images,
-    stack_pixels,
 )
 from featinv_diffusion.training.loop import fit, make_accelerator
 
@@ -154,12 +154,12 @@ def train_reconstructor(config: ReconstructorConfig) -> Path:
     _check_size(config.data, backbone)
     torch.manual_seed(derive_seed(config.seed, "initial weights"))
     reconstructor = make_reconstructor(model, backbone)
-    records = load_images(config.data)
-    kept, held = split_images(records, config.data)
-    train = CropDataset(records, kept, config.data, config.seed)
-    validation = CropDataset(records, held, held_back_config(config.data), config.seed)
+    images = load_images(config.data)
+    kept, held = split_images(images, config.data)
+    train = CropDataset(images, kept, config.data, config.seed)
+    validation = CropDataset(images, held, held_back_config(config.data), config.seed)
     n_pictures = config.run.n_validation_images
-    pixels = stack_pixels(validation, max(N_VALIDATION, n_pictures))
+    pixels = stack_items(validation, max(N_VALIDATION, n_pictures))["pixels"]
     task = ReconstructorTask(reconstructor, backbone, pixels, n_pictures, config.optim.batch_size)
     return fit(task, train, accelerator, config.optim, config.run, to_yaml(config))
 
@@ -169,5 +169,5 @@ def _check_size(data: DataConfig, backbone: Backbone) -> None:
     if data.size < max(height, width):
         raise InputError(
             f"data.size must be at least the {height}×{width} pixels that {backbone.name!r} reads, "
-            f"but {data.size} came: enlarged pictures would be the targets."
+            f"got {data.size}: enlarged pictures would be the targets."
         )

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from featinv_diffusion.backbones import LAST, SHORT_NAMES, Backbone, list_backbones, load_backbone
+from featinv_diffusion.backbones import LAST, Backbone, list_backbones, load_backbone
+from featinv_diffusion.backbones.names import PUBLISHED
 from featinv_diffusion.errors import InputError
 from tests.backbones import zoo
 
@@ -19,8 +20,8 @@ def backbone(name: str) -> Backbone:
 
 
 def test_every_registered_name_is_tested():
-    assert set(SHORT_NAMES) <= set(zoo.NAMES)
-    for name in set(list_backbones()) - set(SHORT_NAMES):  # the bundled ones, with their weights
+    assert set(PUBLISHED) <= set(zoo.NAMES)
+    for name in list_backbones():  # with their weights
         backbone = load_backbone(name)
         backbone.spec.check_features(backbone.features(zoo.make_images(1)))
 
@@ -30,7 +31,7 @@ def test_features_are_a_finite_map_of_the_spec(backbone, name):
     features = backbone.features(zoo.make_images(3, (50, 70)))
     assert features.shape == (3, backbone.spec.channels, *backbone.spec.grid)
     backbone.spec.check_features(features)
-    assert (backbone.spec.backbone, backbone.spec.layer) == (name, LAST)
+    assert (backbone.spec.backbone, backbone.spec.layer) == (PUBLISHED.get(name, name), LAST)
     assert backbone.spec.kind == "map"
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import TimmWrapperModel
 
 from featinv_diffusion.backbones import load_backbone, wrap_model
+from featinv_diffusion.backbones.names import PUBLISHED
 from featinv_diffusion.errors import InputError
 from tests import tiny
 from tests.backbones import zoo
@@ -26,7 +27,7 @@ from tests.backbones import zoo
 )
 def test_the_models_of_the_paper_at_full_size(name, channels, grid, size):
     with torch.device("meta"):
-        backbone = load_backbone(name, pretrained=False)
+        backbone = load_backbone(PUBLISHED[name], pretrained=False)
     assert (backbone.spec.channels, backbone.spec.grid) == (channels, grid)
     assert backbone.input_size == size
     assert backbone.head_reads_map == (name != "vit")
@@ -37,8 +38,9 @@ def test_the_models_of_the_paper_at_full_size(name, channels, grid, size):
 
 def test_weights_and_preprocessing_of_the_paper():
     ids = ("resnet50.tv_in1k", "convnext_base.fb_in22k_ft_in1k")
+    assert ids == (PUBLISHED["resnet"], PUBLISHED["convnext"])
     with torch.device("meta"):
-        resnet, convnext = (load_backbone(n, pretrained=False) for n in ("resnet", "convnext"))
+        resnet, convnext = (load_backbone(timm_id, pretrained=False) for timm_id in ids)
     for backbone, timm_id in zip((resnet, convnext), ids, strict=True):
         config = timm.get_pretrained_cfg(timm_id)
         assert config is not None
@@ -191,7 +193,7 @@ def test_what_gives_no_scores_for_the_image_has_no_head(name, overrides):
 
 
 def test_input_size_resamples_the_positions():
-    backbone = load_backbone("vit", pretrained=False, input_size=(32, 96), **zoo.VIT)
+    backbone = load_backbone(PUBLISHED["vit"], pretrained=False, input_size=(32, 96), **zoo.VIT)
     assert backbone.input_size == (32, 96)
     assert backbone.spec.grid == (2, 6)
     images = zoo.make_images(1, (40, 40))

@@ -102,9 +102,9 @@ def test_of_a_model_of_image_and_text_the_vision_tower_is_used(model, inner):
 
 def test_other_kinds_are_refused():
     model = ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1]))
-    with pytest.raises(InputError, match=r"one of the types clip_vision_model.*ResNetModel came"):
+    with pytest.raises(InputError, match=r"one of the types clip_vision_model.*got a ResNetModel"):
         wrap_model(model, name="resnet")
-    with pytest.raises(InputError, match="a Linear came"):
+    with pytest.raises(InputError, match="got a Linear"):
         wrap_model(nn.Linear(2, 2), name="linear")
 
 

@@ -1,4 +1,4 @@
-"""Tiny backbones with random weights: every short name through the registry, and more kinds."""
+"""Tiny backbones with random weights: the papers' models by their timm ids, and others."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ from transformers import (
 )
 
 from featinv_diffusion.backbones import Backbone, load_backbone, wrap_model
+from featinv_diffusion.backbones.names import PUBLISHED
 from tests import tiny
 
 SIZE = 64
@@ -51,7 +52,7 @@ SWIN: dict[str, Any] = {
     "img_size": SIZE,
 }
 VIT: dict[str, Any] = {"depth": 2, "embed_dim": 32, "num_heads": 2, "img_size": SIZE}
-SHORT_NAMES: dict[str, dict[str, Any]] = {
+PAPER: dict[str, dict[str, Any]] = {
     "resnet": RESNET,
     "convnext": CONVNEXT,
     "swin": SWIN,
@@ -118,7 +119,7 @@ TOWERS: dict[str, tuple[Any, Any, int]] = {
 TOKEN_TOWERS = [name for name in TOWERS if name != "sam"]
 """Those whose last hidden state is a sequence of tokens."""
 
-NAMES = [*SHORT_NAMES, *TIMM, *TOWERS, "wrapper"]
+NAMES = [*PAPER, *TIMM, *TOWERS, "wrapper"]
 
 
 def randomise(model: nn.Module) -> nn.Module:
@@ -148,8 +149,9 @@ def make(name: str) -> Backbone:
         return wrap_model(make_tower(name), name=name)
     if name == "wrapper":
         return wrap_model(tiny.make_backbone(), name=name)
-    arguments = SHORT_NAMES[name] if name in SHORT_NAMES else TIMM[name]
-    backbone = load_backbone(name, pretrained=False, input_size=SIZE, **arguments)
+    arguments = PAPER[name] if name in PAPER else TIMM[name]
+    timm_id = PUBLISHED.get(name, name)
+    backbone = load_backbone(timm_id, pretrained=False, input_size=SIZE, **arguments)
     randomise(backbone.model)
     return backbone
 

@@ -7,26 +7,20 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from featinv_diffusion.class_embedding import (
-    order_by,
-    read_ablated,
-    read_images,
-    read_tokens_alone,
-    record,
-    removal_curve,
-)
-from featinv_diffusion.class_embedding.anatomy import keeping_tokens
+from featinv_diffusion.class_embedding.anatomy import keeping_tokens, record
+from featinv_diffusion.class_embedding.images import box_token_mask, token_mask
+from featinv_diffusion.class_embedding.measures import class_context_difference
+from featinv_diffusion.class_embedding.reading import read_images
 from featinv_diffusion.class_embedding.removal import (
     RemovalCurve,
+    ablating_attention,
     join_curves,
     mean_curve,
+    order_by,
+    read_ablated,
+    read_tokens_alone,
+    removal_curve,
     spread_counts,
-)
-from featinv_diffusion.class_embedding.study import (
-    ablating_attention,
-    box_token_mask,
-    class_context_difference,
-    token_mask,
 )
 from featinv_diffusion.errors import InputError
 from tests.class_embedding.vits import NAMES, make_images, make_vit, weights_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from featinv_diffusion.class_embedding import make_random, read_anatomy, record
+from featinv_diffusion.class_embedding.anatomy import make_random, read_anatomy, record
 from featinv_diffusion.errors import InputError
 from tests.backbones import zoo
 from tests.class_embedding.vits import CLASS_TOKEN, NAMES, make_images, make_vit, weights_of

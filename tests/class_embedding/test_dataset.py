@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import pytest
 import timm
 import torch
 from PIL import Image
 
 from featinv_diffusion.backbones import wrap_model
-from featinv_diffusion.class_embedding.study import (
+from featinv_diffusion.class_embedding.images import (
     class_name,
-    find_class,
     open_token_images,
     to_input,
 )
-from featinv_diffusion.errors import InputError
+from featinv_diffusion.class_embedding.settings import ImageChoice
 from tests.class_embedding.vits import SMALL, make_vit
 
 
@@ -28,7 +26,9 @@ def write(folder, *names):
 
 def test_folders_are_classes_by_number_where_there_are_as_many(tmp_path):
     names = [f"{c}/{i}.png" for c in range(7) for i in range(2)]
-    images = open_token_images(write(tmp_path, *names), make_vit().backbone, per_class=1)
+    images = open_token_images(
+        write(tmp_path, *names), make_vit().backbone, ImageChoice(per_class=1)
+    )
     assert images.label_source == "number"
     assert sorted(images.labels or []) == list(range(7))
     assert [int(image_id[0]) for image_id in images.ids] == images.labels
@@ -61,18 +61,8 @@ def test_some_folders_of_imagenet_by_their_wordnet_ids(tmp_path):
         "n01440764/b.png": 0,
         "n01443537/a.png": 1,
     }
-    assert find_class("goldfish", backbone, 1000) == 1
     assert class_name(backbone, 1) == "goldfish"
-    with pytest.raises(InputError, match="no class 'goldfisch'"):
-        find_class("goldfisch", backbone, 1000)
-
-
-def test_classes_by_number(tmp_path):
-    backbone = make_vit().backbone
-    assert find_class("6", backbone, 7) == 6
-    assert class_name(backbone, 6) == "class 6"
-    with pytest.raises(InputError, match="0 to 6"):
-        find_class("7", backbone, 7)
+    assert class_name(make_vit().backbone, 6) == "class 6"
 
 
 def test_whole_pictures_are_squashed():

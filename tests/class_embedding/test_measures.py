@@ -9,10 +9,9 @@ from scipy.stats import wilcoxon
 from sklearn.linear_model import Ridge
 
 from featinv_diffusion.class_embedding import measures
-from featinv_diffusion.class_embedding import measures as memories
 from featinv_diffusion.class_embedding.measures import PointReading
 from featinv_diffusion.class_embedding.probes import fit_probes
-from featinv_diffusion.class_embedding.reading import concatenate, rank_of, read_images
+from featinv_diffusion.class_embedding.reading import rank_of, read_images
 from featinv_diffusion.errors import InputError
 from tests.class_embedding.vits import make_images, make_vit, weights_of
 
@@ -82,7 +81,7 @@ def test_a_class_weighs_the_same_however_many_images_it_has():
 def test_class_value_agreement_by_numpy_and_without_touching_weights():
     anatomy = make_vit("token")
     before = weights_of(anatomy)
-    found = memories.class_value_agreement(anatomy, "mlp")
+    found = measures.class_value_agreement(anatomy, "mlp")
     head = anatomy.head.weight.detach().numpy()
     values = anatomy.blocks[1].mlp_values.weight.detach().numpy()
     cosines = (head @ values) / np.outer(
@@ -96,7 +95,7 @@ def test_p_values_are_paired_and_one_sided():
     generator = torch.Generator().manual_seed(0)
     null = torch.rand(2, 12, generator=generator)
     agreement = null + torch.stack([torch.full((12,), 0.1), -torch.full((12,), 0.1)])
-    larger, smaller = memories.agreement_p_values(agreement, null)
+    larger, smaller = measures.agreement_p_values(agreement, null)
     assert larger == pytest.approx(2.0**-12)  # all 12 signs positive: the smallest there is
     assert smaller == 1.0
     expected = wilcoxon(agreement[0].double(), null[0].double(), alternative="greater").pvalue
@@ -106,14 +105,14 @@ def test_p_values_are_paired_and_one_sided():
 def test_key_value_agreement_by_hand():
     of_class = torch.tensor([[[0, 1], [2, 3]]])  # one block, two classes, two memories each
     activated = torch.tensor([[[[0, 9], [7, 8]]], [[[1, 0], [3, 5]]]])
-    found = memories.key_value_agreement(activated, of_class, torch.tensor([0, 1]))
+    found = measures.key_value_agreement(activated, of_class, torch.tensor([0, 1]))
     assert found.tolist() == [[[True, False]], [[False, True]]]
 
 
 def test_compositionality_by_hand():
     classes = torch.tensor([[4, 5, 6, 4]])  # of four memories
     activated = torch.tensor([[[[0, 1], [2, 1], [3, 0]]]])
-    found = memories.memory_compositionality(activated, classes, torch.tensor([[[5, 4, 4]]]))
+    found = measures.memory_compositionality(activated, classes, torch.tensor([[[5, 4, 4]]]))
     assert found.tolist() == [[[True, False, True]]]
 
 
@@ -121,10 +120,10 @@ def test_memories_of_a_class_are_its_largest_projections():
     anatomy = make_vit("token")
     projection = anatomy.head.weight @ anatomy.blocks[0].attention_values.weight
     assert torch.equal(
-        memories.class_memories(anatomy, "attention", 3)[0],
+        measures.class_memories(anatomy, "attention", 3)[0],
         projection.argsort(dim=1, descending=True)[:, :3],
     )
-    assert torch.equal(memories.memory_classes(anatomy, "attention")[0], projection.argmax(dim=0))
+    assert torch.equal(measures.memory_classes(anatomy, "attention")[0], projection.argmax(dim=0))
 
 
 @pytest.mark.parametrize("key", ["before", "after"])
@@ -150,13 +149,15 @@ def test_a_reading_is_the_same_in_any_batch():
     anatomy = make_vit("token")
     images = make_images(anatomy)
     whole = read_images(anatomy, images, LABELS)
-    parts = concatenate(
-        [read_images(anatomy, images[i : i + 1], LABELS[i : i + 1]) for i in range(3)]
-    )
-    assert whole.states is not None
-    assert parts.states is not None
-    assert torch.equal(whole.states.rank, parts.states.rank)
-    torch.testing.assert_close(whole.relevance, parts.relevance, atol=1e-6, rtol=1e-4)
+    for i in range(3):
+        alone = read_images(anatomy, images[i : i + 1], LABELS[i : i + 1])
+        assert whole.states is not None
+        assert alone.states is not None
+        assert whole.relevance is not None
+        assert torch.equal(whole.states.rank[i : i + 1], alone.states.rank)
+        torch.testing.assert_close(
+            whole.relevance[i : i + 1], alone.relevance, atol=1e-6, rtol=1e-4
+        )
 
 
 def test_a_reading_agrees_with_the_model_and_leaves_its_weights():

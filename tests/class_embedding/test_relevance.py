@@ -5,19 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 
-from featinv_diffusion.class_embedding import (
-    attention_rollout_relevance,
-    read_images,
-    record,
-    relevance_of,
-)
 from featinv_diffusion.class_embedding.anatomy import (
     Anatomy,
     attention_weights,
     editing_attention,
     merge_heads,
+    record,
 )
-from featinv_diffusion.class_embedding.reading import cross_entropy, negative_probability
+from featinv_diffusion.class_embedding.reading import (
+    attention_rollout_relevance,
+    cross_entropy,
+    negative_probability,
+    read_images,
+    relevance_of,
+)
 from tests.class_embedding.vits import NAMES, make_images, make_vit
 
 LABELS = torch.tensor([0, 3, 2])

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pyarrow import parquet
 
 from featinv_diffusion.backbones import wrap_model
-from featinv_diffusion.class_embedding import read_images
 from featinv_diffusion.class_embedding.anatomy import read_anatomy
-from featinv_diffusion.class_embedding.command import match_inverters
+from featinv_diffusion.class_embedding.images import TokenImages, to_input
 from featinv_diffusion.class_embedding.measures import identifiability_rate
 from featinv_diffusion.class_embedding.pictures import (
     NO_INVERTER,
@@ -19,20 +21,19 @@ from featinv_diffusion.class_embedding.pictures import (
     draw_blocks,
     draw_identifiability,
     draw_removal,
+    match_inverters,
     shown_blocks,
     to_unit_range,
 )
-from featinv_diffusion.class_embedding.study import (
-    TokenImages,
-    TokenSettings,
-    measure_tokens,
-    to_input,
-)
+from featinv_diffusion.class_embedding.reading import read_images
+from featinv_diffusion.class_embedding.settings import TokenMeasures
+from featinv_diffusion.class_embedding.study import measure_tokens, read_tokens
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.figures.board import write_figure
 from featinv_diffusion.images import to_pil
+from featinv_diffusion.inverters.base import Inverter
 from featinv_diffusion.inverters.chain import MapChain
-from featinv_diffusion.types import FeatureSpec
+from featinv_diffusion.types import FeatureMaps, FeatureSpec, Source
 from tests.class_embedding.vits import make_vit, weights_of
 from tests.inverters import small
 
@@ -54,7 +55,7 @@ def half(_index: int) -> torch.Tensor:
 def measured():
     anatomy, images = make_vit("token"), make_pictures()
     before = weights_of(anatomy)
-    settings = TokenSettings(batch_size=2, ablations=True, null=True, perturbation=True, n_points=4)
+    settings = TokenMeasures(batch_size=2, ablations=True, null=True, perturbation=True, n_points=4)
     advanced: list[int] = []
     tally, metrics = measure_tokens(anatomy, images, settings, half, advanced.append)
     assert all(torch.equal(a, b) for a, b in zip(before, weights_of(anatomy), strict=True))
@@ -100,7 +101,7 @@ def test_every_measure_is_there_and_is_json(measured):
 def test_without_labels_the_predicted_class_is_read_and_there_is_no_accuracy():
     anatomy, images = make_vit("token"), make_pictures(2)
     unlabelled = TokenImages(images.ids, None, "predicted", images.read)
-    tally, metrics = measure_tokens(anatomy, unlabelled, TokenSettings())
+    tally, metrics = measure_tokens(anatomy, unlabelled, TokenMeasures())
     assert metrics["accuracy"] is None
     assert torch.equal(tally.column("label"), tally.column("predicted"))
     assert metrics["random_model"] is metrics["perturbation"] is metrics["context"] is None
@@ -108,16 +109,16 @@ def test_without_labels_the_predicted_class_is_read_and_there_is_no_accuracy():
 
 def test_masks_that_fit_no_image_leave_the_context_out():
     images, anatomy = make_pictures(2), make_vit("token")
-    _, metrics = measure_tokens(anatomy, images, TokenSettings(), lambda _index: None)
+    _, metrics = measure_tokens(anatomy, images, TokenMeasures(), lambda _index: None)
     assert metrics["context"] == {"n_images": 0}
     full = torch.ones(4, 4, dtype=torch.bool)
-    _, metrics = measure_tokens(anatomy, images, TokenSettings(), lambda _index: full)
+    _, metrics = measure_tokens(anatomy, images, TokenMeasures(), lambda _index: full)
     assert metrics["context"]["n_images"] == 2
     assert metrics["context"]["identifiability_difference_by_block"] is None
 
 
 def test_a_mean_pooled_model_has_no_class_token():
-    _, metrics = measure_tokens(make_vit("gap"), make_pictures(2), TokenSettings(ablations=True))
+    _, metrics = measure_tokens(make_vit("gap"), make_pictures(2), TokenMeasures(ablations=True))
     assert metrics["identifiability_by_block_cls"] is None
     assert set(metrics["ablations"]) == {"self_only"}
     assert set(metrics["layer_change_rate"]["mlp"]) == {"image"}
@@ -126,15 +127,26 @@ def test_a_mean_pooled_model_has_no_class_token():
 # ---- figures -----------------------------------------------------------------------------------
 
 
-class Inverts:
-    """An inverter that paints the mean of the features."""
-
-    backbone = None
+class Inverts(Inverter):
+    """An inverter that paints the mean of the features; `backbone` names the model it reads."""
 
     def __init__(self, layer: str, backbone: str = "token", channels: int = 32):
-        self.spec = FeatureSpec(backbone, layer, channels, (4, 4))
+        self._spec = FeatureSpec(backbone, layer, channels, (4, 4))
 
-    def invert(self, features, *, generator=None):
+    @property
+    def spec(self):
+        return self._spec
+
+    @property
+    def backbone(self):
+        model = make_vit("token").backbone.model
+        return wrap_model(model, name="token", layer=self.spec.layer, input_size=32)
+
+    @property
+    def networks(self):
+        return {}
+
+    def _invert(self, features, generator):
         assert features.shape[1:] == (32, 4, 4)
         return features.mean(dim=(1, 2, 3))[:, None, None, None].expand(-1, 3, 8, 8).sigmoid()
 
@@ -149,7 +161,8 @@ def test_inverters_find_their_blocks_and_see_their_patches():
     states = model.blocks[0](
         model._pos_embed(model.patch_embed(anatomy.backbone.preprocess(pixels)))
     )
-    torch.testing.assert_close(shown[0, 0, 0, 0], states[0, 1:].mean().sigmoid())
+    expected = (states[0, 1:].mean().sigmoid() * 255).round() / 255
+    torch.testing.assert_close(shown, expected.expand(3, 8, 8))
 
 
 def test_modular_inverters_find_their_blocks():
@@ -159,10 +172,11 @@ def test_modular_inverters_find_their_blocks():
     chains = [MapChain(inverses.chain(stage, path)) for stage in ("blocks.1", "last")]
     found = match_inverters(anatomy, chains)
     assert list(found) == [2, 3]
-    pixels = torch.rand(2, 3, small.SIDE, small.SIDE)
+    pixels = torch.rand(1, 3, small.SIDE, small.SIDE)
     embedding = path.embeddings(pixels, ["blocks.1"])["blocks.1"]
     expected = inverses.chain("blocks.1", path).invert(embedding)
-    torch.testing.assert_close(found[2].reconstruct(pixels, "a.png"), expected)
+    expected = (expected * 255).round() / 255
+    torch.testing.assert_close(found[2].reconstruct(pixels, "a.png"), expected[0])
     with pytest.raises(InputError, match="must read a block"):
         match_inverters(anatomy, [MapChain(inverses.chain("patches", path))])
 
@@ -219,3 +233,65 @@ def test_curves_are_drawn(measured, tmp_path):
     write_figure(draw_removal(metrics["perturbation"], 5), tmp_path / "p.png")
     for name in ("i.png", "p.png"):
         assert Image.open(tmp_path / name).width > 500
+
+
+# ---- read_tokens -------------------------------------------------------------------------------
+
+
+def test_pictures_of_any_kind_read_the_same(tmp_path):
+    backbone, picture = make_vit("token").backbone, make_pictures().read(0)
+    path = tmp_path / "a.png"
+    picture.save(path)
+    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
+    source = Source("a.png", str(path))
+    maps = FeatureMaps.of(torch.zeros(1, 1, 1, 1), [source])
+    found = [
+        read_tokens(backbone, given)
+        for given in (path, [str(path)], picture, [pixels], pixels[None], maps, [source])
+    ]
+    rows = [reading.rows() for reading in found]
+    assert [row[0].pop("id") for row in rows] == [
+        *("a.png", "a.png", "picture-0.png", "picture-0.png", "picture-0.png", "a.png", "a.png")
+    ]
+    assert all(row == rows[0] for row in rows)
+    assert found[0].metrics == found[3].metrics
+
+
+@pytest.mark.parametrize(
+    ("pictures", "message"),
+    [
+        ([], "at least one picture"),
+        ([3], "got int"),
+        ([Source("a.png")], "without its picture"),
+        ("nowhere.png", "nothing at nowhere.png"),
+    ],
+)
+def test_what_is_no_picture_is_told(pictures, message):
+    with pytest.raises(InputError, match=message):
+        read_tokens(make_vit("token").backbone, pictures)
+
+
+def test_a_reading_saves_what_it_holds_and_shows_its_first_picture(tmp_path):
+    pictures = [make_pictures().read(i) for i in range(3)]
+    inverters = [Inverts("blocks.0")]
+    reading = read_tokens(make_vit("token").backbone, pictures, target=2, inverters=inverters)
+    assert reading.arguments["target"] == 2
+    assert reading.numbers()["label_source"] == "target"
+    assert "closest to the target class" in reading.summary()
+    assert reading.summary() in repr(reading)
+    assert reading._repr_png_().startswith(b"\x89PNG")
+    folder = reading.save(tmp_path / "out")
+    written = {path.name for path in Path(folder).iterdir()}
+    names = [f"{i:02d}-picture-{i}.png" for i in range(3)]
+    assert written == {*names, "identifiability.png", "metrics.json", "per_image.parquet"}
+    assert json.loads((folder / "metrics.json").read_text())["figures"] == names
+    assert parquet.read_table(folder / "per_image.parquet").to_pylist() == reading.rows()
+    assert [row["label"] for row in reading.rows()] == [2, 2, 2]
+
+
+def test_an_inverter_of_the_block_changes_the_figure():
+    backbone, picture = make_vit("token").backbone, make_pictures().read(0)
+    plain = read_tokens(backbone, picture, inverters=())
+    shown = read_tokens(backbone, picture, inverters=[Inverts("last")])
+    assert len(shown.figure().axes) > len(plain.figure().axes)
+    assert plain.perturbation_figure() is None

@@ -7,7 +7,7 @@ import torch
 from timm.layers import SwiGLU
 
 from featinv_diffusion.backbones import wrap_model
-from featinv_diffusion.class_embedding import Anatomy, read_anatomy
+from featinv_diffusion.class_embedding.anatomy import Anatomy, read_anatomy
 from tests import tiny
 from tests.backbones import zoo
 

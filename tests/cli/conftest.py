@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 
 from featinv_diffusion.diffusion import folders as bundled
-from featinv_diffusion.diffusion.folders import CardInfo
+from featinv_diffusion.diffusion.cards import CardInfo
 from tests import tiny
+from train.tiny_family.pack import write_bundled
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assets = tmp_path_factory.mktemp("assets")
     pipeline = tiny.make_pipeline()
     pipeline.register_to_config(default_num_inference_steps=2)
-    bundled.write_bundled(pipeline, assets / "tiny", "convnext", CardInfo("a test"))
+    write_bundled(pipeline, assets / "tiny", "convnext", CardInfo("a test"))
     return assets
 
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from featinv_diffusion.class_embedding import command
+from featinv_diffusion.class_embedding import study
 from tests.class_embedding.vits import make_vit
 from tests.cli.conftest import Featinv
 
@@ -17,9 +17,9 @@ from tests.cli.conftest import Featinv
 @pytest.fixture(autouse=True)
 def _tiny_vit(monkeypatch: pytest.MonkeyPatch) -> None:
     names: list[str] = []
-    monkeypatch.setattr(command, "list_backbones", lambda: ["tiny/vit"])
+    monkeypatch.setattr(study, "list_backbones", lambda: ["tiny/vit"])
     monkeypatch.setattr(
-        command, "load_backbone", lambda name: names.append(name) or make_vit().backbone
+        study, "load_backbone", lambda name: names.append(name) or make_vit().backbone
     )
 
 
@@ -83,3 +83,21 @@ def test_mistakes_are_sentences(featinv: Featinv, photos: Path, arguments, messa
     assert message in done.err
     assert "Traceback" not in done.err
     assert not Path("outputs").exists()
+
+
+def test_a_script_writes_what_the_command_writes(featinv: Featinv, photos: Path):
+    done = featinv("classemb", photos, "--ablations", "--seed", 3, "-o", "command")
+    assert done.code == 0, done.err
+    backbone = make_vit().backbone
+    reading = study.read_tokens(backbone, photos, ablations=True, seed=3)
+    assert reading.summary() in done.out
+    reading.save("script")
+    names = {path.name for path in Path("command").iterdir()}
+    assert names == {path.name for path in Path("script").iterdir()}
+    for name in names - {"metrics.json"}:
+        assert Path("command", name).read_bytes() == Path("script", name).read_bytes(), name
+    command, script = read(Path("command")), read(Path("script"))
+    named = {key: command["arguments"].pop(key) for key in ("backbone", "device")}
+    assert named == {"backbone": "vit", "device": "auto"}
+    assert command["arguments"] == {k: script["arguments"][k] for k in command["arguments"]}
+    assert command | {"arguments": {}} == script | {"arguments": {}}

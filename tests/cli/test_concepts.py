@@ -10,8 +10,8 @@ import pytest
 import torch
 from pyarrow import parquet
 
-from featinv_diffusion import backbones
-from featinv_diffusion.backbones import load_backbone
+import featinv_diffusion as fi
+from featinv_diffusion.backbones import load_backbone, names
 from featinv_diffusion.concepts import MCD, ConceptDictionary, read_head
 from featinv_diffusion.images import center_square, read_image, to_tensor
 from tests.cli.conftest import Featinv, Outcome
@@ -23,7 +23,7 @@ FILES = {"c.safetensors", "c.png", "c.json", "c.parquet", "c.manifest.json"}
 @pytest.fixture(autouse=True)
 def _bundled(family: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The backbone `convnext` is that of the test's own family, too."""
-    monkeypatch.setattr(backbones, "_ASSETS", family)
+    monkeypatch.setattr(names, "ASSETS", family)
 
 
 def run(featinv: Featinv, photos: Path, *arguments: object) -> Outcome:
@@ -77,6 +77,17 @@ def test_what_it_writes(featinv: Featinv, photos: Path):
     rest = concepts.local_relevance(features, head, 4)[:, -1].mean(dim=(1, 2))
     by_image = np.reshape([row["relevance"] for row in table], (3, 2)).sum(axis=1)
     np.testing.assert_allclose(by_image + rest.numpy() + head.bias[4].item(), logits, rtol=1e-3)
+
+
+def test_a_script_gives_what_the_command_gives(featinv: Featinv, photos: Path):
+    assert run(featinv, photos, "--n-concepts", 2, "--class", 4).code == 0
+    found = fi.find_concepts(fi.load_backbone("tiny/convnext"), photos, n_concepts=2, target=4)
+    assert found.save("script/c.safetensors") == Path("script/c.safetensors")
+    for name in FILES - {"c.safetensors", "c.parquet"}:
+        assert Path("script", name).read_bytes() == Path("out", name).read_bytes(), name
+    assert found.rows() == parquet.read_table("out/c.parquet").to_pylist()
+    earlier = ConceptDictionary.load("out/c.safetensors").directions
+    assert torch.equal(found.concepts.directions, earlier)
 
 
 def test_the_class_is_that_of_most_pictures(featinv: Featinv, photos: Path):
@@ -140,6 +151,21 @@ def test_replay_finds_the_same_concepts_of_the_same_pictures(featinv: Featinv, p
     del content["method"]
     Path("out/c.manifest.json").write_text(json.dumps(content))
     assert "lacks method" in featinv("replay", "out/c.manifest.json").err
+    content |= {"method": "mcd", "seed": 42, "folder": None}
+    Path("out/c.manifest.json").write_text(json.dumps(content))
+    assert "given in memory" in featinv("replay", "out/c.manifest.json").err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--n-concepts", "auto"], ["--max-cells", 0, "--n-concepts", 1], ["--directions", "d.npy"]],
+)
+def test_replay_of_what_is_none_in_a_manifest(featinv: Featinv, photos: Path, options):
+    np.save("d.npy", np.eye(32, dtype=np.float32)[:2])
+    assert run(featinv, photos, *options, "--class", 4).code == 0
+    done = featinv("replay", "out/c.manifest.json", "-o", "again")
+    assert "The concepts are identical" in done.out, done.err
+    assert Path("again/c.manifest.json").read_bytes() == Path("out/c.manifest.json").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -151,7 +177,7 @@ def test_replay_finds_the_same_concepts_of_the_same_pictures(featinv: Featinv, p
         (["--method", "mdc"], "did you mean 'mcd'"),
         (["--method", "directions"], "go together"),
         (["--method", "pca", "--directions", "d.npy"], "go together"),
-        (["--directions", "d.npy"], "must be there"),
+        (["--directions", "d.npy"], "must be a file of directions"),
         (["--class", "class 99"], "No class is named"),
         (["--layer", "stages.9"], "not a layer"),
         (["--figure", "f.jpg"], "'f.jpg'"),

@@ -53,7 +53,7 @@ def test_both_ways(featinv, made, tmp_path):
     assert back.code == 0
     expected = f"Wrote {tmp_path / 'back.safetensors'} and {tmp_path / 'back.yaml'}.\n"
     assert back.out == expected
-    assert back.err.startswith("Note: The original code has sizes fixed in it")
+    assert back.err.startswith("Note: Some sizes are fixed in the original code")
     assert OmegaConf.load(tmp_path / "back.yaml") == OmegaConf.load(made / "control.yaml")
 
 
@@ -64,14 +64,14 @@ def test_both_ways(featinv, made, tmp_path):
         (["{made}/control.ckpt", "{made}"], "must be a new or empty folder"),
         (["{made}/control.ckpt", "out"], "Pass the backbone it was trained on as --backbone"),
         (["{made}/control.ckpt", "out", "--backbone", "test_vit"], "as --original-config"),
-        (WITH_YAML, "'openai/clip-vit-large-patch14' cannot be had"),
+        (WITH_YAML, "'openai/clip-vit-large-patch14' cannot be loaded"),
         (
-            [*WITH_YAML, "--no-tokenizer", "--backbone", "resnet"],
-            "64 channels, but the features are a map of resnet at layer 'last', 2048×7×7",
+            [*WITH_YAML, "--no-tokenizer", "--backbone", "resnet50.tv_in1k"],
+            "64 channels, but the features are a map of resnet50.tv_in1k at layer 'last', 2048×7×7",
         ),
         (
             ["{made}/control.ckpt", "out", "--no-tokenizer", "--backbone", "convnect"],
-            "Nearest names: convnext",
+            "did you mean 'convnext'",
         ),
         (["x", "out", "--tokenizer", "a", "--no-tokenizer"], "not both"),
         (["x", "out.ckpt", "--reverse", "--backbone", "convnext"], "leave --backbone out"),

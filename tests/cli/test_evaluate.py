@@ -89,7 +89,7 @@ def test_it_writes_figures_with_nulls_and_ceilings(featinv: Featinv, table: Path
     # Random weights answer with whatever they like, but 64 px is 64 px.
     assert metrics["ceilings"]["resized_original"]["cosine"]["value"] == pytest.approx(1, abs=1e-5)
     assert metrics["label_accuracy"]["labels_matched_by"] == "name"
-    assert metrics["distribution"]["frechet_distance_convnext"]["n"] == N_IMAGES
+    assert metrics["distribution"]["frechet_distance_tiny/convnext"]["n"] == N_IMAGES
     assert metrics["data"]["n_classes"] == 3
     assert metrics["failures"] == []
     table_text = Path("out/metrics.md").read_text()
@@ -152,12 +152,12 @@ def test_a_config_and_options_beside_it(featinv: Featinv, table: Path):
     assert metrics["cosine"]["nulls"]["prior_only"] is None
 
 
-@pytest.mark.parametrize("name", ["imagenet", "tiny", "tiny-held-back"])
+@pytest.mark.parametrize("name", ["evaluation/imagenet", "evaluation/tiny", "tiny/held-back"])
 def test_the_configs_of_the_repository_can_be_read(name: str):
     from featinv_diffusion.config import load_flat
     from featinv_diffusion.evaluation.settings import EvaluationSettings
 
-    path = ROOT / "configs" / "evaluation" / f"{name}.yaml"
+    path = ROOT / "configs" / f"{name}.yaml"
     assert load_flat(EvaluationSettings, path, {}).sampling.batch_size == 32
 
 
@@ -174,7 +174,7 @@ def test_the_configs_of_the_repository_can_be_read(name: str):
         (["--data", "TABLE", "--backbone", "convnxt"], "did you mean 'convnext'"),
         (["--data", "TABLE", "--evaluated-by", "vitt"], "vitt"),
         (["--data", "TABLE", "--selection", "last"], "No selection is named 'last'"),
-        (["--data", "TABLE", "--config", "none.yaml"], "A config file must exist at none.yaml"),
+        (["--data", "TABLE", "--config", "none.yaml"], "there is no file at 'none.yaml'"),
         (["--data", "TABLE", "--steps", 5000], "at most 1000 steps"),
         (["--data", "TABLE", "--device", "tpu9"], "device 'tpu9' cannot be used"),
         (["--data", "TABLE", "--lpips", "alex"], "--lpips-weights"),

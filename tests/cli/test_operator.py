@@ -214,10 +214,11 @@ def test_apply_before_diffusion(featinv: Featinv, swap, photos, tmp_path):
 
 
 def test_a_modular_inverter_takes_operators_of_its_stage(featinv: Featinv, vit, pictures, tmp_path):
+    from featinv_diffusion.studies.operator_measures import draw_images, fit_operator
+
     from featinv_diffusion.data.sets import open_images
     from featinv_diffusion.features.pixel_operations import make_operation
     from featinv_diffusion.inverters.chain import StageBackbone
-    from featinv_diffusion.studies.operator_measures import draw_images, fit_operator
 
     backbone = StageBackbone(small.make_vit_path(), "last")
     drawn = draw_images(open_images(str(pictures), "train"), 8, 0, 64)

@@ -6,6 +6,7 @@ import errno
 import importlib.util
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from transformers import TimmWrapperModel
 
 import featinv_diffusion
 from featinv_diffusion import files
+from featinv_diffusion.backbones.names import _tell_short_name
 from featinv_diffusion.images import read_image
 from featinv_diffusion.seeds import derive_seed
 from tests import tiny
@@ -23,7 +25,7 @@ from tests.cli.conftest import Featinv
 
 SETTINGS = {
     "pipeline": "tiny/convnext",
-    "backbone": "convnext",
+    "backbone": "tiny/convnext",
     "layer": "last",
     "n_samples": 4,
     "seed": 0,
@@ -250,7 +252,7 @@ def test_a_folder_without_pictures(featinv: Featinv, tmp_path):
     ("options", "words"),
     [
         (["--backbone", "convnxt"], ["'convnxt'", "did you mean 'convnext'"]),
-        (["--backbone", "resnet"], ["No bundled pipeline", "'resnet'"]),
+        (["--backbone", "tiny/resnet"], ["No bundled pipeline", "'tiny/resnet'"]),
         (["--layer", "stages.2"], ["'last'", "'stages.2'"]),
         (["--pipeline", "tiny/convnet"], ["tiny/convnext"]),
         (["--pipeline", "./none"], ["none"]),
@@ -286,15 +288,47 @@ def test_a_pipeline_of_another_backbone_is_refused_and_both_are_named(
     featinv: Featinv, photos, saved_pipeline
 ):
     done = featinv(
-        "sample", photos, "--pipeline", saved_pipeline, "--backbone", "swin", "-o", "out"
+        "sample", photos, "--pipeline", saved_pipeline, "--backbone", "tiny/swin", "-o", "out"
     )
-    refused(done, "'convnext'", "'swin'")
+    refused(done, "'tiny/convnext'", "'tiny/swin'")
 
 
-def test_a_backbone_by_its_full_name_is_the_same(featinv: Featinv, photos):
-    name = "timm/convnext_base.fb_in22k_ft_in1k"
-    options = ["--pipeline", "tiny/convnext", "--backbone", name, "--n-samples", 1]
-    assert featinv("sample", photos / "a.png", *options, "-o", "out").code == 0
+def test_a_short_name_is_the_bundled_backbone_and_no_other(featinv: Featinv, photos):
+    _tell_short_name.cache_clear()
+    options = ["--pipeline", "tiny/convnext", "--n-samples", 1, "-o", "out", "--backbone"]
+    for name in ("convnext", "tiny/convnext"):
+        done = featinv("sample", photos / "a.png", *options, name)
+        assert (done.code, done.err) == (0, "")
+    done = featinv(
+        "sample", photos / "a.png", "--n-samples", 1, "-o", "out", *options[-1:], "convnext"
+    )
+    assert done.code == 0
+    assert done.err.startswith(
+        "Note: 'convnext' means the bundled tiny/convnext; the paper's model"
+    )
+    timm_id = "timm/convnext_base.fb_in22k_ft_in1k"
+    done = featinv("sample", photos / "a.png", *options, timm_id)
+    refused(done, "'tiny/convnext'", "'convnext_base.fb_in22k_ft_in1k'")
+
+
+def test_a_pipeline_of_an_earlier_version_reads_the_papers_model(
+    featinv: Featinv, photos, saved_pipeline, tmp_path
+):
+    """It was trained by `convnext` when that word meant the paper's model."""
+    old = shutil.copytree(saved_pipeline, tmp_path / "old")
+    path = old / "controlnet" / "config.json"
+    config = json.loads(path.read_text())
+    config["feature_spec"]["backbone"] = "convnext"
+    path.write_text(json.dumps(config))
+    options = ["--pipeline", old, "--n-samples", 1, "--steps", 1, "-o", "out"]
+    assert featinv("sample", photos / "a.png", *options).code == 0
+    manifest = json.loads(Path("out/manifest.json").read_text())
+    assert manifest["backbone"] == "convnext_base.fb_in22k_ft_in1k"
+    manifest["backbone"] = "convnext"  # as it was recorded then
+    Path("out/manifest.json").write_text(json.dumps(manifest))
+    done = featinv("replay", "out", "-o", "again")
+    assert done.code == 0, done.err
+    assert "1 of 1 pictures are identical" in done.out
 
 
 def test_a_controlnet_of_another_backbone_in_the_folder(featinv: Featinv, photos, tmp_path):

@@ -11,10 +11,13 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
+import featinv_diffusion as fi
 from featinv_diffusion.images import read_image
+from featinv_diffusion.inverters import reconstructor
 from featinv_diffusion.seeds import derive_seed
 from featinv_diffusion.settings import SampleSettings
 from tests.cli.conftest import Featinv, Outcome
+from tests.inverters import encoders
 
 
 def load(folder: str | Path, name: str = "manifest") -> dict:
@@ -27,6 +30,13 @@ def names(folder: str | Path) -> set[str]:
 
 def same(a: str, b: str) -> bool:
     return Path(a).read_bytes() == Path(b).read_bytes()
+
+
+@pytest.fixture
+def siglip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A deterministic inverter `siglip`, as it is bundled."""
+    monkeypatch.setattr(reconstructor, "ASSETS", tmp_path / "assets")
+    return encoders.save_member(tmp_path / "assets/tiny/siglip")
 
 
 @pytest.fixture
@@ -158,6 +168,48 @@ def test_variability(featinv: Featinv, photos: Path, sampled: str):
     assert numbers["cosines"] == pytest.approx(entry["cosine"], abs=1e-6)
 
 
+# ---- in Python -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("verb", "arguments", "options"),
+    [
+        (fi.interpolate, {"weights": [0, 0.3]}, ["--weights", "0,.3"]),
+        (fi.compose, {"box": (0, 0, 0.5, 1)}, ["--box", "0,0,.5,1"]),
+        (fi.variability, {}, []),
+    ],
+)
+def test_a_script_gives_what_the_command_gives(
+    featinv: Featinv, photos: Path, verb, arguments, options
+):
+    pictures = [photos / "a.png", photos / "b.jpg"][: 1 if verb is fi.variability else 2]
+    assert run(featinv, verb.__name__, *pictures, *options).code == 0
+    inverter = fi.load_inverter("tiny/convnext", device="cpu")
+    found = verb(inverter, *pictures, **arguments, n_samples=2, seed=3)
+    found.save("script")
+    assert names("script") == names("out")
+    for name in names("out") - {f"{verb.__name__}.parquet"}:
+        assert same(f"out/{name}", f"script/{name}"), name
+    assert found.rows() == parquet.read_table(f"out/{verb.__name__}.parquet").to_pylist()
+    in_memory = verb(inverter, *map(inverter.encode, pictures), **arguments, n_samples=2, seed=3)
+    assert in_memory.numbers() == found.numbers()
+
+
+@pytest.mark.parametrize("command", ["interpolate", "compose", "variability"])
+def test_with_a_deterministic_inverter(featinv: Featinv, photos: Path, siglip, command):
+    pictures = [photos / "a.png", photos / "b.jpg"][: 1 if command == "variability" else 2]
+    region = ["--box", "0,0,.5,1"] if command == "compose" else []
+    done = featinv(command, *pictures, *region, "--inverter", "siglip", "-o", "out")
+    assert (done.code, done.err) == (0, "")
+    assert "only pipelines of the diffusion inverter hold" in done.out
+    manifest = load("out")
+    assert (manifest["inverter"], manifest["n_samples"]) == ("siglip", 1)
+    assert len(manifest["seeds"]) == 1
+    done = featinv("replay", "out", "-o", "again")
+    n = len(manifest["outputs"])
+    assert f"{n} of {n} pictures are identical" in done.out, done.err
+
+
 # ---- replay --------------------------------------------------------------------------------------
 
 
@@ -200,6 +252,7 @@ def test_replay_uses_the_recorded_seeds_also_under_another_name(featinv: Featinv
         (lambda m: m.update(command=["dance"]), "dance"),
         (lambda m: m.update(outputs=["../x.png"]), "file names"),
         (lambda m: m.update(figure="../x.png"), "file name"),
+        (lambda m: m.update(b=None), "names no file as 'b', for it was given in memory"),
         (lambda m: m.update(seeds=[]), "seed"),
         (lambda m: m.pop("environment"), "environment"),
         (lambda m: m.update(steps="many"), "wrong type"),
@@ -257,8 +310,8 @@ def test_interpolate_refuses(featinv: Featinv, photos: Path, options, words):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ([], "Exactly one of a box and a mask must be given, but none came"),
-        (["--box", "0,0,1,1", "--mask", "m.png"], "both came"),
+        ([], "Exactly one of a box and a mask must be given, got none"),
+        (["--box", "0,0,1,1", "--mask", "m.png"], "got both"),
         (["--box", "0,0,1"], "four fractions"),
         (["--box", "0,0,1,64"], "each in 0 … 1"),
         (["--box", "1,0,0,1"], "y0 ≤ y1"),
@@ -284,7 +337,7 @@ def test_a_second_picture_that_is_none(featinv: Featinv, photos: Path, command):
 def test_variability_refuses(featinv: Featinv, photos: Path):
     refused(featinv("variability", photos / "a.png", "--n-samples", 1, "-o", "out"), "at least 2")
     refused(run(featinv, "variability", photos), "there is a folder at")
-    refused(run(featinv, "variability", photos / "none.png"), "nothing is there")
+    refused(run(featinv, "variability", photos / "none.png"), "there is nothing at")
 
 
 def test_a_run_that_fails_leaves_an_earlier_folder_whole(featinv: Featinv, photos: Path):

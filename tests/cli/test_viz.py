@@ -10,19 +10,22 @@ import pytest
 import torch
 from pyarrow import parquet
 
-from featinv_diffusion import backbones
+import featinv_diffusion as fi
+from featinv_diffusion.backbones import names
 from featinv_diffusion.concepts import ConceptDictionary, DirectionConcepts
 from featinv_diffusion.images import read_image
+from featinv_diffusion.inverters import reconstructor
 from featinv_diffusion.seeds import derive_seed
 from featinv_diffusion.types import FeatureSpec
 from tests.cli.conftest import Featinv, Outcome
+from tests.inverters import encoders
 
 SEEDS = [derive_seed(3, "a.png", j) for j in range(2)]
 
 
 @pytest.fixture
 def concepts(featinv: Featinv, photos: Path, family: Path, monkeypatch) -> str:
-    monkeypatch.setattr(backbones, "_ASSETS", family)
+    monkeypatch.setattr(names, "ASSETS", family)
     arguments = ["--method", "pca", "--n-concepts", 2, "--class", 4]
     assert featinv("concepts", photos, *arguments, "-o", "c.safetensors").code == 0
     return "c.safetensors"
@@ -94,6 +97,32 @@ def test_at_factor_one_nothing_changes(featinv: Featinv, photos: Path, concepts:
         assert same
 
 
+def test_a_script_gives_what_the_command_gives(featinv: Featinv, photos: Path, concepts: str):
+    assert run(featinv, photos, "--film", "0").code == 0
+    inverter = fi.load_inverter("tiny/convnext", device="cpu")
+    arguments = {"film": [0], "n_directions": 1, "n_samples": 2, "seed": 3}
+    found = fi.show_concept(inverter, photos / "a.png", concepts, **arguments)
+    found.save("script")
+    for path in Path("out").iterdir():
+        if path.suffix != ".parquet":
+            assert path.read_bytes() == Path("script", path.name).read_bytes(), path.name
+    assert found.rows() == parquet.read_table("out/viz.parquet").to_pylist()
+
+
+def test_with_a_deterministic_inverter(featinv: Featinv, photos: Path, tmp_path, monkeypatch):
+    monkeypatch.setattr(reconstructor, "ASSETS", tmp_path / "assets")
+    encoders.save_member(tmp_path / "assets/tiny/siglip")
+    inverter = fi.load_inverter("siglip", device="cpu")
+    fi.find_concepts(inverter, photos, method="pca", n_concepts=2).save("c.safetensors")
+    done = run(featinv, photos, "--inverter", "siglip", "--film", "1", n_samples=1)
+    assert (done.code, done.err) == (0, "")
+    assert "a deterministic inverter has no null of other noise" in done.out
+    manifest = load()
+    assert (manifest["null"], manifest["class_index"]) == (None, None)
+    assert manifest["outputs"] == ["factor_0.25_0.png", "factor_1_0.png", "random_0_0.png"]
+    assert "3 of 3 pictures are identical" in featinv("replay", "out", "-o", "again").out
+
+
 def test_replay_makes_everything_again(featinv: Featinv, photos: Path, concepts: str):
     assert run(featinv, photos, "--film", "1").code == 0
     done = featinv("replay", "out", "-o", "again")
@@ -119,18 +148,18 @@ def test_concepts_of_another_backbone(featinv: Featinv, photos: Path, concepts: 
     done = run(featinv, photos, "--backbone", "convnext")
     assert done.code == 2
     assert "tiny/resnet" in done.err
-    assert "map of convnext" in done.err
+    assert "map of tiny/convnext" in done.err
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--concept", 2], "0 … 1, but 2 came"),
+        (["--concept", 2], "0 … 1, got 2"),
         (["--film", "0,half"], "'0,half'"),
         (["--factor", "nan"], "finite"),
-        (["--n-directions", 0], "n_directions at least 1"),
+        (["--n-directions", 0], "n_directions must be at least 1"),
         (["--figure", "f.jpg"], "'f.jpg'"),
-        (["--concepts", "none.safetensors"], "none.safetensors is not"),
+        (["--concepts", "none.safetensors"], "file of concepts at none.safetensors"),
     ],
 )
 def test_what_it_refuses(featinv: Featinv, photos: Path, concepts: str, options, words):

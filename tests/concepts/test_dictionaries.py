@@ -103,7 +103,7 @@ def test_codes_of_nmf_are_non_negative_least_squares():
 
 
 def test_nmf_refuses_features_below_zero():
-    with pytest.raises(InputError, match="nowhere below zero, but -"):
+    with pytest.raises(InputError, match="nowhere below zero, got -"):
         NMFConcepts(2).fit(FEATURES - 1)
 
 
@@ -139,7 +139,7 @@ def test_more_directions_than_channels_decode_to_the_features():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"directions": torch.zeros(2, 10)}, "none of them zero"),
+        ({"directions": torch.zeros(2, 10)}, "must be finite and not zero"),
         ({"directions": torch.full((2, 10), torch.nan)}, "must be finite"),
         ({"directions": torch.ones(0, 10)}, r"must be a matrix"),
         ({"directions": DIRECTIONS, "sizes": [1, 2]}, "add up to 4 directions"),
@@ -161,7 +161,7 @@ def test_more_concepts_than_there_can_be(build):
 
 
 def test_files_that_are_not_there_or_hold_something_else(tmp_path):
-    with pytest.raises(InputError, match="Fit one first"):
+    with pytest.raises(InputError, match="There must be a file of concepts"):
         ConceptDictionary.load(tmp_path / "none.safetensors")
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(b"no tensors")

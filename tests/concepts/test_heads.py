@@ -77,5 +77,5 @@ def test_a_head_that_takes_the_maximum_is_refused():
 
 
 def test_no_such_class():
-    with pytest.raises(InputError, match=r"must lie in 0 … 3, but 4 came"):
+    with pytest.raises(InputError, match=r"must lie in 0 … 3, got 4"):
         make_head(make_layers()[0]).direction(4)

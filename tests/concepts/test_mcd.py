@@ -248,7 +248,7 @@ def test_order_can_change(fitted, tmp_path):
     torch.testing.assert_close(
         other.part(FEATURES, 0), fitted.part(FEATURES, order[0]), atol=1e-5, rtol=0
     )
-    with pytest.raises(InputError, match="each once"):
+    with pytest.raises(InputError, match="each concept at most once"):
         other.reorder([0, 0])
 
 
@@ -256,7 +256,7 @@ def test_order_can_change(fitted, tmp_path):
     ("features", "message"),
     [
         (FEATURES[:0], "must be maps"),
-        (torch.zeros(1, 32, 8, 8), "at least 2 cells that are not zero, but 0 came"),
+        (torch.zeros(1, 32, 8, 8), "at least 2 cells that are not zero, got 0"),
         (FEATURES[:1] * torch.inf, "must be finite"),
     ],
 )
@@ -289,7 +289,7 @@ def test_bad_settings(settings, message):
     ("settings", "message"),
     [
         ({"clustering": "spectral"}, "clustering must be one of sparse, kmeans"),
-        ({"basis": "both"}, "basis must be one of auto, uncentred, centred, but 'both' came"),
+        ({"basis": "both"}, "basis must be one of auto, uncentred, centred, got 'both'"),
     ],
 )
 def test_unknown_names(settings, message):
@@ -298,9 +298,9 @@ def test_unknown_names(settings, message):
 
 
 def test_a_direction_must_come_where_it_decides():
-    with pytest.raises(InputError, match="chosen by completeness"):
+    with pytest.raises(InputError, match="number of concepts by completeness"):
         MCD().fit(FEATURES)
-    with pytest.raises(InputError, match="made orthogonal"):
+    with pytest.raises(InputError, match="Orthogonal subspaces"):
         MCD(2, orthogonal=True).fit(FEATURES)
     with pytest.raises(InputError, match="one vector of 32 channels"):
         MCD().fit(FEATURES, direction=torch.ones(31))
@@ -309,7 +309,7 @@ def test_a_direction_must_come_where_it_decides():
 def test_nothing_before_a_fit_and_no_such_concept(fitted):
     with pytest.raises(InputError, match="Call fit or load first"):
         MCD(2).encode(FEATURES)
-    with pytest.raises(InputError, match="must lie in 0 … 2, but 3 came"):
+    with pytest.raises(InputError, match="must lie in 0 … 2, got 3"):
         fitted.part(FEATURES, 3)
     with pytest.raises(InputError, match="Codes must have 32 channels"):
         fitted.decode(FEATURES[:, :5])

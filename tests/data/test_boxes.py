@@ -13,9 +13,8 @@ from PIL import Image
 from featinv_diffusion.data.boxes import (
     Box,
     BoxDataset,
-    CocoRecords,
     crop_boxes,
-    load_box_records,
+    open_boxed_images,
     targets_of,
 )
 from featinv_diffusion.data.crops import Crop, DataConfig
@@ -58,36 +57,37 @@ def coco(tmp_path: Path) -> Path:
 
 
 def test_tiny_imagenets_edges_are_inclusive(tiny_imagenet: Path) -> None:
-    records = load_box_records(DataConfig(root=str(tiny_imagenet), in_memory=True))
-    assert records.class_names == ["n01", "n02"]
-    assert records.boxes(3) == [Box(8, 16, 40, 48, 1)]
+    images = open_boxed_images(DataConfig(root=str(tiny_imagenet), in_memory=True))
+    assert images.class_names == ["n01", "n02"]
+    assert images.boxes(3) == [Box(8, 16, 40, 48, 1)]
 
 
 def test_an_image_without_a_box_is_refused(tiny_imagenet: Path) -> None:
     (tiny_imagenet / "train/n02/n02_boxes.txt").write_text("other.JPEG 0 0 1 1\n")
     with pytest.raises(InputError, match="must have a box"):
-        load_box_records(DataConfig(root=str(tiny_imagenet)))
+        open_boxed_images(DataConfig(root=str(tiny_imagenet)))
 
 
 def test_a_broken_box_file_is_named(tiny_imagenet: Path) -> None:
     (tiny_imagenet / "train/n02/n02_boxes.txt").write_text("n02_0.JPEG 0 0\n")
     with pytest.raises(InputError, match=r"n02_boxes.txt must hold lines"):
-        load_box_records(DataConfig(root=str(tiny_imagenet)))
+        open_boxed_images(DataConfig(root=str(tiny_imagenet)))
 
 
 def test_coco_classes_are_category_ids_and_crowds_are_left_out(coco: Path) -> None:
-    records = load_box_records(DataConfig(root=str(coco), split="val2017"))
-    assert isinstance(records, CocoRecords)
-    assert records.class_names == ["unused 0", "person", "unused 2", "car"]
-    assert [records.id(i) for i in range(2)] == ["3.png", "7.png"]
-    assert records.boxes(0) == []
-    assert records.boxes(1) == [Box(10, 5, 20, 15, 3)]
-    assert records.image(1).size == (40, 20)
+    images = open_boxed_images(DataConfig(root=str(coco), split="val2017"))
+    assert images.class_names == ["unused 0", "person", "unused 2", "car"]
+    assert images.ids == ["3.png", "7.png"]
+    assert images.boxes(0) == []
+    assert images.boxes(1) == [Box(10, 5, 20, 15, 3)]
+    assert images.read(1).size == (40, 20)
 
 
 def test_coco_masks_fill_their_polygons(coco: Path) -> None:
     pytest.importorskip("pycocotools")
-    mask = CocoRecords(coco, "val2017").masks(1)
+    images = open_boxed_images(DataConfig(root=str(coco), split="val2017"))
+    assert images.masks is not None
+    mask = images.masks(1)
     expected = np.zeros((1, 20, 40), bool)
     expected[0, 5:15, 10:20] = True
     assert (mask != expected).sum() <= 20  # the rasteriser may differ along the outline
@@ -97,8 +97,10 @@ def test_masks_without_pycocotools_say_what_to_install(coco: Path, monkeypatch) 
     import sys
 
     monkeypatch.setitem(sys.modules, "pycocotools.mask", None)
+    images = open_boxed_images(DataConfig(root=str(coco), split="val2017"))
+    assert images.masks is not None
     with pytest.raises(InputError, match=r"pip install 'featinv-diffusion\[coco\]'"):
-        CocoRecords(coco, "val2017").masks(1)
+        images.masks(1)
 
 
 def test_a_crop_moves_cuts_and_drops_boxes() -> None:
@@ -123,7 +125,7 @@ def test_items_agree_with_the_pixels_they_come_with(tmp_path: Path) -> None:
     Image.fromarray(picture).save(folder / "a.png")
     (folder.parent / "n01_boxes.txt").write_text("a.png 8 16 39 47\n")
     config = DataConfig(root=str(tmp_path), size=64, scale=(0.3, 1.0), hflip=True, vflip=True)
-    dataset = BoxDataset(load_box_records(config), [0], config, seed=3, max_boxes=2)
+    dataset = BoxDataset(open_boxed_images(config), [0], config, seed=3, max_boxes=2)
     for epoch in range(12):
         dataset.set_epoch(epoch)
         item = dataset[0]

@@ -10,9 +10,8 @@ from featinv_diffusion.data.crops import (
     Crop,
     CropDataset,
     DataConfig,
-    FolderRecords,
     draw_crop,
-    load_records,
+    open_training_images,
     split_held_back,
 )
 from featinv_diffusion.errors import InputError
@@ -30,14 +29,17 @@ def write_images(root: Path, n: int = 4, size: tuple[int, int] = (40, 30)) -> No
 
 def test_folder_classes_are_sorted_or_in_the_order_asked_for(tmp_path: Path) -> None:
     write_images(tmp_path)
-    records = FolderRecords(tmp_path)
-    assert records.class_names == ["a", "b"]
-    assert records.id(0) == "a/images/0.png"
-    chosen = FolderRecords(tmp_path, ["b"])
-    assert chosen.class_names == ["b"]
-    assert len(chosen) == 4
+    images = open_training_images(DataConfig(root=str(tmp_path)))
+    assert images.class_names == ["a", "b"]
+    assert images.ids[0] == "a/images/0.png"
+    listed = tmp_path / "classes.txt"
+    listed.write_text("b\na\n")
+    chosen = open_training_images(DataConfig(root=str(tmp_path), classes=str(listed)))
+    assert chosen.class_names == ["b", "a"]
+    assert (chosen.labels, chosen.ids[0]) == ([1] * 4 + [0] * 4, "a/images/0.png")
+    listed.write_text("a\nc\n")
     with pytest.raises(InputError, match="'c'"):
-        FolderRecords(tmp_path, ["a", "c"])
+        open_training_images(DataConfig(root=str(tmp_path), classes=str(listed)))
 
 
 def test_parquet_and_webdataset_read_as_a_folder_does(tmp_path: Path) -> None:
@@ -46,42 +48,43 @@ def test_parquet_and_webdataset_read_as_a_folder_does(tmp_path: Path) -> None:
     from datasets import Dataset
 
     write_images(tmp_path / "folder")
-    folder = load_records(DataConfig(root=str(tmp_path / "folder")))
-    table = {"image": [folder.image(i) for i in range(8)], "label": folder.labels}
+    folder = open_training_images(DataConfig(root=str(tmp_path / "folder")))
+    assert folder.labels == [0] * 4 + [1] * 4
+    table = {"image": [folder.read(i) for i in range(8)], "label": folder.labels}
     Dataset.from_dict(table).to_parquet(tmp_path / "images.parquet")
     with tarfile.open(tmp_path / "shard.tar", "w") as tar:
         for i in range(8):
             (tmp_path / f"{i}.cls").write_text(str(folder.labels[i]))
-            tar.add(tmp_path / "folder" / folder.id(i), f"{i:04d}.png")
+            tar.add(tmp_path / "folder" / folder.ids[i], f"{i:04d}.png")
             tar.add(tmp_path / f"{i}.cls", f"{i:04d}.cls")
     for name in ("images.parquet", "shard.tar"):
-        records = load_records(DataConfig(root=str(tmp_path / name)))
+        records = open_training_images(DataConfig(root=str(tmp_path / name)))
         assert records.labels == folder.labels
         for i in range(8):
-            assert np.array_equal(np.asarray(records.image(i)), np.asarray(folder.image(i)))
+            assert np.array_equal(np.asarray(records.read(i)), np.asarray(folder.read(i)))
 
 
 def test_unreadable_image_is_named(tmp_path: Path) -> None:
     write_images(tmp_path)
     (tmp_path / "a/images/0.png").write_bytes(b"\x89PNG\r\n")
     with pytest.raises(InputError, match=r"a/images/0\.png"):
-        FolderRecords(tmp_path).image(0)
+        open_training_images(DataConfig(root=str(tmp_path))).read(0)
 
 
 @pytest.mark.parametrize("root", [None, "no/such/folder.parquet"])
 def test_missing_data_is_refused(root: str | None) -> None:
     with pytest.raises(InputError, match=r"data\.root"):
-        load_records(DataConfig(root=root))
+        open_training_images(DataConfig(root=root))
 
 
 def test_in_memory_is_the_same_pixels_and_refuses_mixed_sizes(tmp_path: Path) -> None:
     write_images(tmp_path)
-    disk = load_records(DataConfig(root=str(tmp_path)))
-    memory = load_records(DataConfig(root=str(tmp_path), in_memory=True))
-    assert np.array_equal(np.asarray(disk.image(5)), np.asarray(memory.image(5)))
+    disk = open_training_images(DataConfig(root=str(tmp_path)))
+    memory = open_training_images(DataConfig(root=str(tmp_path), in_memory=True))
+    assert np.array_equal(np.asarray(disk.read(5)), np.asarray(memory.read(5)))
     Image.new("RGB", (8, 8)).save(tmp_path / "b/images/9.png")
     with pytest.raises(InputError, match="8×8"):
-        load_records(DataConfig(root=str(tmp_path), in_memory=True))
+        open_training_images(DataConfig(root=str(tmp_path), in_memory=True))
 
 
 def test_split_holds_back_the_last_of_each_class() -> None:
@@ -91,7 +94,7 @@ def test_split_holds_back_the_last_of_each_class() -> None:
 
 def test_crops_depend_on_seed_epoch_and_index_alone(tmp_path: Path) -> None:
     write_images(tmp_path)
-    records = load_records(DataConfig(root=str(tmp_path)))
+    records = open_training_images(DataConfig(root=str(tmp_path)))
     config = DataConfig(size=16)
     whole = CropDataset(records, range(8), config, seed=1)
     part = CropDataset(records, [3], config, seed=1)

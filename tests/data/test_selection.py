@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -17,6 +16,7 @@ from featinv_diffusion.data.sets import ImageSet
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.evaluation.settings import EvaluationSettings
 from featinv_diffusion.runs.sampling import make_jobs
+from featinv_diffusion.settings import Selection, from_flat
 
 
 def make_set(labels: list[int] | None, n: int = 0) -> ImageSet:
@@ -28,8 +28,8 @@ def make_set(labels: list[int] | None, n: int = 0) -> ImageSet:
     return ImageSet([f"data:{i:03d}" for i in range(n)], labels, None, read)
 
 
-def select(images: ImageSet, **options) -> list[Item]:
-    return select_items(images, EvaluationSettings(data="data", **options))
+def select(images: ImageSet, seed: int = 0, **options) -> list[Item]:
+    return select_items(images, Selection(**options), seed)
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=60), st.data())
@@ -68,7 +68,7 @@ def test_held_back_images_are_those_that_training_holds_back():
 
 def test_a_picture_of_a_folder_has_the_noise_of_its_first_sample():
     images = replace(make_set(None, 2), ids=["a/one.png", "b/two.jpg"])
-    jobs = make_jobs([(image_id, Path(image_id)) for image_id in images.ids], seed=5, n_samples=3)
+    jobs = make_jobs(replace(images, locations=images.ids), seed=5, n_samples=3)
     for item in select(images, seed=5):
         assert item.seed == jobs[item.index].seeds[0]
 
@@ -100,7 +100,7 @@ def test_the_digest_tells_the_order():
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"n_images": 0}, "n_images must be at least 1, but 0 came"),
+        ({"n_images": 0}, "n_images must be at least 1, got 0"),
         ({"shard_size": 1}, "shard_size must be at least 2"),
         ({"n_null_images": -1}, "n_null_images must be at least 0"),
         ({"selection": "frist"}, "No selection is named 'frist'; did you mean 'first'"),
@@ -112,7 +112,7 @@ def test_the_digest_tells_the_order():
 )
 def test_settings_that_cannot_be_are_refused(options, sentence):
     with pytest.raises(InputError, match=sentence):
-        EvaluationSettings(**options)
+        from_flat(EvaluationSettings, options)
 
 
 @pytest.mark.parametrize("option", ["per_class", "held_back_per_class"])

@@ -168,7 +168,7 @@ def test_what_is_no_data_is_refused_in_one_sentence(tmp_path: Path):
     with pytest.raises(InputError, match="holds no picture"):
         open_images(str(tmp_path), "x")
     (tmp_path / "notes.txt").write_text("hello")
-    with pytest.raises(InputError, match="must be a parquet file, a folder or a Hub name"):
+    with pytest.raises(InputError, match="must be a parquet file, a tar, a folder or a Hub name"):
         open_images(str(tmp_path / "notes.txt"), "x")
     (tmp_path / "bad.parquet").write_text("hello")
     with pytest.raises(InputError, match=r"bad\.parquet could not be opened as a data set"):
@@ -185,5 +185,7 @@ def test_tables_without_usable_columns_are_refused(tmp_path: Path):
     path = write_table(tmp_path / "b.parquet", content, [None])
     with pytest.raises(InputError, match="must hold class numbers from 0"):
         open_images(str(path), "x")
+    (tmp_path / "classes.txt").write_text("n1\n")
+    table = write_table(tmp_path / "c.parquet", content)
     with pytest.raises(InputError, match="--classes selects folders"):
-        open_images(str(write_table(tmp_path / "c.parquet", content)), "x", "classes.txt")
+        open_images(str(table), "x", str(tmp_path / "classes.txt"))

@@ -19,7 +19,7 @@ def touch(folder: Path, *names: str) -> Path:
 
 def names_of(folder: Path, asked: str) -> tuple[str | None, list[str]]:
     part = find_split(folder, asked)
-    return part.split, [table.relative_to(folder).as_posix() for table in part.tables]
+    return part.split, [Path(file).relative_to(folder).as_posix() for file in part.files]
 
 
 def test_a_folder_without_split_names_is_taken_whole(tmp_path: Path):
@@ -28,7 +28,7 @@ def test_a_folder_without_split_names_is_taken_whole(tmp_path: Path):
         ["a.parquet", "b.parquet"],
     )
     part = find_split(touch(tmp_path / "photos", "cat/1.png", "trainers/2.png"), "validation")
-    assert (part.folder, part.split, part.tables) == (tmp_path / "photos", None, ())
+    assert (part.folder, part.split, part.files) == (str(tmp_path / "photos"), None, ())
 
 
 @pytest.mark.parametrize("asked", ["val", "validation"])
@@ -37,7 +37,7 @@ def test_val_is_validation(tmp_path: Path, asked: str, there: str):
     files = touch(tmp_path / "files", f"{there}-0.parquet", f"{there}-1.parquet", "train-0.parquet")
     assert names_of(files, asked) == (there, [f"{there}-0.parquet", f"{there}-1.parquet"])
     folders = find_split(touch(tmp_path / "folders", f"{there}/cat/1.png", "train/x.png"), asked)
-    assert (folders.folder.name, folders.split) == (there, there)
+    assert (Path(folders.folder).name, folders.split) == (there, there)
     inner = touch(tmp_path / "inner", f"{there}/part-0.parquet", "train/part-0.parquet")
     assert names_of(inner, asked) == (there, [f"{there}/part-0.parquet"])
 

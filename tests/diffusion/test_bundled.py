@@ -9,19 +9,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from featinv_diffusion.diffusion import folders as bundled
+from featinv_diffusion.diffusion.cards import CardInfo
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
-from featinv_diffusion.diffusion.folders import SCOPE_FILE, to_half, write_bundled_backbone
-from featinv_diffusion.diffusion.hub import (
-    CardInfo,
-    find_scope_file,
+from featinv_diffusion.diffusion.folders import (
+    SCOPE_FILE,
     list_bundled,
-    load_pipeline,
-    write_bundled,
 )
+from featinv_diffusion.diffusion.hub import find_scope_file, load_pipeline
 from featinv_diffusion.errors import InputError
 from tests import tiny
 from tests.diffusion.probe import sample
+from train.tiny_family import pack
+from train.tiny_family.pack import to_half, write_bundled, write_bundled_backbone
 
 INFO = CardInfo(command="python -m train.tiny_family", license="apache-2.0")
 
@@ -126,7 +125,7 @@ def test_another_base_is_refused_unless_replaced(family, pipeline):
 
 
 def test_large_models_are_sharded_and_no_file_is_too_large(family, pipeline, monkeypatch):
-    monkeypatch.setattr(bundled, "SHARD_SIZE", "100KB")
+    monkeypatch.setattr(pack, "SHARD_SIZE", "100KB")
     write_bundled(pipeline, family, "convnext", INFO)
     assert len(list((family / "base/unet").glob("*.safetensors"))) > 1
     loaded = load_pipeline("tiny/convnext")
@@ -134,7 +133,7 @@ def test_large_models_are_sharded_and_no_file_is_too_large(family, pipeline, mon
     assert all(
         torch.equal(v.half().float(), weights[k]) for k, v in pipeline.unet.state_dict().items()
     )
-    monkeypatch.setattr(bundled, "MAX_FILE_MB", 0.05)
+    monkeypatch.setattr(pack, "MAX_FILE_MB", 0.05)
     with pytest.raises(InputError, match=r"may be larger than 0\.05 MB"):
         write_bundled(pipeline, family, "second", INFO)
     assert list_bundled() == ["tiny/convnext"]

@@ -355,7 +355,7 @@ def test_the_tokenizer_must_be_there_and_fit(parts, tmp_path, tokenizer_folder):
     with pytest.raises(InputError, match=r"has no tokenizer\.json.*--no-tokenizer"):
         load_tokenizer(str(tmp_path / "empty"), text_encoder)
     for name in ("openai/clip-vit-large-patch14", str(tmp_path / "absent")):
-        with pytest.raises(InputError, match=rf"{name}' cannot be had .*--tokenizer"):
+        with pytest.raises(InputError, match=rf"{name}' cannot be loaded .*--tokenizer"):
             load_tokenizer(name, text_encoder)
     larger = tiny.make_tokenizer()
     larger.add_tokens(["<extra>"])

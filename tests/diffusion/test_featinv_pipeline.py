@@ -471,15 +471,15 @@ def wrong(message: str, **kwargs):
         wrong("must be finite", features=torch.full((1, 32, 8, 8), torch.inf)),
         wrong("guidance must be one of text, features", guidance="txt"),
         wrong("output_type must be one of", output_type="jpg"),
-        wrong("2 generators, one per sample, not 3", generator=tiny.make_generators(3)),
+        wrong("2 generators, one per sample, got 3", generator=tiny.make_generators(3)),
         wrong(
-            "one number or one for each of the 5 residuals, but 2",
+            "one number or one for each of the 5 residuals, got 2",
             controlnet_conditioning_scale=[1.0, 1.0],
         ),
         wrong("one prompt or one per image", prompt=["a", "b", "c"]),
         wrong("one negative prompt or one per image", negative_prompt=["a", "b", "c"]),
-        wrong("at least 1, but 0 came", num_inference_steps=0),
-        wrong("at least 1, but 0 came", num_images_per_prompt=0),
+        wrong("at least 1, got 0", num_inference_steps=0),
+        wrong("at least 1, got 0", num_images_per_prompt=0),
         wrong("finite number", guidance_scale=float("nan")),
         wrong(r"latents must have shape \[2, 4, h, w\]", latents=torch.zeros(1, 4, 8, 8)),
         wrong(
@@ -496,7 +496,7 @@ def test_bad_input_is_refused_with_a_sentence(pipeline, kwargs, message):
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        (torch.zeros(3, 64, 64), r"\[b, 3, h, w\], but \[3, 64, 64\]"),
+        (torch.zeros(3, 64, 64), r"\[b, 3, h, w\], got \[3, 64, 64\]"),
         (torch.full((1, 3, 64, 64), 255.0), r"in \[0, 1\]"),
         (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), "floating point"),
         ([], "empty list"),
@@ -523,7 +523,7 @@ def test_a_backbone_with_other_features_is_refused():
 
 
 def test_a_backbone_of_another_kind_is_refused():
-    with pytest.raises(ValueError, match="must be a TimmWrapperForImageClassification, but a CLIP"):
+    with pytest.raises(ValueError, match="must be a TimmWrapperForImageClassification, got a CLIP"):
         tiny.make_pipeline(backbone=tiny.make_text_encoder()).encode_features(tiny.make_images(1))
 
 
@@ -575,7 +575,7 @@ def test_a_prompt_that_is_cut_is_announced(pipeline, monkeypatch):
 
 
 def test_a_controlnet_that_reads_images_is_refused(unet):
-    with pytest.raises(ValueError, match=r"must be a FeatureControlNet.*a ControlNetModel came"):
+    with pytest.raises(ValueError, match=r"must be a FeatureControlNet.*got a ControlNetModel"):
         tiny.make_pipeline(controlnet=ControlNetModel.from_unet(unet))
 
 
@@ -822,7 +822,7 @@ def test_an_edit_applies_to_the_features_of_images(pipeline):
     [
         (lambda f: f[:, :3], r"the feature_edit gives shape \[2, 3, 8, 8\]"),
         (lambda f: f / 0, "finite"),
-        (lambda f: f[:1], "each of the 2 that it gets, but returned 1"),
+        (lambda f: f[:1], "each of the 2 it is given, but returned 1"),
     ],
 )
 def test_edits_that_break_the_features(pipeline, edit, words):

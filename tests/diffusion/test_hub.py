@@ -22,20 +22,15 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
+from featinv_diffusion.diffusion.cards import CardInfo
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
-from featinv_diffusion.diffusion.hub import (
-    CardInfo,
-    export_pipeline,
-    load_pipeline,
-    origin_of,
-    push_folder,
-    write_bundled,
-)
+from featinv_diffusion.diffusion.hub import export_pipeline, load_pipeline, origin_of, push_folder
 from featinv_diffusion.errors import InputError
 from tests import tiny
 from tests.diffusion import probe
 from tests.diffusion.probe import sample
 from tests.fake_hub import COMMIT, TOKEN, FakeHub
+from train.tiny_family.pack import write_bundled
 
 ROOT = Path(__file__).parents[2]
 INFO = CardInfo(command="featinv export out", license="apache-2.0")

@@ -75,7 +75,7 @@ def test_every_permutation_is_about_as_likely():
 
 
 def test_wrong_number_of_generators():
-    with pytest.raises(InputError, match="3 came for 2 maps"):
+    with pytest.raises(InputError, match="got 3 for 2 maps"):
         permute_cells(make_map(), [make_generator()] * 3)
 
 
@@ -118,7 +118,7 @@ def test_one_other_map_serves_a_whole_batch():
     ("maps", "weights", "words"),
     [
         ([], [], "0 maps"),
-        ([random_maps()], [1, 2], "2 weights came for 1 maps"),
+        ([random_maps()], [1, 2], "got 2 weights and 1 maps"),
         ([random_maps()], [float("nan")], "finite"),
         ([random_maps(), random_maps()[:, :2]], [1, 2], r"\[2, 3, 4, 5\] and \[2, 2, 4, 5\]"),
         ([random_maps(), random_maps(3)], [1, 2], r"\[3, 3, 4, 5\]"),

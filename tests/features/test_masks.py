@@ -57,7 +57,7 @@ def test_every_cell_that_is_touched_by_more_than_rounding_is_marked(a, b, n):
     ("box", "words"),
     [
         ([0, 0, 1], "four fractions"),
-        ([0, 0, 1, 1.5], "0,0,1,1.5 came"),
+        ([0, 0, 1, 1.5], "got 0,0,1,1.5"),
         ([-0.1, 0, 1, 1], "each in 0 … 1"),
         ([0, 0, float("nan"), 1], "nan"),
         ([0.5, 0, 0.2, 1], "y0 ≤ y1"),

@@ -24,7 +24,7 @@ def make_inverter(pipeline: FeatInvPipeline, **settings) -> DiffusionInverter:
 def test_it_is_an_inverter_of_the_declared_features(pipeline):
     inverter = make_inverter(pipeline)
     assert isinstance(inverter, Inverter)
-    assert inverter.spec == FeatureSpec("convnext", "last", tiny.CHANNELS, tiny.GRID)
+    assert inverter.spec == FeatureSpec("tiny/convnext", "last", tiny.CHANNELS, tiny.GRID)
     assert inverter.backbone is not None
     assert inverter.backbone.spec == inverter.spec
 
@@ -74,7 +74,9 @@ def test_progress_adds_up_to_the_number_of_images(pipeline):
     for name in ("ddim", "heun", "pndm"):  # the latter two evaluate more often than asked
         pipeline.scheduler = make_scheduler(name, pipeline.scheduler.config)
         shares: list[float] = []
-        make_inverter(pipeline, on_progress=shares.append).invert(tiny.make_features(2))
+        inverter = make_inverter(pipeline)
+        inverter.on_progress = shares.append
+        inverter.invert(tiny.make_features(2))
         assert sum(shares) == pytest.approx(2)
 
 

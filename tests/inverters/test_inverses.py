@@ -158,12 +158,12 @@ def test_each_layer_enlarges_by_its_stride(detr, kernel: int, stride: int) -> No
 
 
 def test_a_kernel_smaller_than_its_stride_is_refused(detr) -> None:
-    with pytest.raises(InputError, match="at least its stride, but 2 and 8 came"):
+    with pytest.raises(InputError, match="at least its stride, got 2 and 8"):
         ConvInverse(**small.ends(detr, "backbone", "image"), kernels=[2], strides=[8])
 
 
 def test_strides_that_miss_the_image_are_refused(detr) -> None:
-    with pytest.raises(InputError, match="8×8 cells to 64×64 pixels, but their product is 4"):
+    with pytest.raises(InputError, match="8×8 cells to 64×64 pixels, got a product of 4"):
         ConvInverse(
             **small.ends(detr, "backbone", "image"), channels=[4], kernels=[3, 3], strides=[2, 2]
         )

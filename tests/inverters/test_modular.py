@@ -41,7 +41,7 @@ def test_every_stage_of_detr_leads_to_an_image(detr, inverses, stage: str) -> No
     images = chain.invert(embedding)
     assert images.shape == (2, 3, 64, 64)
     assert 0 <= float(images.min()) < float(images.max()) <= 1
-    assert isinstance(chain, Inverter)
+    assert isinstance(MapChain(chain), Inverter)
 
 
 def test_a_chain_is_the_composition_of_its_modules(detr, inverses) -> None:
@@ -69,7 +69,8 @@ def test_states_within_a_stage_can_be_inverted(detr, inverses) -> None:
 def test_the_backbone_embedding_is_not_taken_for_the_encoders(detr, inverses) -> None:
     """The public trainers of decoder⁻¹ make this mistake; both have one shape."""
     wrong = EncoderInverse(**small.ends(detr, "backbone", "backbone"), depth=1, n_heads=2)
-    with pytest.raises(InputError, match=r"layer 'backbone'.*before it comes.*layer 'encoder'"):
+    words = r"layer 'backbone'.*but the one before it writes.*layer 'encoder'"
+    with pytest.raises(InputError, match=words):
         Chain([inverses["decoder"], wrong, inverses["backbone"]])
 
 
@@ -173,5 +174,5 @@ def test_the_last_stage_of_vit_is_the_backbones_last_layer() -> None:
 
 
 def test_an_unknown_inverter_names_the_bundled_ones(tmp_path) -> None:
-    with pytest.raises(InputError, match="An inverter must be a name"):
+    with pytest.raises(InputError, match="A modular inverter must be a name"):
         load_modular(str(tmp_path))

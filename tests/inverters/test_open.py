@@ -36,7 +36,11 @@ def test_resolved_settings_have_no_gaps(saved_pipeline):
     resolved = open_saved(saved_pipeline).settings
     gaps = [f.name for f in fields(resolved) if getattr(resolved, f.name) is None]
     assert gaps == ["stage"]  # which deterministic inverters have
-    assert (resolved.backbone, resolved.layer, resolved.scheduler) == ("convnext", "last", "ddim")
+    assert (resolved.backbone, resolved.layer, resolved.scheduler) == (
+        "tiny/convnext",
+        "last",
+        "ddim",
+    )
     assert resolved.steps == 50
     assert resolved.device == "cpu"
 
@@ -78,7 +82,7 @@ def test_a_pipeline_without_backbone_loads_the_one_it_declares(tmp_path, monkeyp
 
     monkeypatch.setattr(sampling, "load_backbone", load)
     inverter = open_saved(tmp_path / "bare")
-    assert asked == [("convnext", "last")]
+    assert asked == [("tiny/convnext", "last")]
     assert inverter.backbone.input_size == (64, 64)
 
 

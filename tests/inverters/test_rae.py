@@ -58,7 +58,8 @@ def saved(request, tmp_path_factory) -> tuple[AutoencoderRAE, Path]:
 def test_it_inverts_the_latents_that_the_class_itself_makes(saved) -> None:
     model, folder = saved
     counts: list[float] = []
-    inverter = load_rae(str(folder), counts.append)
+    inverter = load_rae(str(folder))
+    inverter.on_progress = counts.append
     assert isinstance(inverter, Inverter)
     side = inverter.backbone.input_size[0]
     assert (inverter.spec.backbone, inverter.spec.layer) == (f"rae/{folder.name}", "last")

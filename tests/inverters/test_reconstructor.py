@@ -163,17 +163,17 @@ def test_other_channels_and_a_feedforward_that_is_no_multiple() -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"n_heads": 3}, "3 do not"),
+        ({"n_heads": 3}, "features, got 3"),
         ({"spec": replace(encoders.SPEC, kind="tokens", grid=(64, 1))}, "must read a map"),
-        ({"spec": replace(encoders.SPEC, grid=(0, 0))}, r"spec\.grid .* at least 1, but 0 came"),
-        ({"image_size": (64,)}, r"image_size must be 2 whole numbers, but \(64,\) came"),
-        ({"depth": -1}, "depth .* at least 0, but -1 came"),
-        ({"n_heads": 0}, "n_heads .* at least 1, but 0 came"),
-        ({"n_heads": -1}, "n_heads .* at least 1, but -1 came"),
-        ({"feedforward": -5}, "feedforward .* at least 1, but -5 came"),
-        ({"channels": [8, 0]}, "channels .* at least 1, but 0 came"),
-        ({"channels": [-1]}, "channels .* at least 1, but -1 came"),
-        ({"n_residual": -3}, "n_residual .* at least 0, but -3 came"),
+        ({"spec": replace(encoders.SPEC, grid=(0, 0))}, r"spec\.grid .* at least 1, got 0"),
+        ({"image_size": (64,)}, r"image_size must be 2 whole numbers, got \(64,\)"),
+        ({"depth": -1}, "depth .* at least 0, got -1"),
+        ({"n_heads": 0}, "n_heads .* at least 1, got 0"),
+        ({"n_heads": -1}, "n_heads .* at least 1, got -1"),
+        ({"feedforward": -5}, "feedforward .* at least 1, got -5"),
+        ({"channels": [8, 0]}, "channels .* at least 1, got 0"),
+        ({"channels": [-1]}, "channels .* at least 1, got -1"),
+        ({"n_residual": -3}, "n_residual .* at least 0, got -3"),
     ],
 )
 def test_what_cannot_be_built_is_refused(settings, words: str) -> None:
@@ -195,7 +195,8 @@ def test_files_give_the_same_network_with_its_statistics(tmp_path) -> None:
 
 def test_it_is_an_inverter_with_its_encoder(member: Path) -> None:
     counts: list[float] = []
-    inverter = load_reconstructor(str(member), counts.append)
+    inverter = load_reconstructor(str(member))
+    inverter.on_progress = counts.append
     assert isinstance(inverter, Inverter)
     assert inverter.spec == encoders.SPEC
     assert inverter.backbone.spec == inverter.spec
@@ -250,11 +251,11 @@ def without_spec(config: dict) -> dict:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda config: [config], "must hold a JSON object, but holds a list"),
+        (lambda config: [config], "must hold a JSON object, got a list"),
         (without_spec, "'spec'"),
         (lambda config: config | {"spec": None}, "could not be read"),
         (lambda config: config | {"image_size": 64}, "could not be read"),
-        (lambda config: config | {"image_size": [64]}, r"2 whole numbers, but \[64\] came"),
+        (lambda config: config | {"image_size": [64]}, r"2 whole numbers, got \[64\]"),
         (lambda config: config | {"mean": None}, "could not be read"),
         (lambda config: config | {"depth": "2"}, "could not be read"),
         (lambda config: config | {"spec": config["spec"] | {"grid": [0, 0]}}, r"spec\.grid"),
@@ -273,7 +274,7 @@ def test_a_damaged_config_is_refused(member: Path, tmp_path: Path, damage, words
 
 @pytest.mark.parametrize(
     ("values", "words"),
-    [(64, "must be 2"), ([64], "must be 2"), ("64", "must be 2"), ([64, "2"], "but '2' came")],
+    [(64, "must be 2"), ([64], "must be 2"), ("64", "must be 2"), ([64, "2"], "got '2'")],
 )
 def test_sizes_of_another_type_are_refused(values, words: str) -> None:
     """Which the type checker of the tests keeps from the constructor."""
@@ -354,7 +355,7 @@ def test_weights_of_another_network_are_refused() -> None:
     weights = original_weights(32)
     for extra, words in (
         ("decoder.upsample.weight", "upsample"),
-        ("transformer.encoder.layers.x.mlp.fc1.weight", r"layers\.x\..* does not fit"),
+        ("transformer.encoder.layers.x.mlp.fc1.weight", r"layers\.x\..* does not belong"),
     ):
         with pytest.raises(InputError, match=words):
             from_original({**weights, extra: torch.zeros(1)})
@@ -403,7 +404,7 @@ def test_files_that_are_no_published_checkpoint(checkpoint, member, tmp_path: Pa
     for path, words in (
         (tmp_path / "nothing.pt", "cannot be read"),
         (broken, "cannot be read"),
-        (other, "must hold a state dict, but a list came"),
+        (other, "must hold a state dict, got a list"),
         (odd, r"do not fit: size mismatch for decoder\.layers\.0\.bias"),
     ):
         with pytest.raises(InputError, match=words):

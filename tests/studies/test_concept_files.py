@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from featinv_diffusion.backbones import Backbone, wrap_model
@@ -12,14 +13,16 @@ from featinv_diffusion.backbones.base import weights_sha256
 from featinv_diffusion.concepts import ConceptDictionary, DirectionConcepts
 from featinv_diffusion.concepts.base import read_directions
 from featinv_diffusion.errors import InputError
-from featinv_diffusion.studies.concepts import find_class, load_concepts
+from featinv_diffusion.studies.concepts import check_concepts, find_concepts, find_target
+from tests import tiny
+from tests.studies.painting import save_pictures
 
 LABELS = ("goldfish, Carassius auratus", "Crane", "crane", *map(str, range(100, 107)))
 
 
 @pytest.fixture
 def backbone(timm_wrapper) -> Backbone:
-    return wrap_model(timm_wrapper, name="convnext")
+    return wrap_model(timm_wrapper, name="tiny/convnext")
 
 
 def scores(*classes: int) -> torch.Tensor:
@@ -32,12 +35,12 @@ def scores(*classes: int) -> torch.Tensor:
 @pytest.mark.parametrize("given", ["GOLDFISH", "carassius auratus", "0", LABELS[0]])
 def test_a_class_by_any_of_its_names(backbone, given):
     backbone.labels = LABELS
-    target = find_class(backbone, given, scores(0, 1, 0))
+    target = find_target(backbone, given, scores(0, 1, 0))
     assert (target.index, target.name, target.n_predicted) == (0, LABELS[0], 2)
 
 
 def test_the_majority_and_its_direction(backbone):
-    target = find_class(backbone, None, scores(7, 4, 4, 7, 9))
+    target = find_target(backbone, None, scores(7, 4, 4, 7, 9))
     assert (target.index, target.name, target.n_predicted) == (4, "class 4", 2)
     linear, norm = backbone.model.get_classifier(), backbone.model.head.norm
     weight = linear.weight[4] * norm.weight
@@ -48,27 +51,27 @@ def test_the_majority_and_its_direction(backbone):
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ("crane", "classes 1, 2 are all named 'crane'"),
+        ("crane", "classes 1, 2 of .* are all named 'crane'"),
         ("goldfsh", "did you mean 'goldfish'"),
-        ("10", "0 … 9, but 10 came"),
+        ("10", "indices 0 to 9, got 10"),
         ("-1", "No class is named '-1'"),
     ],
 )
 def test_a_class_that_there_is_not(backbone, given, words):
     backbone.labels = LABELS
     with pytest.raises(InputError, match=words):
-        find_class(backbone, given, scores(0))
+        find_target(backbone, given, scores(0))
 
 
 def test_without_a_head_there_is_no_class(backbone):
-    assert find_class(backbone, None, None) is None
+    assert find_target(backbone, None, None) is None
     with pytest.raises(InputError, match="has no head"):
-        find_class(backbone, "goldfish", None)
+        find_target(backbone, "goldfish", None)
 
 
 def test_at_an_earlier_layer_there_is_a_class_but_no_relevance(timm_wrapper):
-    backbone = wrap_model(timm_wrapper, name="convnext", layer="stages.2")
-    target = find_class(backbone, None, scores(3))
+    backbone = wrap_model(timm_wrapper, name="tiny/convnext", layer="stages.2")
+    target = find_target(backbone, None, scores(3))
     assert target.index == 3
     assert target.direction is None
     assert "not defined here" in target.note
@@ -99,7 +102,7 @@ def test_files_without_directions(tmp_path):
     (tmp_path / "cut.safetensors").write_bytes(b"abc")
     (tmp_path / "d.pt").write_bytes(b"abc")
     for name, words in [
-        ("none.npy", "must be there"),
+        ("none.npy", "must be a file of directions"),
         ("object.npy", "cannot be read"),
         ("two.safetensors", "holds a, b"),
         ("cut.safetensors", "cannot be read"),
@@ -123,42 +126,99 @@ def save(path, backbone: Backbone, **origin) -> ConceptDictionary:
 def test_what_is_known_of_a_fit_is_saved(tmp_path, backbone):
     digest = weights_sha256({"backbone": backbone.model})
     concepts = save(tmp_path / "c.safetensors", backbone, class_index=3, weights_sha256=digest)
-    loaded = load_concepts(tmp_path / "c.safetensors", backbone)
+    loaded = check_concepts(tmp_path / "c.safetensors", backbone)
     assert loaded.origin == concepts.origin
     assert loaded.spec == backbone.spec
     assert torch.equal(loaded.directions, concepts.directions)
 
 
 def test_concepts_of_the_same_weights_fit_whatever_the_backbone_is_called(tmp_path, timm_wrapper):
-    one, other = (wrap_model(timm_wrapper, name=name) for name in ("convnext", "tiny/convnext"))
+    one, other = (wrap_model(timm_wrapper, name=name) for name in ("mine", "tiny/convnext"))
     path = tmp_path / "c.safetensors"
     save(path, one, weights_sha256=weights_sha256({"backbone": one.model}))
-    assert load_concepts(path, other).n_concepts == 2
+    assert check_concepts(path, other).n_concepts == 2
     save(path, one)
-    assert load_concepts(path, one).n_concepts == 2
-    with pytest.raises(InputError, match=r"those of a map of convnext.*inverts a map of tiny/"):
-        load_concepts(path, other)
+    assert check_concepts(path, one).n_concepts == 2
+    with pytest.raises(InputError, match=r"those of a map of mine.*reads a map of tiny/"):
+        check_concepts(path, other)
 
 
 def test_concepts_of_other_features_are_refused_and_both_are_named(tmp_path, timm_wrapper):
     path = tmp_path / "c.safetensors"
-    last = wrap_model(timm_wrapper, name="convnext")
+    last = wrap_model(timm_wrapper, name="tiny/convnext")
     save(path, last, weights_sha256=weights_sha256({"backbone": last.model}))
-    earlier = wrap_model(timm_wrapper, name="convnext", layer="stages.2")
+    earlier = wrap_model(timm_wrapper, name="tiny/convnext", layer="stages.2")
     words = r"layer 'last', 32×8×8, but .* layer 'stages.2', 24×8×8.*--layer stages.2"
     with pytest.raises(InputError, match=words):
-        load_concepts(path, earlier)
+        check_concepts(path, earlier)
 
 
 def test_concepts_of_other_weights_are_refused(tmp_path, backbone):
     path = tmp_path / "c.safetensors"
     save(path, backbone, weights_sha256="0" * 64)
     with pytest.raises(InputError, match="other weights"):
-        load_concepts(path, backbone)
+        check_concepts(path, backbone)
 
 
 def test_concepts_of_unknown_features_are_refused(tmp_path, backbone):
     path = tmp_path / "c.safetensors"
     DirectionConcepts(torch.eye(32)[:2]).save(path)
     with pytest.raises(InputError, match="which features they are of"):
-        load_concepts(path, backbone)
+        check_concepts(path, backbone)
+
+
+# ---- finding them in Python ----------------------------------------------------------------------
+
+
+def test_folders_paths_pictures_and_tensors_give_the_same_concepts(tmp_path, backbone):
+    paths = save_pictures(tmp_path, 3)
+    images = tiny.make_images(3)
+    images = (images * 255).byte().float() / 255
+    given = [tmp_path, paths, [Image.open(path) for path in paths], images, list(images)]
+    found = [find_concepts(backbone, each, method="pca", n_concepts=2) for each in given]
+    for other in found[1:]:
+        assert torch.equal(other.concepts.directions, found[0].concepts.directions)
+        assert other.numbers() == found[0].numbers()
+        assert torch.equal(other.activations, found[0].activations)
+        assert other._repr_png_().startswith(b"\x89PNG")
+    assert [row["image"] for row in found[0].rows()][::2] == ["a.png", "b.png", "c.png"]
+    assert [row["image"] for row in found[3].rows()][::2] == ["0", "1", "2"]
+    assert repr(found[0]).startswith("FoundConcepts: Class ")
+
+
+def test_they_are_saved_in_a_folder_or_under_a_name(tmp_path, backbone):
+    save_pictures(tmp_path, 2)
+    found = find_concepts(backbone, tmp_path, method="pca", n_concepts=1)
+    assert found.save(tmp_path / "out") == tmp_path / "out/concepts.safetensors"
+    path = found.save(tmp_path / "out/d.safetensors", figure="seen.svg")
+    assert torch.equal(ConceptDictionary.load(path).directions, found.concepts.directions)
+    beside = {"d.safetensors", "seen.svg", "d.json", "d.parquet", "d.manifest.json"}
+    assert beside < {file.name for file in (tmp_path / "out").iterdir()}
+    with pytest.raises(InputError, match=r"f\.jpg"):
+        found.save(path, figure="f.jpg")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"method": "mdc"}, "did you mean 'mcd'"),
+        ({"n_concepts": 0}, "at least 1"),
+        ({"n_concepts": "some"}, "a number or auto"),
+        ({"method": "pca", "n_concepts": "auto"}, "only mcd chooses"),
+        ({"method": "directions"}, "go together"),
+        ({"seed": -1}, "seed must be at least 0"),
+        ({"target": 10}, "indices 0 to 9, got 10"),
+    ],
+)
+def test_what_cannot_be_found(backbone, arguments, words):
+    with pytest.raises(InputError, match=words):
+        find_concepts(backbone, tiny.make_images(2), **arguments)
+
+
+def test_no_pictures(tmp_path, backbone, caplog):
+    with pytest.raises(InputError, match="there is none"):
+        find_concepts(backbone, tmp_path / "none")
+    (tmp_path / "a.png").write_text("hello")
+    with pytest.raises(InputError, match="a picture that can be read, but holds none"):
+        find_concepts(backbone, tmp_path)
+    assert "A picture is left out" in caplog.text

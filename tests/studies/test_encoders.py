@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from featinv_diffusion.studies.encoders_report import order_line, summarise, to_markdown
 from PIL import Image
 from pyarrow import parquet
 from torch import Tensor, nn
@@ -38,7 +39,6 @@ from featinv_diffusion.studies.encoders import (
     parse_inverter,
     pooled_embedding,
 )
-from featinv_diffusion.studies.encoders_report import order_line, summarise, to_markdown
 from featinv_diffusion.types import Features, FeatureSpec, Images
 from tests.inverters import small
 from tests.inverters.test_rae import make_rae

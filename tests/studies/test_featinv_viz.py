@@ -7,39 +7,30 @@ import math
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from featinv_diffusion.concepts import ConceptDictionary, DirectionConcepts
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.features import box_mask
+from featinv_diffusion.features.edits import high_cells
 from featinv_diffusion.inverters import DiffusionInverter
 from featinv_diffusion.seeds import make_generator
+from featinv_diffusion.studies.concepts import find_concepts
 from featinv_diffusion.studies.featinv_viz import (
     dominance,
     energy_inside,
     fade,
-    high_cells,
-    measure_concept,
     median,
     normalise,
     rgb_distance,
-    summarise,
+    show_concept,
     turn_part,
 )
 from tests import tiny
+from tests.studies.painting import PaintingInverter, assert_alike, save_pictures
 
 SEEDS = [11, 12, 13]
 ROUNDING = math.sqrt(3) / 255  # two 8-bit pictures may each be off by half a level per channel
-
-
-class PaintingInverter:
-    """Each cell becomes a patch as grey as its first channel, plus noise of the generator."""
-
-    def __init__(self, backbone, noise: float = 0.0):
-        self.backbone, self.spec, self.noise = backbone, backbone.spec, noise
-
-    def invert(self, features, *, generator=None):
-        patches = features[:, :1].repeat_interleave(8, 2).repeat_interleave(8, 3)
-        noise = torch.stack([torch.rand(3, 64, 64, generator=g) for g in generator])
-        return patches.expand(-1, 3, -1, -1) + self.noise * noise
 
 
 @pytest.fixture
@@ -47,12 +38,25 @@ def inverter(pipeline) -> DiffusionInverter:
     return DiffusionInverter(pipeline, num_inference_steps=2)
 
 
-def upper_part() -> tuple[torch.Tensor, torch.Tensor]:
-    """Grey cells of 0.8, half of which is the concept's in the upper half."""
-    features, part = torch.zeros(1, 32, 8, 8), torch.zeros(1, 32, 8, 8)
-    features[:, 0] = 0.8
-    part[:, 0, :4] = 0.4
-    return features, part
+def make_concepts(inverter, **origin) -> ConceptDictionary:
+    """Concept 0 is the first channel, and concept 1 the sixth."""
+    concepts = DirectionConcepts(torch.eye(32)[[0, 5]], spec=inverter.backbone.spec)
+    concepts.origin = origin
+    return concepts
+
+
+def upper_part() -> torch.Tensor:
+    """Grey cells of 0.8; half of it is the first channel's in the upper half, none below."""
+    features = torch.zeros(1, 32, 8, 8)
+    features[:, 0, :4] = features[:, 1, :4] = 0.4
+    features[:, 1, 4:] = 0.8
+    return features
+
+
+def show(inverter, features, *, noise=0.0, **arguments):
+    painting = PaintingInverter(inverter.backbone, noise)
+    arguments = {"seeds": SEEDS, "film": [], **arguments}
+    return show_concept(painting, features, make_concepts(inverter), **arguments)
 
 
 # ---- what is sampled -----------------------------------------------------------------------------
@@ -60,21 +64,24 @@ def upper_part() -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_the_map_by_hand(inverter):
     """Attenuated to 25 %, the upper half loses 0.3 in each of the three channels."""
-    features, part = upper_part()
-    found = measure_concept(PaintingInverter(inverter.backbone), features, part, 0.25, SEEDS)
+    found = show(inverter, upper_part())
     expected = torch.zeros(64, 64)
     expected[:32] = math.sqrt(3) * 0.3
     torch.testing.assert_close(found.map, expected, rtol=0, atol=ROUNDING)
     assert found.null_map.max() == 0
+    assert found.numbers()["null"] == 0
+    assert found.numbers()["area_inside"] == 0.5
+    assert found.numbers()["energy_inside"] == 1
     kept = fade(found.before.images[0], found.map)
     assert torch.equal(kept[:, :32], found.before.images[0][:, :32])
     assert (kept[:, 32:] > found.before.images[0][:, 32:]).all()
+    rows = found.rows()
+    assert [rows[i]["distance"] for i in (0, -1)] == [found.map[0, 0].item(), 0]
+    assert [rows[i]["normalised"] for i in (0, -1)] == [1, 0]
 
 
 def test_pairs_share_their_noise_and_the_noise_null_does_not(inverter):
-    features, part = upper_part()
-    noisy = PaintingInverter(inverter.backbone, noise=0.2)
-    found = measure_concept(noisy, features, 0 * part, 0.25, SEEDS)
+    found = show(inverter, upper_part(), noise=0.2, concept=1)
     assert found.map.max() == 0
     noise = [torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(s)) for s in SEEDS]
     for j, (one, other) in enumerate([(0, 1), (1, 2), (2, 0)]):
@@ -83,27 +90,24 @@ def test_pairs_share_their_noise_and_the_noise_null_does_not(inverter):
 
 
 def test_random_directions_move_what_they_are_given_to_move(inverter):
-    features, part = upper_part()
-    found = measure_concept(
-        PaintingInverter(inverter.backbone), features, part, 0.5, SEEDS, n_directions=2
-    )
-    for k in range(2):
+    features = upper_part()
+    found = show(inverter, features, factor=0.5, n_directions=3)
+    part = make_concepts(inverter).part(features, 0)
+    for k in range(3):
         turned = turn_part(part, make_generator(SEEDS[0], "direction", k))
-        shift = 0.5 * turned[0, 0].abs() * math.sqrt(3)
+        shift = 0.5 * turned[0, :2].sum(dim=0).abs() * math.sqrt(3)
         expected = shift.repeat_interleave(8, 0).repeat_interleave(8, 1)
         torch.testing.assert_close(found.random[k, 1], expected, rtol=0, atol=ROUNDING)
-    assert not torch.equal(found.random[0], found.random[1])
-    mean = (found.random[0, 0] + found.random[1, 0]) / 2
-    torch.testing.assert_close(found.random_map, mean)
+    assert not torch.equal(found.random[0], found.random[2])
+    torch.testing.assert_close(found.random_map, found.random[:, 0].mean(dim=0))
 
 
 def test_the_samples_are_those_of_the_edited_maps(inverter):
     """Of a real sampler: factors in order, same noise, the backbone's own class scores."""
     features = inverter.backbone.features(tiny.make_images(1))
-    part = 0.5 * tiny.make_features(1)
-    found = measure_concept(
-        inverter, features, part, 0.25, SEEDS[:2], film=[2, 0], n_directions=1, class_index=3
-    )
+    concepts = make_concepts(inverter, class_index=3)
+    found = show_concept(inverter, features, concepts, seeds=SEEDS[:2], film=[2, 0], n_directions=1)
+    part = concepts.part(features, 0)
     assert [dose.factor for dose in found.doses] == [0, 0.25, 1, 2]
     assert found.after.factor == 0.25
     for dose in found.doses:
@@ -115,30 +119,85 @@ def test_the_samples_are_those_of_the_edited_maps(inverter):
         torch.testing.assert_close(dose.probability, scores.softmax(dim=1)[:, 3])
     changed = (found.after.images - found.before.images).square().sum(dim=1).sqrt()
     torch.testing.assert_close(found.distance, changed)
+    names = ["factor_0_0.png", "factor_0.25_0.png", "factor_1_0.png", "factor_2_0.png"]
+    assert list(found.pictures())[::2] == [*names, "random_0_0.png"]
+    assert "Probability of class 3: 0." in found.summary()
+    assert found._repr_png_().startswith(b"\x89PNG")
 
 
 def test_factor_one_gives_a_map_of_exactly_zero(inverter):
     features = inverter.backbone.features(tiny.make_images(1))
-    found = measure_concept(inverter, features, tiny.make_features(1), 1.0, SEEDS[:2])
+    concepts = make_concepts(inverter)
+    found = show_concept(inverter, features, concepts, factor=1, film=[], seeds=SEEDS[:2])
     assert torch.equal(found.map, torch.zeros(64, 64))
     assert torch.equal(normalise(found.map), torch.zeros(64, 64))
     assert torch.equal(found.random_map, torch.zeros(64, 64))
-    figures = summarise(found, torch.ones(8, 8, dtype=torch.bool))
-    assert (figures["effect"], figures["null_random"], figures["affected"]) == (0, 0, 0)
-    assert figures["energy_inside"] is None
-    assert figures["effect_over_null_random"] is None
-    assert figures["effect_over_null"] == 0
-    assert figures["dominance_random"] == 0
+    numbers = found.numbers()
+    assert (numbers["effect"], numbers["null_random"], numbers["affected"]) == (0, 0, 0)
+    assert numbers["energy_inside"] is None
+    assert numbers["effect_over_null_random"] is None
+    assert numbers["effect_over_null"] == 0
+    assert numbers["dominance_random"] == 0
 
 
-def test_what_cannot_be_measured(inverter):
-    features, part = upper_part()
-    with pytest.raises(InputError, match="2 samples and 1 random direction, but 1 and 3 came"):
-        measure_concept(inverter, features, part, 0.25, [1])
-    with pytest.raises(InputError, match="but 2 and 0 came"):
-        measure_concept(inverter, features, part, 0.25, [1, 2], n_directions=0)
-    with pytest.raises(InputError, match="finite"):
-        measure_concept(inverter, features, part, math.nan, [1, 2])
+def test_paths_pictures_and_maps_give_the_same(inverter, tmp_path):
+    """And concepts in memory, from a file, and as `find_concepts` returns them."""
+    (path,) = save_pictures(tmp_path, 1)
+    concepts = find_concepts(inverter, [path], method="pca", n_concepts=2)
+    concepts.save(tmp_path / "c.safetensors")
+    given = [
+        (path, tmp_path / "c.safetensors"),
+        (Image.open(path), str(tmp_path / "c.safetensors")),
+        (inverter.encode(path), concepts),
+        (str(path), concepts.concepts),
+    ]
+    settings = {"seeds": SEEDS[:2], "film": [], "n_directions": 1}
+    results = [show_concept(inverter, *each, **settings) for each in given]
+    assert_alike(results)
+    assert results[0].class_index == concepts.target.index
+    assert results[0].arguments["concepts"] == str(tmp_path / "c.safetensors")
+    assert results[2].arguments["concepts"] is None
+
+
+def test_without_a_class_of_the_concepts_it_is_the_picture_s_own(inverter, tmp_path):
+    (path,) = save_pictures(tmp_path, 1)
+    found = show_concept(
+        PaintingInverter(inverter.backbone, None), path, make_concepts(inverter), film=[]
+    )
+    logits = inverter.encode(path).sources[0].logits
+    assert (found.class_index, found.class_name) == (logits.argmax(), f"class {logits.argmax()}")
+
+
+def test_a_deterministic_inverter_has_no_null_of_other_noise(inverter):
+    found = show(inverter, upper_part(), noise=None)
+    numbers = found.numbers()
+    assert len(numbers["samples"]) == 2 + 3
+    for name in ("null", "effect_over_null", "dominance", "energy_inside_null"):
+        assert numbers[name] is None
+    assert numbers["effect_over_null_random"] > 0
+    assert found.null_map is None
+    assert {row["null"] for row in found.rows()} == {None}
+    assert "a deterministic inverter has no null of other noise" in found.summary()
+    words = {text.get_text() for text in found.figure().findobj(lambda a: hasattr(a, "get_text"))}
+    assert {"concept", "null: random"} <= words
+    assert "null: other noise" not in words
+    assert found._repr_png_().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"seeds": [1]}, "n_samples must be at least 2 here"),
+        ({"n_directions": 0}, "n_directions must be at least 1, got 0"),
+        ({"factor": math.nan}, "finite"),
+        ({"film": [math.inf]}, "finite"),
+        ({"film": [0.25 + 1e-15]}, "rounding errors"),
+        ({"concept": 2}, "0 … 1"),
+    ],
+)
+def test_what_cannot_be_shown(inverter, arguments, words):
+    with pytest.raises(InputError, match=words):
+        show(inverter, upper_part(), **arguments)
 
 
 # ---- random directions ---------------------------------------------------------------------------

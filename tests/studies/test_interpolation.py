@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.inverters import DiffusionInverter
-from featinv_diffusion.studies import sample_map, sample_mixtures
+from featinv_diffusion.runs.sampling import sample_map
+from featinv_diffusion.studies.interpolation import interpolate, sample_mixtures
 from tests import tiny
+from tests.studies.painting import PaintingInverter, assert_alike, save_pictures
 
 SEEDS = [11, 12, 13]
 
@@ -81,3 +84,27 @@ def test_what_cannot_be_sampled(inverter):
     bare = DiffusionInverter(tiny.make_pipeline(backbone=None))
     with pytest.raises(InputError, match="must have its backbone"):
         list(sample_map(bare, tiny.make_features(1), SEEDS, 8))
+
+
+def test_the_result_holds_the_mixtures(inverter):
+    a, b = maps_of_images(inverter, 2)
+    found = interpolate(inverter, a, b, weights=[0, 0.5], seeds=SEEDS)
+    same = sample_mixtures(inverter, [a, b], [(0, 1), (0.5, 0.5)], SEEDS)
+    assert torch.equal(found.images, same.images)
+    assert [row["cosine"] for row in found.rows()] == same.cosine.flatten().tolist()
+    assert list(found.pictures())[3] == "weight_0.5_0.png"
+    assert found.summary().startswith("Cosine to the mixed map by weight of A: 0: 0.")
+    assert found._repr_png_().startswith(b"\x89PNG")
+
+
+def test_paths_pictures_and_maps_give_the_same(inverter, tmp_path):
+    a, b = save_pictures(tmp_path)
+    pairs = [(a, b), (Image.open(a), str(b)), (inverter.encode(a), inverter.encode(b))]
+    assert_alike([interpolate(inverter, *pair, weights=[0.3], seeds=[1, 2]) for pair in pairs])
+
+
+def test_a_deterministic_inverter_makes_one_sample_of_each_mixture(inverter, tmp_path):
+    painting = PaintingInverter(inverter.backbone, noise=None)
+    found = interpolate(painting, *save_pictures(tmp_path), weights=[0, 1], n_samples=4)
+    assert found.images.shape[:2] == (2, 1)
+    assert found._repr_png_().startswith(b"\x89PNG")

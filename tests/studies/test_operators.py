@@ -9,6 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from featinv_diffusion.studies.operator_measures import (
+    Drawn,
+    draw_images,
+    fit_operator,
+    measure_held_out,
+    measure_moments,
+    measure_spectrum,
+    summarise_power,
+)
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
@@ -23,15 +32,6 @@ from featinv_diffusion.features.pixel_operations import PixelOperation, make_ope
 from featinv_diffusion.images import to_pil
 from featinv_diffusion.studies import operators as operator_figures
 from featinv_diffusion.studies import operators as operator_study
-from featinv_diffusion.studies.operator_measures import (
-    Drawn,
-    draw_images,
-    fit_operator,
-    measure_held_out,
-    measure_moments,
-    measure_spectrum,
-    summarise_power,
-)
 from featinv_diffusion.studies.operators import (
     default_powers,
     operation_of,

@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from featinv_diffusion.data.crops import CropDataset, DataConfig, load_records, to_images
+from featinv_diffusion.data.crops import CropDataset, DataConfig, open_training_images, to_images
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.training.latents import CachedCropDataset, encode_posterior, fill_cache
 from tests import tiny
@@ -21,7 +21,7 @@ def dataset(tmp_path: Path) -> CropDataset:
         pixels = random.integers(0, 256, (70, 90, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"images/a/{i}.png")
     config = DataConfig(root=str(tmp_path / "images"), size=48, vflip=True, num_workers=0)
-    return CropDataset(load_records(config), range(5), config, seed=0)
+    return CropDataset(open_training_images(config), range(5), config, seed=0)
 
 
 def fill(dataset: CropDataset, folder: Path, n_crops: int = 3, vae=None) -> CachedCropDataset:
@@ -53,6 +53,21 @@ def test_workers_read_the_same_cache(dataset: CropDataset, tmp_path: Path) -> No
     assert torch.equal(loaded["latent_mean"], expected)
 
 
+def test_latents_of_a_broken_image_are_those_of_its_replacement(
+    dataset: CropDataset, tmp_path: Path
+) -> None:
+    (tmp_path / "images/a/2.png").write_bytes(b"broken")
+    cached = fill(dataset, tmp_path / "cache", n_crops=1)
+    item = cached[2]
+    assert (item["index"], item["n_unreadable"]) == (2, 1)
+    assert cached.unreadable(2, 1) == [str(tmp_path / "images/a/2.png")]
+    mean, _ = encode_posterior(tiny.make_vae(), to_images(item["pixels"][None]), 64)
+    torch.testing.assert_close(item["latent_mean"], mean[0], rtol=1e-3, atol=2e-3)
+    assert cached[1]["n_unreadable"] == 0
+    (tmp_path / "cache/attempt.npy").unlink()  # as in a cache that was written before
+    assert fill(dataset, tmp_path / "cache", n_crops=1)[1]["n_unreadable"] == 0
+
+
 def test_filling_goes_on_where_it_stopped(dataset: CropDataset, tmp_path: Path) -> None:
     first = fill(dataset, tmp_path / "cache")
     whole = {name: array.copy() for name, array in first.cache.open().items()}
@@ -70,8 +85,8 @@ def test_size_is_announced_and_another_vae_refused(
     dataset: CropDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cached = fill(dataset, tmp_path / "cache")
-    # 5 images × 3 crops × (two maps 4×8×8 of fp16, 4 int32, 2 flips) + 5 marks
-    assert cached.cache.n_bytes == 5 * 3 * (2 * 256 * 2 + 16 + 2) + 5
+    # 5 images × 3 crops × (two maps 4×8×8 of fp16, 4 int32, 2 flips) + 5 marks and attempts
+    assert cached.cache.n_bytes == 5 * 3 * (2 * 256 * 2 + 16 + 2) + 2 * 5
     assert "Latent cache" in capsys.readouterr().out
     other = tiny.make_vae()
     with torch.no_grad():

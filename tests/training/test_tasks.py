@@ -18,6 +18,8 @@ from featinv_diffusion.config import load_config
 from featinv_diffusion.diffusion.featinv_controlnet import FeatureControlNet
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.seeds import derive_seed
+from featinv_diffusion.training import loop
+from featinv_diffusion.training.config import OptimConfig, RunConfig
 from featinv_diffusion.training.controlnet import (
     ControlNetConfig,
     load_frozen_parts,
@@ -25,6 +27,7 @@ from featinv_diffusion.training.controlnet import (
     set_feature_statistics,
     train_controlnet,
 )
+from featinv_diffusion.training.loop import find_tracker, make_accelerator
 from tests import tiny
 from train.tiny_family.autoencoder import AutoencoderConfig, train_autoencoder
 from train.tiny_family.classifier import ClassifierConfig, distillation_loss, train_classifier
@@ -235,13 +238,13 @@ def test_warm_start_takes_all_but_the_feature_encoder(folder: Path, tmp_path: Pa
 
 
 def test_feature_statistics_standardise_the_cells(folder: Path, tmp_path: Path) -> None:
-    from featinv_diffusion.data.crops import load_records
+    from featinv_diffusion.data.crops import open_training_images
     from featinv_diffusion.training.entry import make_datasets, stack_images
 
     config = controlnet_config(folder, tmp_path, 1)
     parts = load_frozen_parts(config.model)
     controlnet = make_controlnet(config.model, parts)
-    train, _ = make_datasets(load_records(config.data), config.data, 0)
+    train, _ = make_datasets(open_training_images(config.data), config.data, 0)
     images = stack_images(train, 16)[0]
     set_feature_statistics(controlnet, parts.backbone, images)
     features = parts.backbone.features(images)
@@ -339,7 +342,7 @@ def test_dry_run_writes_nothing_and_names_the_shapes(
     [
         ("model.base=absent", "Stable Diffusion"),
         ("data.held_back_per_class=0", "held_back_per_class"),
-        ("optim.batch_size=64", "16 images came"),
+        ("optim.batch_size=64", "got 16 images"),
     ],
 )
 def test_bad_settings_are_one_sentence(
@@ -376,3 +379,59 @@ def test_diverged_loss_stops_the_run(folder: Path, tmp_path: Path) -> None:
     config = controlnet_config(folder, tmp_path, 50, "optim.lr=1e30", "optim.max_grad_norm=1e30")
     with pytest.raises(InputError, match="loss must be finite"):
         train_controlnet(config)
+
+
+def test_tensorboard_is_used_where_it_is_installed(monkeypatch) -> None:
+    assert [find_tracker(RunConfig(tracker=name)) for name in ("auto", "wandb", "none")] == [
+        "tensorboard",
+        "wandb",
+        None,
+    ]
+    monkeypatch.setattr(loop, "is_tensorboard_available", lambda: False)
+    assert find_tracker(RunConfig()) is None
+    with pytest.raises(InputError, match=r"pip install 'featinv-diffusion\[train\]'"):
+        make_accelerator(OptimConfig(), RunConfig(tracker="tensorboard", cpu=True), 0)
+
+
+def test_a_run_without_tensorboard_says_so(
+    folder: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr(loop, "is_tensorboard_available", lambda: False)
+    overrides = classifier_settings(folder, tmp_path, 1, **{"run.tracker": "auto"})
+    train_classifier(load_config(ClassifierConfig, None, overrides))
+    assert "No tracker: tensorboard is not installed." in capsys.readouterr().out
+    assert not (tmp_path / "tracker").exists()
+
+
+def test_images_that_cannot_be_read_are_replaced_and_listed(
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The same with workers, and in a run that was resumed."""
+    shutil.copytree(folder / "images", tmp_path / "images")
+    broken = [tmp_path / "images" / name for name in ("blue/3.png", "red/0.png", "red/9.png")]
+    for path in broken:
+        path.write_bytes(b"broken")  # the last one is held back
+
+    def train(name: str, steps: int, **more: Any) -> Path:
+        output = tmp_path / name
+        values = classifier_settings(tmp_path, output, steps, **{"run.log_every": 1, **more})
+        train_classifier(load_config(ClassifierConfig, None, values))
+        return output
+
+    whole = train("whole", 6)
+    listed = (whole / "unreadable.txt").read_text().splitlines()
+    assert listed == [str(path) for path in broken[:2]]
+    assert f"{broken[2]} cannot be read and is replaced." in caplog.text
+    assert "2 images could not be read and were replaced" in capsys.readouterr().out
+    train("resumed", 3, **{"data.num_workers": 2})
+    assert (tmp_path / "resumed/unreadable.txt").read_text()
+    (tmp_path / "resumed/unreadable.txt").unlink()
+    changed = {"data.num_workers": 2, "run.allow_changed_config": True}
+    resumed = train("resumed", 6, **changed)
+    assert (resumed / "unreadable.txt").read_text().splitlines() == listed
+    assert losses(resumed) == losses(whole)
+    with pytest.raises(InputError, match=r"\d\.png is not a picture"):
+        train("error", 6, **{"data.on_bad_image": "error"})

@@ -19,10 +19,11 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 from transformers import TimmWrapperForImageClassification
 
+from featinv_diffusion.cli.train import run_recipe
 from featinv_diffusion.config import to_yaml
-from featinv_diffusion.data.crops import DataConfig, load_records, to_images
+from featinv_diffusion.data.crops import DataConfig, open_training_images, to_images
 from featinv_diffusion.training.config import OptimConfig, RunConfig
-from featinv_diffusion.training.entry import load_component, make_datasets, run_script, stack_images
+from featinv_diffusion.training.entry import load_component, make_datasets, stack_images
 from featinv_diffusion.training.latents import SampleNoise
 from featinv_diffusion.training.loop import fit, make_accelerator
 
@@ -195,12 +196,12 @@ def train_autoencoder(config: AutoencoderConfig) -> Path:
     """Trains to the end and returns the folder that holds `vae/`."""
     accelerator = make_accelerator(config.optim, config.run, config.seed)
     torch.manual_seed(config.seed)
-    records = load_records(config.data)
-    train, held = make_datasets(records, config.data, config.seed)
+    images = open_training_images(config.data)
+    train, held = make_datasets(images, config.data, config.seed)
     vae = make_autoencoder(config.model, config.data.size)
     task = AutoencoderTask(vae, config.model, stack_images(held, 250)[0])
     return fit(task, train, accelerator, config.optim, config.run, to_yaml(config))
 
 
 if __name__ == "__main__":
-    run_script(AutoencoderConfig, train_autoencoder, __doc__)
+    run_recipe(AutoencoderConfig, train_autoencoder, __doc__)

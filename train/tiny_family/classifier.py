@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
+from featinv_diffusion.cli.train import run_recipe
 from featinv_diffusion.config import to_yaml
-from featinv_diffusion.data.crops import DataConfig, load_records, read_class_titles, to_images
+from featinv_diffusion.data.crops import DataConfig, open_training_images, to_images
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.training.config import OptimConfig, RunConfig
-from featinv_diffusion.training.entry import load_component, make_datasets, run_script, stack_images
+from featinv_diffusion.training.entry import load_component, make_datasets, stack_images
 from featinv_diffusion.training.loop import fit, make_accelerator
 
 
@@ -176,11 +177,9 @@ def train_classifier(config: ClassifierConfig) -> Path:
     """Trains to the end and returns the folder that holds `classifier/`."""
     accelerator = make_accelerator(config.optim, config.run, config.seed)
     torch.manual_seed(config.seed)
-    records = load_records(config.data)
-    train, held = make_datasets(records, config.data, config.seed)
-    titles = read_class_titles(config.data.classes)
-    names = [titles.get(name, name) for name in records.class_names]
-    wrapper = make_classifier(config.model, names, config.data.size)
+    images = open_training_images(config.data)
+    train, held = make_datasets(images, config.data, config.seed)
+    wrapper = make_classifier(config.model, images.class_names or [], config.data.size)
     if config.model.init is not None:
         init = load_component(TimmWrapperForImageClassification, config.model.init)
         _copy_weights(init, wrapper, config.model.init)
@@ -189,4 +188,4 @@ def train_classifier(config: ClassifierConfig) -> Path:
 
 
 if __name__ == "__main__":
-    run_script(ClassifierConfig, train_classifier, __doc__)
+    run_recipe(ClassifierConfig, train_classifier, __doc__)

@@ -27,18 +27,20 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from featinv_diffusion.cli.train import run_recipe
 from featinv_diffusion.config import to_yaml
-from featinv_diffusion.data.crops import DataConfig, load_records, read_class_titles, to_images
+from featinv_diffusion.data.classes import read_classes
+from featinv_diffusion.data.crops import DataConfig, open_training_images, to_images
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.files import read_tensors, write_tensors
 from featinv_diffusion.seeds import derive_seed
 from featinv_diffusion.training.config import OptimConfig, RunConfig
-from featinv_diffusion.training.entry import make_datasets, run_script, stack_images
+from featinv_diffusion.training.entry import make_datasets, stack_images
 from featinv_diffusion.training.latents import SampleNoise
 from featinv_diffusion.training.loop import fit, make_accelerator
 from train.tiny_family.tokenizer import make_tokenizer
 
-# ---- Masked prediction and local-to-global self-distillation of a vision tower from its own average ----
+# ---- Masked prediction and local-to-global self-distillation from the tower's own average -------
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class SelfDistillationConfig:
             if not 0 < getattr(self, name) < 1:
                 raise InputError(
                     f"model.self_distillation.{name} must lie between 0 and 1, "
-                    f"but {getattr(self, name)} came."
+                    f"got {getattr(self, name)}."
                 )
 
 
@@ -192,7 +194,7 @@ class ContrastiveModelConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.patch_drop_rate < 1:
             raise InputError(
-                f"model.patch_drop_rate must be in [0, 1), but {self.patch_drop_rate} came."
+                f"model.patch_drop_rate must be in [0, 1), got {self.patch_drop_rate}."
             )
 
 
@@ -264,7 +266,7 @@ def make_siglip(
     if image_size % config.patch_size:
         raise InputError(
             f"data.size must be a multiple of model.patch_size ({config.patch_size}), "
-            f"but {image_size} came."
+            f"got {image_size}."
         )
     make_config: Any = SiglipConfig
     model = SiglipModel(
@@ -450,7 +452,7 @@ def make_networks(
     if settings is not None and not _fits(settings.crop_size, image_size, config.patch_size):
         raise InputError(
             "model.self_distillation.crop_size must be a multiple of model.patch_size "
-            f"({config.patch_size}) below data.size ({image_size}), but {settings.crop_size} came."
+            f"({config.patch_size}) below data.size ({image_size}), got {settings.crop_size}."
         )
     texts = [f"a photo of a {title}" for title in titles]
     tokenizer = make_tokenizer(texts, config.text_length)
@@ -471,26 +473,26 @@ def find_titles(class_names: Sequence[str], path: str | None) -> list[str]:
     """
     if path is None:
         return list(class_names)
-    titles = read_class_titles(path)
-    if untitled := [name for name in class_names if name not in titles]:
+    titles = read_classes(path)
+    if untitled := [name for name, title in titles.items() if not title]:
         raise InputError(
             f"{path} must give each class a title, which the encoder reads, but these have none: "
             f"{', '.join(untitled)}. Write it behind the name."
         )
-    return [titles[name] for name in class_names]
+    return list(titles.values())
 
 
 def train_contrastive(config: ContrastiveConfig) -> Path:
     """Trains to the end and returns the folder that holds `backbone/` and `model/`."""
     accelerator = make_accelerator(config.optim, config.run, config.seed)
     torch.manual_seed(derive_seed(config.seed, "initial weights"))
-    records = load_records(config.data)
-    train, held = make_datasets(records, config.data, config.seed)
-    titles = find_titles(records.class_names, config.data.classes)
+    images = open_training_images(config.data)
+    train, held = make_datasets(images, config.data, config.seed)
+    titles = find_titles(images.class_names or [], config.data.classes)
     networks, tokenizer = make_networks(config.model, config.data.size, titles)
     task = ContrastiveTask(networks, tokenizer, config.model, stack_images(held))
     return fit(task, train, accelerator, config.optim, config.run, to_yaml(config))
 
 
 if __name__ == "__main__":
-    run_script(ContrastiveConfig, train_contrastive, __doc__)
+    run_recipe(ContrastiveConfig, train_contrastive, __doc__)

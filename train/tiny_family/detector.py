@@ -15,15 +15,16 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import DetrForObjectDetection, TimmWrapperForImageClassification
 
+from featinv_diffusion.cli.train import run_recipe
 from featinv_diffusion.config import to_yaml
-from featinv_diffusion.data.boxes import BoxDataset, load_box_records, targets_of
-from featinv_diffusion.data.crops import DataConfig, read_class_titles, split_held_back, to_images
+from featinv_diffusion.data.boxes import BoxDataset, open_boxed_images, targets_of
+from featinv_diffusion.data.crops import DataConfig, split_held_back, to_images
 from featinv_diffusion.inverters.detr import DetrPath, load_detr, make_detr
 from featinv_diffusion.metrics.detection import best_query_scores
 from featinv_diffusion.seeds import derive_seed
 from featinv_diffusion.training.config import OptimConfig, RunConfig
-from featinv_diffusion.training.entry import load_component, run_script
-from featinv_diffusion.training.inverter import HungarianLoss, held_back_config, stack_items
+from featinv_diffusion.training.entry import load_component, stack_items
+from featinv_diffusion.training.inverter import HungarianLoss, held_back_config
 from featinv_diffusion.training.loop import fit, make_accelerator
 
 
@@ -133,19 +134,18 @@ def train_detector(config: DetectorConfig) -> Path:
     """Trains to the end and returns the folder that holds `detector/`."""
     accelerator = make_accelerator(config.optim, config.run, config.seed)
     torch.manual_seed(derive_seed(config.seed, "initial weights"))
-    records = load_box_records(config.data)
-    titles = read_class_titles(config.data.classes)
-    model = make_detector(config.model, [titles.get(n, n) for n in records.class_names])
+    images = open_boxed_images(config.data)
+    model = make_detector(config.model, images.class_names or [])
     size = (config.data.size, config.data.size)
     path = DetrPath(model, name="detr", input_size=size)
-    kept, held = split_held_back(records.labels, config.data.held_back_per_class)
+    kept, held = split_held_back(images.labels or [], config.data.held_back_per_class)
     n_boxes = config.model.max_boxes
-    train = BoxDataset(records, kept, config.data, config.seed, n_boxes)
+    train = BoxDataset(images, kept, config.data, config.seed, n_boxes)
     held_config = held_back_config(config.data)
-    validation = BoxDataset(records, held, held_config, config.seed, n_boxes)
+    validation = BoxDataset(images, held, held_config, config.seed, n_boxes)
     task = DetectorTask(path, config.model, stack_items(validation, 1000))
     return fit(task, train, accelerator, config.optim, config.run, to_yaml(config))
 
 
 if __name__ == "__main__":
-    run_script(DetectorConfig, train_detector, __doc__)
+    run_recipe(DetectorConfig, train_detector, __doc__)

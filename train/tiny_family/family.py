@@ -24,34 +24,35 @@ from transformers import (
 from featinv_diffusion.backbones.transformers import PROCESSOR_FILE, load_transformers
 from featinv_diffusion.config import load_config
 from featinv_diffusion.data.sets import open_images
+from featinv_diffusion.diffusion.cards import CardInfo
 from featinv_diffusion.diffusion.featinv_controlnet import FeatureControlNet
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
 from featinv_diffusion.diffusion.folders import (
     BASE,
-    MAX_FILE_MB,
     SCOPE_FILE,
-    CardInfo,
     load_member,
-    to_half,
     without_progress_bars,
-    write_bundled,
-    write_bundled_backbone,
 )
 from featinv_diffusion.diffusion.objective import make_scheduler
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.features.operators import FOLDER as OPERATORS
 from featinv_diffusion.features.operators import SUFFIX
-from featinv_diffusion.features.pixel_operations import make_operation
-from featinv_diffusion.files import new_folder, write_text
+from featinv_diffusion.files import write_text
 from featinv_diffusion.inverters import DiffusionInverter
 from featinv_diffusion.inverters.detr import DETECTOR, load_detr
 from featinv_diffusion.inverters.modular import FOLDER, InverseSet
 from featinv_diffusion.inverters.reconstructor import BACKBONE, Reconstructor, load_reconstructor
 from featinv_diffusion.inverters.reconstructor import FOLDER as RECONSTRUCTOR
 from featinv_diffusion.runs.scope import fit_scope, split_images
-from featinv_diffusion.studies.operator_measures import draw_images, fit_operator
+from featinv_diffusion.studies.operators import fit_operator
 from featinv_diffusion.training.controlnet import ControlNetConfig
 from featinv_diffusion.training.entry import load_component
+from train.tiny_family.pack import (
+    replace_folder,
+    to_half,
+    write_bundled,
+    write_bundled_backbone,
+)
 
 # ---- Packs trained detectors ----
 
@@ -136,9 +137,9 @@ def pack_inverters(family: Path, configs: Path) -> Iterator[Path]:
         final = _final_inverter(config)
         if recipe.detector is not None:
             model = load_detr(str(_final_inverter(configs / recipe.detector) / DETECTOR))
-            _write(family / name / DETECTOR, to_half(model))
+            replace_folder(family / name / DETECTOR, to_half(model).save_pretrained)
         inverses = InverseSet.from_pretrained(final / FOLDER)
-        _write(family / name / FOLDER, to_half(inverses))
+        replace_folder(family / name / FOLDER, to_half(inverses).save_pretrained)
         card = _card(family.name, name, recipe, final.parent)
         write_text(family / name / FOLDER / "README.md", card)
         yield family / name
@@ -156,11 +157,11 @@ def pack_reconstructors(family: Path, configs: Path) -> Iterator[Path]:
             continue
         weights = Path(OmegaConf.load(config).model.weights)
         encoder, _ = load_transformers(str(weights), pretrained=True)
-        _write(family / name / BACKBONE, to_half(without_head(encoder)))
+        replace_folder(family / name / BACKBONE, to_half(without_head(encoder)).save_pretrained)
         shutil.copyfile(weights / PROCESSOR_FILE, family / name / BACKBONE / PROCESSOR_FILE)
         folder = _final_inverter(config) / RECONSTRUCTOR
         reconstructor = Reconstructor.from_pretrained(folder, use_safetensors=True)
-        _write(family / name / RECONSTRUCTOR, to_half(reconstructor))
+        replace_folder(family / name / RECONSTRUCTOR, to_half(reconstructor).save_pretrained)
         card = RECONSTRUCTOR_CARD.format(
             family=family.name,
             name=name,
@@ -179,25 +180,6 @@ def without_head(encoder: PreTrainedModel) -> SiglipVisionModel:
     weights = {k: v for k, v in encoder.state_dict().items() if k in bare.state_dict()}
     bare.load_state_dict(weights)
     return bare.eval()
-
-
-def _write(target: Path, model: torch.nn.Module) -> None:
-    fresh = target.with_name(f"{target.name}.new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    with new_folder(fresh) as folder, without_progress_bars():
-        model.save_pretrained(folder)  # pyright: ignore[reportCallIssue]
-        for path in folder.rglob("config.json"):
-            settings = json.loads(path.read_text())
-            settings.pop("_name_or_path", None)  # where it was trained
-            write_text(path, json.dumps(settings, indent=2, sort_keys=True) + "\n")
-        for path in folder.rglob("*"):
-            if path.is_file() and path.stat().st_size > MAX_FILE_MB * 10**6:
-                raise InputError(
-                    f"No bundled file may be larger than {MAX_FILE_MB} MB, but {path.name} has "
-                    f"{path.stat().st_size / 1e6:.1f} MB. Make the model smaller."
-                )
-    shutil.rmtree(target, ignore_errors=True)
-    fresh.rename(target)
 
 
 def _card(family: str, name: str, recipe: Recipe, output: Path) -> str:
@@ -420,7 +402,7 @@ def fit_operators(family: Path, data: str | None = None) -> Iterator[Path]:
         data: folder of the images; None takes that of the reconstructor's config.
 
     Raises:
-        InputError: as `analysis.operator_fit.fit_operator`.
+        InputError: as `fit_operator`.
     """
     if not (family / MEMBER).is_dir():
         return
@@ -431,8 +413,7 @@ def fit_operators(family: Path, data: str | None = None) -> Iterator[Path]:
         path = family / MEMBER / OPERATORS / f"{name}{SUFFIX}"
         if path.is_file():
             continue
-        drawn = draw_images(images, N_IMAGES, 0, max(backbone.input_size))
-        operator = fit_operator(backbone, drawn, make_operation(name), method)
+        operator = fit_operator(backbone, images, name, method=method, n_images=N_IMAGES)
         path.parent.mkdir(exist_ok=True)
         replace(operator, matrix=operator.matrix.to(torch.float32)).save(path)
         yield path

@@ -19,8 +19,9 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from featinv_diffusion.cli.train import run_recipe
 from featinv_diffusion.config import to_yaml
-from featinv_diffusion.data.crops import DataConfig, load_records, read_class_titles
+from featinv_diffusion.data.crops import DataConfig, open_training_images
 from featinv_diffusion.diffusion.objective import (
     PUBLISHED_PROMPT,
     gaussian_floor,
@@ -28,7 +29,7 @@ from featinv_diffusion.diffusion.objective import (
     prediction_target,
 )
 from featinv_diffusion.training.config import OptimConfig, RunConfig
-from featinv_diffusion.training.entry import load_component, make_datasets, run_script
+from featinv_diffusion.training.entry import load_component, make_datasets
 from featinv_diffusion.training.latents import (
     CacheConfig,
     CachedCropDataset,
@@ -218,8 +219,8 @@ def train_text_to_image(config: TextToImageConfig) -> Path:
     """Trains to the end and returns a folder in Stable Diffusion's layout."""
     accelerator = make_accelerator(config.optim, config.run, config.seed)
     torch.manual_seed(config.seed)
-    records = load_records(config.data)
-    train, _ = make_datasets(records, config.data, config.seed)
+    images = open_training_images(config.data)
+    train, _ = make_datasets(images, config.data, config.seed)
     vae = load_component(AutoencoderKL, config.model.vae)
     cache = fill_cache(
         train,
@@ -230,11 +231,9 @@ def train_text_to_image(config: TextToImageConfig) -> Path:
         accelerator,
     )
     dataset = CachedCropDataset(train, cache, with_pixels=False)
-    titles = read_class_titles(config.data.classes)
-    names = [titles.get(name, name) for name in records.class_names]
-    task = TextToImageTask(config.model, names, vae)
+    task = TextToImageTask(config.model, images.class_names or [], vae)
     return fit(task, dataset, accelerator, config.optim, config.run, to_yaml(config))
 
 
 if __name__ == "__main__":
-    run_script(TextToImageConfig, train_text_to_image, __doc__)
+    run_recipe(TextToImageConfig, train_text_to_image, __doc__)

@@ -1,4 +1,4 @@
-"""Original ldm/cldm checkpoint files to FeatInv pipelines, and back."""
+"""Converts checkpoint files of the original ldm/cldm code to FeatInv pipelines, and back."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel
 
-from featinv_diffusion.backbones import LAST, load_backbone
+from featinv_diffusion.backbones import LAST, load_backbone, resolve_backbone
+from featinv_diffusion.backbones.names import PUBLISHED, read_spec, recorded_name
 from featinv_diffusion.diffusion.convert.config import (
     PIPELINE_SETTINGS,
     OriginalConfig,
@@ -37,7 +38,9 @@ from featinv_diffusion.errors import InputError, choices_hint
 from featinv_diffusion.files import check_absent, replacing, write_text
 from featinv_diffusion.types import FeatureSpec
 
-# ---- Checkpoint files: tensors in, tensors out, and nothing but tensors is ever unpickled --------
+logger = logging.getLogger(__name__)
+
+# ---- Checkpoint files, from which nothing but tensors is ever read -------------------------------
 
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth")
 
@@ -63,7 +66,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         )
     tensors = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
     if not tensors:
-        raise InputError(f"{path} must hold a model's tensors, but there is none in it.")
+        raise InputError(f"{path} must hold the tensors of a model, but holds none.")
     return tensors
 
 
@@ -90,7 +93,7 @@ def check_suffix(path: Path) -> None:
     """Raises `InputError` unless the name ends in the suffix of a known format."""
     if path.suffix not in SUFFIXES:
         raise InputError(
-            f"A checkpoint's name must end in one of {', '.join(SUFFIXES)}, but {path.name!r} came."
+            f"A checkpoint's name must end in one of {', '.join(SUFFIXES)}, got {path.name!r}."
         )
 
 
@@ -106,21 +109,21 @@ def _read_pickle(path: Path) -> Any:
         # Memory-mapped, so that an optimizer's state in the file costs nothing.
         mmap = zipfile.is_zipfile(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:  # whatever the reader stumbles on is the file's fault
+    except Exception as error:  # whatever the reader raises is the fault of the file
         foreign = re.search(r"(?:GLOBAL|Unsupported class|global:?) ([\w.]+\.\w+)", str(error))
         if foreign:
             raise InputError(
                 f"{path} must hold tensors only, but it holds a pickled object ({foreign[1]}), "
-                "which could run code and is not loaded. Where you trust the file, save its "
+                "which could run code and is not loaded. If you trust the file, save its "
                 "`state_dict` as safetensors and convert that."
             ) from error
         raise InputError(f"{path} is truncated or no PyTorch checkpoint.") from error
 
 
-# ---- The CLIP tokenizer, which no checkpoint holds: from a folder, the cache or the Hub ----------
+# ---- The CLIP tokenizer, which no checkpoint holds -----------------------------------------------
 
 DEFAULT_TOKENIZER = "openai/clip-vit-large-patch14"
-"""The one that the original code names."""
+"""The tokenizer that the original code names."""
 
 SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 
@@ -136,7 +139,7 @@ def load_tokenizer(name: str, text_encoder: CLIPTextModel) -> CLIPTokenizer:
     """
     folder = Path(name) if Path(name).is_dir() else _download(name)
     folder = folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
-    # Of a folder without these files transformers makes an empty tokenizer, and says nothing.
+    # From a folder without these files transformers makes an empty tokenizer without a warning.
     if not any(all((folder / f).is_file() for f in files) for files in TOKENIZER_FILES):
         raise _not_found(name, "has no tokenizer.json, nor vocab.json with merges.txt")
     config = text_encoder.config
@@ -160,21 +163,21 @@ def _download(name: str) -> Path:
         except LocalEntryNotFoundError:
             folder = snapshot_download(name, allow_patterns=patterns)
     except (OSError, HFValidationError, HfHubHTTPError) as error:
-        raise _not_found(name, f"cannot be had ({str(error).splitlines()[0]})") from error
+        raise _not_found(name, f"cannot be loaded ({str(error).splitlines()[0]})") from error
     return Path(folder)
 
 
 def _not_found(name: str, problem: str) -> InputError:
     return InputError(
         f"No checkpoint holds its tokenizer, and the folder or Hub repository {name!r} {problem}. "
-        "Pass the tokenizer folder of any Stable Diffusion 1.x model as --tokenizer, or "
-        "--no-tokenizer: the pipeline then takes prompt_embeds only."
+        "Pass the tokenizer folder of any Stable Diffusion 1.x model as --tokenizer, or pass "
+        "--no-tokenizer; the pipeline then takes prompt_embeds only."
     )
 
 
-logger = logging.getLogger(__name__)
+# ---- Pipelines -----------------------------------------------------------------------------------
 
-DEFAULT_BACKBONE = "convnext"
+DEFAULT_BACKBONE = PUBLISHED["convnext"]
 # Fixed in the original code.
 HINT_WIDTH, LATENT_SIZE = 512, 32
 
@@ -192,7 +195,7 @@ def read_original(
     """Builds a pipeline from an original checkpoint.
 
     Only the tokenizer and the weights of the backbone, which no checkpoint holds, may need a
-    network. A backbone whose weights cannot be had is left out with a warning.
+    network. A backbone whose weights cannot be loaded is left out with a warning.
 
     Args:
         checkpoint: `.ckpt`, `.pt`, `.pth` or `.safetensors`.
@@ -200,8 +203,8 @@ def read_original(
         tokenizer: a folder or Hub repository; None leaves it out, and the pipeline then takes
             `prompt_embeds` only.
         backbone: whose features the ControlNet reads. None takes what a YAML of `write_original`
-            says, else `convnext`; so do `layer` (else `last`) and `pooled` (else False), whether
-            it reads average-pooled maps.
+            says, else the paper's ConvNeXt; so do `layer` (else `last`) and `pooled` (else False),
+            whether it reads average-pooled maps.
 
     Raises:
         InputError: a file that cannot be read, or parts that do not fit each other.
@@ -255,16 +258,16 @@ def write_original(pipeline: FeatInvPipeline, checkpoint: str | Path) -> Path:
 
 def _feature_spec(config: OriginalConfig, backbone: str | None, layer: str | None) -> FeatureSpec:
     declared = config.extras.get("feature_spec") or {}
-    named = declared.get("backbone")
-    if declared and backbone in (None, named):
+    named = recorded_name(declared["backbone"]) if "backbone" in declared else None
+    chosen = resolve_backbone(backbone).name if backbone else named
+    if declared and chosen == named:
         try:
-            spec = FeatureSpec(**{**declared, "grid": tuple(declared["grid"])})
+            spec = read_spec(declared)
         except (TypeError, KeyError) as error:
             raise InputError(f"feature_spec of the YAML must be complete, but: {error}") from error
         if layer in (None, spec.layer):
             return spec
-    name = backbone or named or DEFAULT_BACKBONE
-    return load_backbone(name, layer or LAST, pretrained=False).spec
+    return load_backbone(chosen or DEFAULT_BACKBONE, layer or LAST, pretrained=False).spec
 
 
 def _load_backbone(spec: FeatureSpec) -> PreTrainedModel | None:
@@ -294,7 +297,7 @@ def _pipeline_settings(config: OriginalConfig) -> dict[str, Any]:
 
 
 def _note_differences(pipeline: FeatInvPipeline, config: OriginalConfig) -> None:
-    """Warns of sizes that the original code has fixed in it and that are others here."""
+    """Warns of sizes that are fixed in the original code and that differ here."""
     text_width = sd15_config().text_encoder["hidden_size"]
     sizes = (
         ("a hint block", pipeline.controlnet.config["feature_hidden_channels"], HINT_WIDTH),
@@ -304,7 +307,7 @@ def _note_differences(pipeline: FeatInvPipeline, config: OriginalConfig) -> None
     changes = [f"{what} of width {a}, not {b}" for what, a, b in sizes if a != b]
     if changes:
         logger.warning(
-            "The original code has sizes fixed in it besides its YAML. Before it can load this "
-            "checkpoint it needs %s.",
+            "Some sizes are fixed in the original code, beside its YAML. Before it can load this "
+            "checkpoint, it needs %s.",
             ", ".join(changes),
         )
