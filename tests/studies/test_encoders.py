@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from featinv_diffusion.studies.encoders_report import order_line, summarise, to_markdown
 from PIL import Image
 from pyarrow import parquet
 from torch import Tensor, nn
