@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from featinv_diffusion.cli import options
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.inverters import reconstructor
-from featinv_diffusion.inverters.open import list_inverters, open_chosen
-from featinv_diffusion.settings import DIFFUSION, SampleSettings
+from featinv_diffusion.inverters.open import list_deterministic, open_inverter
+from featinv_diffusion.settings import DIFFUSION, SampleSettings, flat_fields
 from tests.cli.conftest import Featinv
 from tests.inverters import encoders
 from tests.inverters.test_rae import make_rae
@@ -82,10 +81,10 @@ def test_rae_takes_its_weights_from_the_pipeline(featinv: Featinv, rae, photos, 
     [
         (["--inverter", "siglip", "--stage", "encoder"], "reads the layer 'last' and no other"),
         (["--inverter", "siglip", "--pipeline", "tiny/vit"], "takes no pipeline"),
-        (["--inverter", "siglip", "--guidance", "text"], "--guidance came"),
-        (["--inverter", "siglip", "--dtype", "float16"], "--dtype came"),
-        (["--inverter", "siglip", "--attention", "xformers"], "--attention came"),
-        (["--inverter", "siglip", "--strength", "0.5"], "--strength came"),
+        (["--inverter", "siglip", "--guidance", "text"], "got --guidance"),
+        (["--inverter", "siglip", "--dtype", "float16"], "got --dtype"),
+        (["--inverter", "siglip", "--attention", "xformers"], "got --attention"),
+        (["--inverter", "siglip", "--strength", "0.5"], "got --strength"),
         (["--inverter", "~nobody-of-that-name/x"], "leads nowhere"),
         (["--pipeline", "~nobody-of-that-name/x"], "leads nowhere"),
         (["--inverter", "siglop"], "did you mean 'siglip'"),
@@ -105,8 +104,10 @@ def test_resolved_settings_open_the_same_inverter(siglip, rae) -> None:
         SampleSettings(inverter=str(siglip)),
         SampleSettings(inverter="rae", pipeline=str(rae)),
     ):
-        inverter, resolved = open_chosen(settings)
-        again, same = open_chosen(resolved)
+        inverter = open_inverter(settings)
+        resolved = inverter.settings
+        again = open_inverter(resolved)
+        same = again.settings
         assert same == resolved
         assert again.spec == inverter.spec
 
@@ -121,16 +122,18 @@ def test_resolved_settings_open_the_same_inverter(siglip, rae) -> None:
 def test_resolved_settings_of_another_inverter_are_refused(siglip, backbone, layer, words) -> None:
     settings = SampleSettings(inverter="siglip", backbone=backbone, layer=layer, stage=layer)
     with pytest.raises(InputError, match=words):
-        open_chosen(settings)
+        open_inverter(settings)
 
 
 def test_a_pipeline_in_the_home_folder(rae: Path, monkeypatch) -> None:
     monkeypatch.setenv("HOME", str(rae.parent))
-    _, resolved = open_chosen(SampleSettings(inverter="rae", pipeline=f"~/{rae.name}"))
+    settings = SampleSettings(inverter="rae", pipeline=f"~/{rae.name}")
+    resolved = open_inverter(settings).settings
     assert resolved.pipeline == str(rae)
 
 
 def test_the_help_names_inverters_that_exist() -> None:
-    *names, folder = options.INVERTERS.split("|")
+    field = flat_fields(SampleSettings)["inverter"]
+    *names, folder = field.metadata["metavar"].split("|")
     assert folder == "FOLDER"
-    assert names == [DIFFUSION, *list_inverters()]
+    assert names == [DIFFUSION, *list_deterministic()]
