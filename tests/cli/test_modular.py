@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from featinv_diffusion.inverters import modular
-from featinv_diffusion.inverters.open import open_chosen
+from featinv_diffusion.inverters.open import open_inverter
 from featinv_diffusion.settings import SampleSettings
 from tests.cli.conftest import Featinv
 from tests.inverters import small
@@ -75,8 +75,8 @@ def test_evaluate_puts_tokens_in_the_same_table(featinv: Featinv, vit, pictures,
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--stage", "decoder"], "name one with --inverter"),
-        (["--inverter", "DETR", "--steps", "5"], "--steps came"),
+        (["--stage", "decoder"], "Only modular inverters have stages"),
+        (["--inverter", "DETR", "--steps", "5"], "got --steps"),
         (["--inverter", "DETR", "--stage", "decodr"], "did you mean 'decoder'"),
         (["--inverter", "nothing"], "An inverter must be a name"),
     ],
@@ -89,7 +89,7 @@ def test_what_does_not_fit_is_bad_input(featinv: Featinv, detr, pictures, argume
 
 
 def test_resolved_settings_open_the_same_inverter(detr) -> None:
-    _, resolved = open_chosen(SampleSettings(inverter=str(detr)))
-    again, same = open_chosen(resolved)
-    assert same == resolved
+    resolved = open_inverter(SampleSettings(inverter=str(detr))).settings
+    again = open_inverter(resolved)
+    assert again.settings == resolved
     assert again.spec.layer == "encoder"

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
-from featinv_diffusion.cli import options
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.inverters import reconstructor
-from featinv_diffusion.inverters.open import list_inverters, open_chosen
+from featinv_diffusion.inverters.open import list_deterministic, open_inverter
 from featinv_diffusion.settings import DIFFUSION, SampleSettings
 from tests.cli.conftest import Featinv
 from tests.inverters import encoders
@@ -82,10 +82,10 @@ def test_rae_takes_its_weights_from_the_pipeline(featinv: Featinv, rae, photos, 
     [
         (["--inverter", "siglip", "--stage", "encoder"], "reads the layer 'last' and no other"),
         (["--inverter", "siglip", "--pipeline", "tiny/vit"], "takes no pipeline"),
-        (["--inverter", "siglip", "--guidance", "text"], "--guidance came"),
-        (["--inverter", "siglip", "--dtype", "float16"], "--dtype came"),
-        (["--inverter", "siglip", "--attention", "xformers"], "--attention came"),
-        (["--inverter", "siglip", "--strength", "0.5"], "--strength came"),
+        (["--inverter", "siglip", "--guidance", "text"], "got --guidance"),
+        (["--inverter", "siglip", "--dtype", "float16"], "got --dtype"),
+        (["--inverter", "siglip", "--attention", "xformers"], "got --attention"),
+        (["--inverter", "siglip", "--strength", "0.5"], "got --strength"),
         (["--inverter", "~nobody-of-that-name/x"], "leads nowhere"),
         (["--pipeline", "~nobody-of-that-name/x"], "leads nowhere"),
         (["--inverter", "siglop"], "did you mean 'siglip'"),
@@ -105,9 +105,9 @@ def test_resolved_settings_open_the_same_inverter(siglip, rae) -> None:
         SampleSettings(inverter=str(siglip)),
         SampleSettings(inverter="rae", pipeline=str(rae)),
     ):
-        inverter, resolved = open_chosen(settings)
-        again, same = open_chosen(resolved)
-        assert same == resolved
+        inverter = open_inverter(settings)
+        again = open_inverter(inverter.settings)
+        assert again.settings == inverter.settings
         assert again.spec == inverter.spec
 
 
@@ -121,16 +121,17 @@ def test_resolved_settings_open_the_same_inverter(siglip, rae) -> None:
 def test_resolved_settings_of_another_inverter_are_refused(siglip, backbone, layer, words) -> None:
     settings = SampleSettings(inverter="siglip", backbone=backbone, layer=layer, stage=layer)
     with pytest.raises(InputError, match=words):
-        open_chosen(settings)
+        open_inverter(settings)
 
 
 def test_a_pipeline_in_the_home_folder(rae: Path, monkeypatch) -> None:
     monkeypatch.setenv("HOME", str(rae.parent))
-    _, resolved = open_chosen(SampleSettings(inverter="rae", pipeline=f"~/{rae.name}"))
-    assert resolved.pipeline == str(rae)
+    inverter = open_inverter(SampleSettings(inverter="rae", pipeline=f"~/{rae.name}"))
+    assert inverter.settings.pipeline == str(rae)
 
 
 def test_the_help_names_inverters_that_exist() -> None:
-    *names, folder = options.INVERTERS.split("|")
+    (field,) = [field for field in fields(SampleSettings) if field.name == "inverter"]
+    *names, folder = field.metadata["metavar"].split("|")
     assert folder == "FOLDER"
-    assert names == [DIFFUSION, *list_inverters()]
+    assert names == [DIFFUSION, *list_deterministic()]

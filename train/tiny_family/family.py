@@ -41,7 +41,6 @@ from featinv_diffusion.diffusion.objective import make_scheduler
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.features.operators import FOLDER as OPERATORS
 from featinv_diffusion.features.operators import SUFFIX
-from featinv_diffusion.features.pixel_operations import make_operation
 from featinv_diffusion.files import new_folder, write_text
 from featinv_diffusion.inverters import DiffusionInverter
 from featinv_diffusion.inverters.detr import DETECTOR, load_detr
@@ -49,7 +48,7 @@ from featinv_diffusion.inverters.modular import FOLDER, InverseSet
 from featinv_diffusion.inverters.reconstructor import BACKBONE, Reconstructor, load_reconstructor
 from featinv_diffusion.inverters.reconstructor import FOLDER as RECONSTRUCTOR
 from featinv_diffusion.runs.scope import fit_scope, split_images
-from featinv_diffusion.studies.operator_measures import draw_images, fit_operator
+from featinv_diffusion.studies.operators import fit_operator
 from featinv_diffusion.training.controlnet import ControlNetConfig
 from featinv_diffusion.training.entry import load_component
 
@@ -420,7 +419,7 @@ def fit_operators(family: Path, data: str | None = None) -> Iterator[Path]:
         data: folder of the images; None takes that of the reconstructor's config.
 
     Raises:
-        InputError: as `analysis.operator_fit.fit_operator`.
+        InputError: as `studies.operators.fit_operator`.
     """
     if not (family / MEMBER).is_dir():
         return
@@ -431,8 +430,7 @@ def fit_operators(family: Path, data: str | None = None) -> Iterator[Path]:
         path = family / MEMBER / OPERATORS / f"{name}{SUFFIX}"
         if path.is_file():
             continue
-        drawn = draw_images(images, N_IMAGES, 0, max(backbone.input_size))
-        operator = fit_operator(backbone, drawn, make_operation(name), method)
+        operator = fit_operator(backbone, images, name, method=method, n_images=N_IMAGES)
         path.parent.mkdir(exist_ok=True)
         replace(operator, matrix=operator.matrix.to(torch.float32)).save(path)
         yield path
