@@ -26,10 +26,9 @@ from featinv_diffusion.features import interpolate, paste, permute_cells
 from featinv_diffusion.features.natural_maps import LEVEL, NaturalMaps
 from featinv_diffusion.figures.board import BLUE, GREY, INK, ORANGE, write_figure
 from featinv_diffusion.images import center_square, to_tensor
-from featinv_diffusion.inverters.open import open_inverter
+from featinv_diffusion.inverters.open import load_inverter
 from featinv_diffusion.metrics.statistics import Interval, bootstrap_statistic
 from featinv_diffusion.runs.scope import open_scope
-from featinv_diffusion.settings import SampleSettings
 from featinv_diffusion.types import Features, Images
 
 BATCH = 64
@@ -150,10 +149,9 @@ def main() -> None:
     parser.add_argument("--n-images", type=int, default=1000)
     parser.add_argument("--figure", type=Path, default=Path("outputs/scope.png"))
     arguments = parser.parse_args()
-    inverter, settings = open_inverter(SampleSettings(pipeline=arguments.pipeline))
-    statistics, backbone = open_scope(inverter, settings).natural, inverter.backbone
+    inverter = load_inverter(arguments.pipeline)
+    statistics, backbone = open_scope(inverter).natural, inverter.require_backbone()
     assert statistics is not None, "the pipeline has no statistics; fit them with featinv scope"
-    assert backbone is not None
     images = open_images(arguments.data, "validation")
     pixels = read(images, arguments.n_images, max(backbone.input_size)).to(backbone.device)
     maps = look(backbone, pixels)

@@ -9,13 +9,14 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from featinv_diffusion.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @contextmanager
@@ -85,6 +86,8 @@ def write_tensors(
     Raises:
         InputError: the disk refuses.
     """
+    from safetensors.torch import save_file  # imports torch, which options must not wait for
+
     metadata = {"format": file_format, "header": json.dumps(header, sort_keys=True)}
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:

@@ -91,6 +91,5 @@ def test_what_does_not_fit_is_bad_input(featinv: Featinv, detr, pictures, argume
 def test_resolved_settings_open_the_same_inverter(detr) -> None:
     resolved = open_inverter(SampleSettings(inverter=str(detr))).settings
     again = open_inverter(resolved)
-    same = again.settings
-    assert same == resolved
+    assert again.settings == resolved
     assert again.spec.layer == "encoder"
