@@ -341,7 +341,7 @@ def pipeline_cases() -> list[Case]:
         case(
             "export:trained",
             f"export {{out}}/pipeline --controlnet {trained}/controlnet-convnext/final/controlnet "
-            f"--base {trained}/text-to-image/final",
+            "--base {tiny}/base",
             "train:controlnet-convnext",
         ),
         case(
@@ -602,7 +602,8 @@ def error_cases() -> list[Case]:
         "replay-missing": "replay {data}/nothing --output {out}",
         "classemb-no-vit": f"classemb {PHOTO} --backbone tiny/resnet --output {{out}}",
         "analyze-name": "analyze stage --output {out}",
-        "analyze-one-encoder": "analyze encoders --inverter siglip --data {data}/classes",
+        "analyze-one-encoder": "analyze encoders --inverter siglip --data {data}/classes "
+        "--output {out}",
         "operator-features": f"operator apply {PHOTO} --operator {swap} --inverter vit "
         "--output {out}",
         "layers-unknown": "layers convnect",
@@ -622,6 +623,12 @@ def error_cases() -> list[Case]:
             "error:viz-concept",
             f"viz {PHOTO} --concepts {{done}}/concepts/mcd/concepts.safetensors --concept 9 {FEW}",
             "concepts:mcd",
+        ),
+        case(
+            "error:export-base-without-index",
+            "export {out}/pipeline --base {run}/.checkpoints/tiny/text-to-image/final --controlnet "
+            "{run}/.checkpoints/tiny/controlnet-convnext/final/controlnet",
+            "train:controlnet-convnext",
         ),
         case("error:export-not-new", "export {done}/export/bundled/pipeline", "export:bundled"),
         case("error:push-offline", "push {done}/export/bundled/pipeline a/b", "export:bundled"),
@@ -1155,8 +1162,9 @@ def read_json_lines(path: Path, places: Places) -> Any:
 
 
 def read_text(path: Path, places: Places) -> list[str]:
-    """Lines; in a card's tables of a training the second column is minutes."""
+    """Lines without versions; in a card's tables of a training the second column is minutes."""
     text = places.normalise(path.read_text(encoding="utf-8"))
+    text = re.sub(r"featinv-diffusion \d[\w.+]*", "featinv-diffusion VERSION", text)
     return [re.sub(r"^\| (\d+) \| \d+\.\d{3} \|", r"| \1 | MINUTES |", x) for x in text.split("\n")]
 
 

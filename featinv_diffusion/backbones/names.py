@@ -117,8 +117,9 @@ def _check_timm_id(name: str) -> None:
     if timm.is_model(stem) and (not tag or name in tagged):
         return
     bundled = list_backbones()
-    short = [word.removeprefix(FAMILY) for word in bundled]
-    names = [*short, *bundled, *timm.list_models(), *timm.list_pretrained()]
+    prefix = "" if name.startswith(FAMILY) else FAMILY  # short names, unless a full one was tried
+    ours = [full.removeprefix(prefix) for full in bundled]
+    names = [*ours, *timm.list_models(), *timm.list_pretrained()]
     near = (tag and tagged) or get_close_matches(name, names, n=4, cutoff=0.5)
     if "/" in name and not name.startswith(FAMILY):
         near = [f"hf/{name}"]

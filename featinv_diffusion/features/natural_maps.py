@@ -1,4 +1,4 @@
-"""`scope.safetensors`: the natural maps of a backbone, which others are compared with."""
+"""Statistics of natural feature maps, those of real images, and p-values of other maps."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from featinv_diffusion.files import read_tensors, write_tensors
 from featinv_diffusion.metrics.statistics import FeatureMoments
 from featinv_diffusion.types import Features, FeatureSpec
 
-# ---- A feature map in a few dozen figures, which tell natural maps from others -------------------
+# ---- A feature map summarised by a few dozen numbers ---------------------------------------------
 
 MAX_AXES = 64
 BAND_STARTS = (0, 4, 12, 28)
-"""Axes are summed up in bands: few of much variance, many of little."""
+"""First axes of the bands in which axes are summarised; later bands are wider."""
 
 N_CENTRES = 64
 _MAX_CLUSTERED_CELLS = 20_000
 _CELLS_PER_CENTRE = 10
 _TINY = 1e-8
-_ROUNDING = 1e-4  # share of a cell off the axes, below which it cannot be told from 0
+_ROUNDING = 1e-4  # share of a cell off the axes below which it cannot be told from 0
 _NEGLIGIBLE = 1e-6
-"""Share of the largest variance below which an axis holds rounding errors alone."""
+"""Share of the largest variance below which an axis holds only rounding errors."""
 
 
 @dataclass(frozen=True, eq=False)
 class CellBasis:
-    """Where the cells of natural maps lie.
+    """A basis of the cells of natural maps.
 
     Args:
-        mean: of all cells.
-        axes: the principal axes of the cells, orthonormal, by falling variance.
-        std: of the cells along each axis; coordinates are divided by it.
+        mean: mean of all cells.
+        axes: principal axes of the cells, orthonormal, by falling variance.
+        std: standard deviation of the cells along each axis; coordinates are divided by it.
         place_mean: mean coordinates of the cells at each place.
-        cell_centres: coordinates that stand for those of all cells (k-means).
-        map_centres: coordinates that stand for those of all maps' means (k-means).
+        cell_centres: k-means centres of the coordinates of cells.
+        map_centres: k-means centres of the mean coordinates of maps.
     """
 
     mean: Float[Tensor, " c"]
@@ -54,24 +54,24 @@ class CellBasis:
     map_centres: Float[Tensor, "n_maps k"]
 
     def coordinates(self, features: Features) -> Float[Tensor, "b k h w"]:
-        """Returns each cell along the axes, where natural cells have mean 0 and variance 1."""
+        """Returns the cells along the axes, scaled so that natural cells have variance 1."""
         centred = features - self.mean[:, None, None]
         return torch.einsum("bchw,ck->bkhw", centred, self.axes / self.std)
 
     @property
     def bands(self) -> list[slice]:
-        """Ranges of axes."""
+        """The bands as ranges of axes."""
         n_axes = len(self.std)
         starts = [start for start in BAND_STARTS if start < n_axes]
         return [slice(a, b) for a, b in zip(starts, [*starts[1:], n_axes], strict=True)]
 
 
 def fit_basis(features: Features, seed: int = 0) -> CellBasis:
-    """Finds the basis of natural maps.
+    """Fits the basis of natural maps.
 
     Args:
-        features: natural maps, hundreds of them; any precision.
-        seed: of k-means.
+        features: natural maps, hundreds of them, in any precision.
+        seed: random seed of k-means.
 
     Raises:
         InputError: maps that are all the same.
@@ -81,7 +81,7 @@ def fit_basis(features: Features, seed: int = 0) -> CellBasis:
         moments.update(_to_cells(batch.float()))
     variance, axes = torch.linalg.eigh(torch.from_numpy(moments.covariance))
     if not variance[-1] > 0:
-        raise InputError("Natural maps must differ, but all their cells are the same.")
+        raise InputError("Natural maps must differ, got cells that are all the same.")
     n_axes = min(MAX_AXES, int((variance > _NEGLIGIBLE * variance[-1]).sum()))
     mean = torch.from_numpy(moments.mean).float()
     std = variance[-n_axes:].flip(0).sqrt().float()
@@ -98,13 +98,13 @@ def fit_basis(features: Features, seed: int = 0) -> CellBasis:
 
 @torch.no_grad()
 def summarise(features: Features, basis: CellBasis) -> Float[Tensor, "b m"]:
-    """Returns m figures of each map, most of them logarithms of mean squares.
+    """Returns m statistics of each map, most of them logarithms of mean squares.
 
-    Per band of axes: energy, energy of the map's mean, of the deviation from the place's mean, and
-    of differences of cells one cell and half a map apart, and kurtosis. Besides: norms of cells and
-    their spread, what lies off the axes, the sharpest seam, distances to the nearest centres.
-    Permuted or pasted cells raise differences; mixed maps lie low, between centres and with less
-    kurtosis.
+    For each band of axes: kurtosis and the energies of the cells, of the map's mean, of the
+    deviation from the mean at each place, and of the differences between cells one cell and half a
+    map apart. For the whole map: the norms of the cells and their spread, the part off the axes,
+    the sharpest seam, and the distances to the nearest centres. Permuting or pasting cells raises
+    the differences; mixing maps lowers energy and kurtosis, and moves maps between the centres.
     """
     features = features.detach().cpu().float()
     coordinates = basis.coordinates(features)
@@ -135,7 +135,7 @@ def _of_centres(
 
 
 def _sharpest_seam(coordinates: Float[Tensor, "b k h w"]) -> Float[Tensor, " b"]:
-    """Largest mean square difference of two neighbouring rows or columns, over the mean of all."""
+    """Returns the largest mean square difference of neighbouring rows or columns, by their mean."""
     seams = [
         coordinates.diff(dim=axis).square().mean(dim=(1, 5 - axis))
         for axis in (2, 3)
@@ -163,14 +163,14 @@ def _of_band(
 
 
 def _lags(size: int) -> list[int]:
-    """Distances of cells to compare along an axis: one cell, and half the map."""
+    """Returns the distances of cells to compare along an axis: one cell, and half the map."""
     return sorted({1, size // 2}) if size > 1 else []
 
 
 def _shifted_difference(
     maps: Features, axis: int, lag: int
 ) -> Float[Tensor, "b c h_pairs w_pairs"]:
-    """Each cell minus the one that lies `lag` before it."""
+    """Returns each cell minus the one that lies `lag` before it."""
     n_pairs = maps.shape[axis] - lag
     return maps.narrow(axis, lag, n_pairs) - maps.narrow(axis, 0, n_pairs)
 
@@ -185,7 +185,7 @@ def _centres(rows: Float[Tensor, "n k"], seed: int) -> Float[Tensor, "n_centres 
 
 
 def _nearest(rows: Float[Tensor, "n k"], centres: Float[Tensor, "m k"]) -> Float[Tensor, " n"]:
-    """Square distance to the nearest centre."""
+    """Returns the squared distances to the nearest centres."""
     return torch.cdist(rows, centres).square().amin(dim=1)
 
 
@@ -198,19 +198,20 @@ def _mean_square(maps: Features) -> Float[Tensor, " b"]:
 
 
 def _log(values: Tensor) -> Tensor:
-    """The logarithm; of a map of zeros it is far from all others and finite."""
+    """Returns the logarithm, which for zeros is finite and far from all other values."""
     return (values + _TINY).log()
 
 
-# ---- Whether a feature map is like those that a backbone makes of images, as a p-value -----------
+# ---- p-values ------------------------------------------------------------------------------------
 
 LEVEL = 0.05
-"""A map whose p-value is below is called out of scope."""
+"""A map with a smaller p-value is called out of scope."""
 
 MIN_CALIBRATION = 99
-"""Held-out maps that must come, so that p-values go down to 0.01."""
+"""Smallest number of held-out maps; p-values then go down to 0.01."""
 
 N_BASIS = 2000
+"""Number of maps that the basis is fitted on."""
 _MAX_BASIS_VALUES = 2**27  # 512 MiB
 _MAPS_PER_FIGURE = 5
 _RIDGE = 1e-3
@@ -221,8 +222,8 @@ class MapDensity:
     """The distribution of natural maps.
 
     Args:
-        centre: mean of the figures of natural maps.
-        whitening: of the figures; after it they have variance 1 and are not correlated.
+        centre: mean of the statistics of natural maps.
+        whitening: matrix after which the statistics are uncorrelated and have variance 1.
     """
 
     basis: CellBasis
@@ -230,22 +231,23 @@ class MapDensity:
     whitening: Float[Tensor, "m m"]
 
     def distance(self, features: Features) -> Float[Tensor, " b"]:
-        """Returns the squared Mahalanobis distance of each map's figures from natural ones."""
+        """Returns the squared Mahalanobis distance of each map's statistics from natural ones."""
         batches = features.split(64)
         figures = torch.cat([summarise(batch, self.basis) for batch in batches])
         return ((figures - self.centre) @ self.whitening).square().sum(dim=1)
 
 
 def fit_density(batches: Iterable[Float[Tensor, "_ c h w"]]) -> MapDensity:
-    """Fits the distribution of natural maps, which come in batches and are not kept.
+    """Fits the distribution of natural maps.
 
-    The basis is that of the first `N_BASIS` maps, or of fewer where maps are large.
+    The basis is fitted on the first `N_BASIS` maps, or on fewer if maps are large. The others are
+    read batch by batch and not kept.
 
     Args:
         batches: maps in random order.
 
     Raises:
-        InputError: too few maps for a covariance of the figures.
+        InputError: too few maps for a covariance of the statistics.
     """
     batches = iter(batches)
     first = _take(batches)
@@ -259,7 +261,7 @@ def fit_density(batches: Iterable[Float[Tensor, "_ c h w"]]) -> MapDensity:
     if moments.count < _MAPS_PER_FIGURE * moments.dim:
         raise InputError(
             f"The distribution of natural maps needs at least {_MAPS_PER_FIGURE * moments.dim} "
-            f"images, but {moments.count} came."
+            f"images, got {moments.count}."
         )
     covariance = torch.from_numpy(moments.covariance)
     loaded = covariance + torch.diag(_RIDGE * covariance.diag() + 1e-9)
@@ -272,8 +274,9 @@ class Calibration:
     """Scores of held-out natural maps.
 
     Args:
-        distances: of n maps.
-        cosines: of the first r of them to the features of one reconstruction each; r may be 0.
+        distances: distances of n maps.
+        cosines: cosines between the first r of them and the features of one reconstruction each; r
+            may be 0.
     """
 
     distances: Float[Tensor, " n"]
@@ -284,26 +287,26 @@ class Calibration:
         if n < MIN_CALIBRATION or 0 < r < MIN_CALIBRATION or r > n:
             raise InputError(
                 f"Calibration needs at least {MIN_CALIBRATION} held-out maps, and reconstructions "
-                f"of none or of as many of them, but {n} maps and {r} reconstructions came."
+                f"of none or of as many of them, got {n} maps and {r} reconstructions."
             )
 
     def of_maps(self, distances: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
-        """Returns the p-values of maps by their distances."""
+        """Returns the p-values of maps with these distances."""
         return tail_p_values(distances, self.distances)
 
     def of_reconstructions(
         self, distances: Float[Tensor, " b"], cosines: Float[Tensor, " b"]
     ) -> Float[Tensor, " b"]:
-        """Returns the p-values of maps by their distances and the cosines of reconstructions.
+        """Returns the p-values of maps with these distances and cosines of reconstructions.
 
-        The two tails are joined by their product (Fisher 1925, §21.1), whose distribution is that
-        among held-out maps, so that the two need not be independent.
+        The two tails are combined by their product (Fisher 1925, §21.1). Its distribution is taken
+        from the held-out maps, so that the two need not be independent.
         """
         r = len(self.cosines)
         if not r:
             raise InputError(
-                "Cosines can be counted in only where reconstructions were calibrated, but there "
-                "were none. Fit the statistics with reconstructions."
+                "Cosines can be used only if reconstructions were calibrated, but there are none. "
+                "Fit the statistics with reconstructions."
             )
         new = self.of_maps(distances) * tail_p_values(-cosines, -self.cosines)
         held = _leave_one_out(self.distances)[:r] * _leave_one_out(-self.cosines)
@@ -318,7 +321,7 @@ def tail_p_values(
 
 
 def _leave_one_out(scores: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """Returns the p-value of each score among the others; of itself it counts the 1."""
+    """Returns the p-value of each score among the others; the score itself is the 1 in it."""
     return _share_not_below(scores, scores, n_besides=0)
 
 
@@ -331,7 +334,7 @@ def _share_not_below(
 
 
 def _take(batches: Iterable[Float[Tensor, "_ c h w"]]) -> Features:
-    """Takes the maps of the basis off the iterator, on the CPU."""
+    """Takes the maps for the basis from the iterator, to the CPU."""
     taken: list[Features] = []
     n_maps = 0
     for batch in batches:
@@ -340,7 +343,7 @@ def _take(batches: Iterable[Float[Tensor, "_ c h w"]]) -> Features:
         if n_maps >= min(N_BASIS, _MAX_BASIS_VALUES // batch[0].numel()):
             break
     if not taken:
-        raise InputError("The distribution of natural maps needs images, but none came.")
+        raise InputError("The distribution of natural maps needs images, got none.")
     return torch.cat(taken)
 
 
@@ -352,11 +355,10 @@ class NaturalMaps:
     """Statistics of the maps that one backbone makes of images.
 
     Args:
-        spec: of the maps.
-        backbone_sha256: of the backbone's weights.
-        sampling: settings that the reconstructions of calibration were sampled with; None where
-            there were none.
-        n_fitted: images that the density was fitted on.
+        spec: the features of the backbone.
+        backbone_sha256: digest of the backbone's weights.
+        sampling: settings of the reconstructions for calibration; None if there were none.
+        n_fitted: number of images that the density was fitted on.
     """
 
     spec: FeatureSpec
@@ -371,12 +373,12 @@ class NaturalMaps:
 
         Args:
             features: maps, edited or not.
-            cosines: mean cosine of the samples of each map to it, to count in whether a map can be
-                reconstructed. Calibration has one sample of each map, which varies more than the
-                mean of several, so that more samples make the p-value no smaller than it should be.
+            cosines: mean cosine between each map and the features of its samples, which shows
+                whether a map can be reconstructed. Calibration has one sample of each map, which
+                varies more than the mean of several, so that the p-value is never too small.
 
         Raises:
-            InputError: maps of another shape, or not finite; cosines where none were calibrated.
+            InputError: maps of another shape or not finite, or cosines that were not calibrated.
         """
         self.spec.check_features(features)
         distances = self.density.distance(features)
@@ -384,14 +386,14 @@ class NaturalMaps:
             return self.calibration.of_maps(distances).tolist()
         if self.sampling is None:
             raise InputError(
-                "Cosines of reconstructions must have been calibrated to be counted in, but these "
-                "statistics hold none. Fit them with featinv scope --n-reconstructions 256."
+                "Cosines can be used only if reconstructions were calibrated, but these statistics "
+                "hold none. Fit them with featinv scope --n-reconstructions 256."
             )
         found = torch.tensor(list(cosines), dtype=torch.float64)
         return self.calibration.of_reconstructions(distances, found).tolist()
 
     def check(self, spec: FeatureSpec, backbone_sha256: str) -> None:
-        """Raises `InputError` unless the maps of this backbone can be compared with these."""
+        """Raises `InputError` unless the statistics are of such features of these weights."""
         if (spec.layer, spec.channels, spec.grid) != (
             self.spec.layer,
             self.spec.channels,
@@ -411,7 +413,7 @@ class NaturalMaps:
         """Writes a file, whole or not at all.
 
         Raises:
-            InputError: the disk refuses.
+            InputError: a place where nothing can be written.
         """
         parts = {"basis": self.density.basis, "density": self.density}
         tensors = {
@@ -440,7 +442,7 @@ class NaturalMaps:
             return cls._from_parts(tensors, header)
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(
-                f"{path} must hold all statistics of natural maps, but lacks some ({error}). "
+                f"{path} must hold all statistics of natural maps, but some are missing ({error}). "
                 "Fit it again with featinv scope."
             ) from error
 

@@ -12,8 +12,8 @@ from torch import nn
 
 from featinv_diffusion.backbones import load_backbone, resolve_backbone, same_backbone
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
-from featinv_diffusion.diffusion.folders import INDEX, without_progress_bars
-from featinv_diffusion.diffusion.hub import REPO, list_bundled, load_pipeline
+from featinv_diffusion.diffusion.folders import INDEX, list_bundled, without_progress_bars
+from featinv_diffusion.diffusion.hub import REPO, load_pipeline
 from featinv_diffusion.diffusion.objective import make_scheduler, scheduler_name
 from featinv_diffusion.errors import InputError, choices_hint
 from featinv_diffusion.files import expand_path

@@ -55,7 +55,7 @@ def delta_e_2000_map(
     """CIEDE2000 of each pixel; see `delta_e_2000`."""
     if images.shape != others.shape:
         raise InputError(
-            "Images to compare must have one shape, but came with "
+            "Images to compare must have one shape, got "
             f"{list(images.shape)} and {list(others.shape)}."
         )
     return ciede2000(to_lab(images), to_lab(others))

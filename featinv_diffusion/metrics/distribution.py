@@ -1,10 +1,10 @@
-"""Distances between two sets of feature vectors; what the vectors are is the extractor's affair."""
+"""Distances between two sets of feature vectors, whatever an extractor made them of."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ _BLOCK = 20_000_000
 
 @dataclass(frozen=True)
 class PublishedMoments:
-    """A mean and a covariance that came without their vectors.
+    """A mean and a covariance that were published without their vectors.
 
     Args:
         mean: `[d]`.
@@ -84,8 +84,8 @@ def frechet_distance(moments: Moments, reference: Moments) -> FrechetDistance:
     """
     if moments.mean.shape != reference.mean.shape:
         raise InputError(
-            "Moments must be of features of one length, but "
-            f"{len(moments.mean)} and {len(reference.mean)} came. Use one extractor for both."
+            "Moments must be of features of one length, got "
+            f"{len(moments.mean)} and {len(reference.mean)}. Use one extractor for both."
         )
     cov, cov_reference = moments.covariance, reference.covariance
     root = _symmetric_root(cov)
@@ -125,7 +125,7 @@ def kernel_distance(
     if not 2 <= subset_size <= n_least or n_subsets < 1:
         raise InputError(
             f"Subsets must be at least one, of 2 to {n_least} images (the smaller set), "
-            f"but {n_subsets} of {subset_size} came. Choose smaller subsets or more images."
+            f"got {n_subsets} of {subset_size}. Choose smaller subsets or more images."
         )
     generator = np.random.default_rng(seed)
     values = []
@@ -153,7 +153,7 @@ def precision_recall(
     _check_lengths(features, reference)
     n_least = min(len(features), len(reference))
     if not 1 <= k < n_least:
-        raise InputError(f"k must lie in 1 … {n_least - 1} (the images less one), but {k} came.")
+        raise InputError(f"k must lie in 1 … {n_least - 1} (the images less one), got {k}.")
     x, y = features.double(), reference.double()
     return PrecisionRecall(
         precision=_share_inside(x, y, _radii(y, k)), recall=_share_inside(y, x, _radii(x, k))
@@ -196,8 +196,8 @@ def _rows(columns: Tensor) -> int:
 def _check_lengths(features: Tensor, reference: Tensor) -> None:
     if features.shape[1] != reference.shape[1]:
         raise InputError(
-            f"Features must be of one length, but {features.shape[1]} and {reference.shape[1]} "
-            "came. Use one extractor for both."
+            f"Features must be of one length, got {features.shape[1]} and {reference.shape[1]}. "
+            "Use one extractor for both."
         )
 
 
@@ -219,7 +219,7 @@ class FeatureSample:
 
     def __init__(self, dim: int, size: int = 10_000, seed: int = 0):
         if size < 1:
-            raise InputError(f"A sample must hold at least one vector, but size {size} came.")
+            raise InputError(f"A sample must hold at least one vector, got size {size}.")
         self.dim, self.size, self.seed = dim, size, seed
         empty = np.zeros((0, dim), dtype=np.float32), np.zeros(0, dtype=np.int64)
         self._parts: list[tuple[np.ndarray, np.ndarray]] = [empty]
@@ -241,42 +241,10 @@ class FeatureSample:
         if features.ndim != 2 or features.shape[1] != self.dim or len(ids) != len(features):
             raise InputError(
                 f"A batch must be [n, {self.dim}] with n ids, "
-                f"but shape {list(features.shape)} with {len(ids)} ids came."
+                f"got shape {list(features.shape)} with {len(ids)} ids."
             )
         ranks = np.array([derive_seed(self.seed, name) for name in ids], dtype=np.int64)
         self._keep(np.array(features.detach().float().cpu()), ranks)
-
-    def merge(self, other: FeatureSample) -> None:
-        """Adds what `other` has seen, e.g. in another process.
-
-        Raises:
-            InputError: a sample of other vectors, size or seed.
-        """
-        mine, its = (self.dim, self.size, self.seed), (other.dim, other.size, other.seed)
-        if mine != its:
-            raise InputError(
-                "Samples must agree in length of vectors, size and seed, "
-                f"but {mine} and {its} came."
-            )
-        self._keep(*other._choose())
-
-    def state_dict(self) -> dict[str, np.ndarray]:
-        """Returns arrays for `np.savez`; `from_state` reads them back with nothing lost."""
-        features, ranks = self._choose()
-        return {
-            "sample_features": features.copy(),
-            "sample_ranks": ranks.copy(),
-            "sample_settings": np.array([self.size, self.seed], dtype=np.int64),
-        }
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> FeatureSample:
-        """Builds what `state_dict` described; a loaded npz file serves as `state`."""
-        features = np.array(state["sample_features"], dtype=np.float32)
-        size, seed = np.asarray(state["sample_settings"]).tolist()
-        sample = cls(features.shape[1], size, seed)
-        sample._parts = [(features, np.array(state["sample_ranks"], dtype=np.int64))]
-        return sample
 
     @property
     def _held(self) -> int:

@@ -27,7 +27,7 @@ def feature_cosine(
     """
     if original.shape != reconstruction.shape:
         raise InputError(
-            "Feature maps to compare must have one shape, but came with "
+            "Feature maps to compare must have one shape, got "
             f"{list(original.shape)} and {list(reconstruction.shape)}."
         )
     cosine = F.cosine_similarity(original.float(), reconstruction.float(), dim=1)
@@ -51,7 +51,7 @@ def top_k_match(
 ) -> Bool[Tensor, " b"]:
     """Whether the top-1 class of the original is among the top-k classes of the reconstruction."""
     if not 1 <= k <= original.shape[1]:
-        raise InputError(f"k must lie in 1 … {original.shape[1]} (the classes), but {k} came.")
+        raise InputError(f"k must lie in 1 … {original.shape[1]} (the classes), got {k}.")
     top = reconstruction.topk(k, dim=1).indices
     return (top == original.argmax(dim=1, keepdim=True)).any(dim=1)
 
@@ -92,7 +92,7 @@ def ssim(images: Images, others: Float[Tensor, "b 3 _ _"]) -> Float[Tensor, " b"
     if min(images.shape[-2:]) < _WINDOW:
         raise InputError(
             f"SSIM needs images of at least {_WINDOW}×{_WINDOW} pixels, "
-            f"but {images.shape[-2]}×{images.shape[-1]} came."
+            f"got {images.shape[-2]}×{images.shape[-1]}."
         )
     x, y = images.float(), others.float()
     mean_x, mean_y = _blur(x), _blur(y)
@@ -119,6 +119,6 @@ def _blur(x: Tensor) -> Tensor:
 def _check_pair(images: Tensor, others: Tensor) -> None:
     if images.shape != others.shape:
         raise InputError(
-            "Images to compare must have one shape, but came with "
+            "Images to compare must have one shape, got "
             f"{list(images.shape)} and {list(others.shape)}."
         )

@@ -40,7 +40,7 @@ class Lpips(nn.Module):
         super().__init__()
         if net not in _TRUNKS:
             hint = choices_hint(net, list(_TRUNKS))
-            raise InputError(f"LPIPS is of a known network, but {net!r} came; {hint}")
+            raise InputError(f"LPIPS needs a network that is known, got {net!r}; {hint}")
         what = f"torchvision's network {net!r} for LPIPS"
         path = find_weights(_TRUNKS[net], weights, what=what, option="--lpips-weights")
         self.network = _build(net)
@@ -63,8 +63,8 @@ class Lpips(nn.Module):
         """
         if images.shape != others.shape or min(images.shape[-2:]) < _SMALLEST:
             raise InputError(
-                f"LPIPS needs images of one shape of at least {_SMALLEST}×{_SMALLEST} pixels, but "
-                f"{list(images.shape)} and {list(others.shape)} came."
+                f"LPIPS needs images of one shape of at least {_SMALLEST}×{_SMALLEST} pixels, "
+                f"got {list(images.shape)} and {list(others.shape)}."
             )
         device = next(self.network.parameters()).device
         pair = (x.to(device, torch.float32) for x in (images, others))

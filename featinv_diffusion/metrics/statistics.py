@@ -1,4 +1,4 @@
-"""Means with bootstrap intervals, and moments of features that stream in."""
+"""Means with bootstrap intervals, paired tests, and moments of features that stream in."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from featinv_diffusion.errors import InputError
 
-# ---- Tests of whether one of two methods is better on the same images ----
+# ---- Tests of whether one of two methods is better on the same images ----------------------------
 
 Values = Sequence[float] | np.ndarray | Tensor
 
@@ -68,7 +68,7 @@ def bootstrap_p_value(a: Values, b: Values, *, n_resamples: int = 9999, seed: in
         InputError: as `wilcoxon_signed_rank`, or no resample.
     """
     if n_resamples < 1:
-        raise InputError(f"A bootstrap needs at least one resample, but {n_resamples} came.")
+        raise InputError(f"A bootstrap needs at least one resample, got {n_resamples}.")
     difference = _differences(a, b)
     observed = abs(difference.mean())
     centred = difference - difference.mean()
@@ -90,7 +90,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
         InputError: a p outside of [0, 1].
     """
     if any(not 0 <= p <= 1 for p in p_values):
-        raise InputError(f"Each p must lie in [0, 1], but {list(p_values)} came.")
+        raise InputError(f"Each p must lie in [0, 1], got {list(p_values)}.")
     adjusted, least = [0.0] * len(p_values), 0.0
     order = sorted(range(len(p_values)), key=lambda i: p_values[i])
     for place, i in enumerate(order):
@@ -100,21 +100,18 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def _differences(a: Values, b: Values) -> np.ndarray:
-    rows = [_to_paired_row(values) for values in (a, b)]
+    rows = [_to_row(values) for values in (a, b)]
     if rows[0].shape != rows[1].shape or rows[0].ndim != 1 or len(rows[0]) == 0:
         raise InputError(
-            "A paired test needs one value per image of both, and at least one image, but values "
-            f"of shapes {rows[0].shape} and {rows[1].shape} came."
+            "A paired test needs one value per image of both, and at least one image, got values "
+            f"of shapes {rows[0].shape} and {rows[1].shape}."
         )
     if not all(np.isfinite(row).all() for row in rows):
-        raise InputError("Values of a paired test must be finite, but NaN or infinite ones came.")
+        raise InputError("Values of a paired test must be finite, got NaN or infinite ones.")
     return rows[0] - rows[1]
 
 
-def _to_paired_row(values: Values) -> np.ndarray:
-    array = values.detach().cpu() if isinstance(values, Tensor) else values
-    return np.asarray(array, dtype=np.float64)
-
+# ---- Means with intervals, and moments of a stream -----------------------------------------------
 
 _BLOCK = 2_000_000
 """Drawn indices held at a time: 16 MB, whatever the number of images and resamples."""
@@ -207,7 +204,7 @@ def bootstrap_statistic(
     if not 0 < level < 1 or n_resamples < 1:
         raise InputError(
             "A bootstrap needs a level between 0 and 1 and at least one resample, "
-            f"but level {level} and {n_resamples} resamples came."
+            f"got level {level} and {n_resamples} resamples."
         )
     value = _evaluate(statistic, list(columns), table.mean(axis=1))
     if table.shape[1] == 1:
@@ -249,7 +246,7 @@ class FeatureMoments:
             InputError: fewer than two vectors.
         """
         if self.count < 2:
-            raise InputError(f"A covariance needs at least 2 images, but {self.count} came.")
+            raise InputError(f"A covariance needs at least 2 images, got {self.count}.")
         return self._scatter / (self.count - 1)
 
     def update(self, features: Float[Tensor, "n d"]) -> None:
@@ -259,51 +256,17 @@ class FeatureMoments:
             InputError: vectors of another length, or NaN or infinite values.
         """
         if features.ndim != 2 or features.shape[1] != self.dim:
-            raise InputError(
-                f"Features must be [n, {self.dim}], but came with shape {list(features.shape)}."
-            )
+            raise InputError(f"Features must be [n, {self.dim}], got shape {list(features.shape)}.")
         batch = features.detach().cpu().to(torch.float64).numpy()
         if not np.isfinite(batch).all():
-            raise InputError("Features must be finite, but NaN or infinite values came.")
-        if len(batch):
-            mean = batch.mean(axis=0)
-            centred = batch - mean
-            self._join(len(batch), mean, centred.T @ centred)
-
-    def merge(self, other: FeatureMoments) -> None:
-        """Adds the vectors that `other` has seen, e.g. those of another process.
-
-        Raises:
-            InputError: vectors of another length.
-        """
-        if other.dim != self.dim:
-            raise InputError(
-                f"Moments must be of vectors of one length, but {self.dim} and {other.dim} came."
-            )
-        if other.count:
-            self._join(other.count, other.mean, other._scatter)
-
-    def state_dict(self) -> dict[str, np.ndarray]:
-        """Returns arrays for `np.savez`; `from_state` reads them back with nothing lost."""
-        return {
-            "count": np.array(self.count, dtype=np.int64),
-            "mean": self.mean.copy(),
-            "scatter": self._scatter.copy(),
-        }
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> FeatureMoments:
-        """Builds what `state_dict` described; a loaded npz file serves as `state`."""
-        mean = np.asarray(state["mean"], dtype=np.float64)
-        moments = cls(len(mean))
-        moments.count, moments.mean = int(state["count"]), mean.copy()
-        moments._scatter = np.array(state["scatter"], dtype=np.float64)
-        return moments
-
-    def _join(self, count: int, mean: np.ndarray, scatter: np.ndarray) -> None:
-        total = self.count + count
-        shift = mean - self.mean
-        self._scatter += scatter + np.outer(shift, shift) * (self.count * count / total)
+            raise InputError("Features must be finite, got NaN or infinite values.")
+        if not (count := len(batch)):
+            return
+        mean = batch.mean(axis=0)
+        centred = batch - mean
+        total, shift = self.count + count, mean - self.mean
+        spread = np.outer(shift, shift) * (self.count * count / total)
+        self._scatter += centred.T @ centred + spread
         self.mean = self.mean + shift * (count / total)
         self.count = total
 
@@ -321,7 +284,7 @@ def _to_table(columns: Mapping[str, Any]) -> np.ndarray:
         raise InputError(f"Columns must hold one value per image each, but have shapes {shapes}.")
     table = np.stack(list(rows.values()))
     if table.shape[1] == 0:
-        raise InputError("An interval needs at least one image, but none came.")
+        raise InputError("An interval needs at least one image, got none.")
     broken = [name for name, row in rows.items() if not np.isfinite(row).all()]
     if broken:
         raise InputError(

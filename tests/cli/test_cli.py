@@ -18,8 +18,8 @@ import pytest
 import featinv_diffusion
 from featinv_diffusion import cli
 from featinv_diffusion.cli import exits
-from featinv_diffusion.cli.run import progress_bar
 from featinv_diffusion.errors import InputError
+from featinv_diffusion.runs.progress import progress_bar
 from tests.cli.conftest import Featinv
 
 ROOT = Path(featinv_diffusion.__file__).parents[1]

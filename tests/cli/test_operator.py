@@ -16,7 +16,7 @@ from featinv_diffusion.features import operators as operator_files
 from featinv_diffusion.features.operators import Operator
 from featinv_diffusion.images import center_square, read_image, to_pil, write_png
 from featinv_diffusion.inverters import modular
-from featinv_diffusion.studies.operators import Applied
+from featinv_diffusion.studies.operators import AppliedOperator
 from tests.cli.conftest import Featinv
 from tests.inverters import small
 from tests.tiny import make_images
@@ -39,10 +39,12 @@ def backbone(family: Path) -> str:
 @pytest.fixture(scope="module")
 def swap(backbone: str, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Fitted on ten of the fourteen pictures."""
-    from featinv_diffusion.cli.operator import fit
+    from featinv_diffusion.backbones import load_backbone
+    from featinv_diffusion.studies.operators import fit_operator
 
     path = tmp_path_factory.mktemp("fitted") / "swap.safetensors"
-    fit(backbone, "swap", str(pictures), n_images=10, batch_size=4, device="cpu", output=path)
+    model = load_backbone(backbone)
+    fit_operator(model, pictures, "swap", n_images=10, batch_size=4).save(path)
     return path
 
 
@@ -122,9 +124,9 @@ def test_analyze_of_features_alone(featinv: Featinv, swap, pictures, backbone, t
     [
         (["--pipeline", "tiny/convnext"], "--pipeline must come with --inverter"),
         (["--stage", "last", "--steps", 4], "--stage and --steps must come with --inverter"),
-        (["--n-images", 1], "--n-images must be at least 2"),
-        (["--batch-size", 0], "at least one image, but a size of 0"),
-        (["--power", "1,1001"], "whole number in 0 … 1000, but 1001 came"),
+        (["--n-images", 1], "n_images must be at least 2"),
+        (["--batch-size", 0], "batch_size must be at least 1, got 0"),
+        (["--power", "1,1001"], "whole number in 0 … 1000, got 1001"),
         (["--power", "9" * 20], "whole number in 0 … 1000"),
         (["--output", "a.txt"], "--output must be a folder, but a.txt is a file"),
         (["--output", "a.txt/b/c"], "below a.txt, which is a file"),
@@ -144,23 +146,21 @@ def test_what_cannot_be_analyzed(featinv: Featinv, swap, pictures, arguments, wo
 def test_apply_gives_an_operator_what_its_operation_starts_from(
     featinv: Featinv, swap, photos, tmp_path, operation, is_grey, monkeypatch
 ):
-    from featinv_diffusion.studies import operators as operator_apply
+    seen: list[Image.Image] = []
+    save = AppliedOperator.save
 
-    seen: list[Applied] = []
-    write = operator_apply.write_applied
+    def spy(applied, folder):
+        seen.append(applied.images[0].original)
+        return save(applied, folder)
 
-    def spy(applied, *rest):
-        seen.extend(applied)
-        write(applied, *rest)
-
-    monkeypatch.setattr(operator_apply, "write_applied", spy)
+    monkeypatch.setattr(AppliedOperator, "save", spy)
     fitted = Operator.load(swap)
     changed = replace(fitted, record=replace(fitted.record, operation=operation))
     changed.save(tmp_path / "other.safetensors")
     given = ["--operator", tmp_path / "other.safetensors", "--inverter", "diffusion"]
     done = featinv("operator", "apply", photos / "a.png", *given, "-o", tmp_path / "out")
     assert done.code == 0, done.err
-    shown = np.asarray(seen[0].original)
+    shown = np.asarray(seen[0])
     square = np.asarray(center_square(read_image(photos / "a.png"), 64)).astype(float)
     if is_grey:
         square = np.repeat((square @ [0.2989, 0.587, 0.114])[..., None], 3, axis=2)
@@ -168,7 +168,7 @@ def test_apply_gives_an_operator_what_its_operation_starts_from(
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())
     assert manifest["given"] == ("what colourise starts from" if is_grey else "the picture")
     (tmp_path / "grey").mkdir()
-    write_png(seen[0].original, tmp_path / "grey/a.png")
+    write_png(seen[0], tmp_path / "grey/a.png")
     options = ["--n-samples", 1, "-o", tmp_path / "sampled"]
     assert featinv("sample", tmp_path / "grey/a.png", *options).code == 0
     sampled = np.asarray(read_image(tmp_path / "sampled/a_0.png")).astype(float)
@@ -183,7 +183,7 @@ def test_apply_says_where_the_operation_is_not_known(featinv: Featinv, swap, pho
     given = ["--operator", tmp_path / "other.safetensors", "--inverter", "diffusion"]
     done = featinv("operator", "apply", photos / "a.png", *given, "-o", tmp_path / "out")
     assert done.code == 0, done.err
-    assert "'brighten' is none of this package's" in done.err
+    assert "'brighten' is not one of this package" in done.err
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())
     assert manifest["given"] == "the picture, for the operation is not known"
 
@@ -214,15 +214,11 @@ def test_apply_before_diffusion(featinv: Featinv, swap, photos, tmp_path):
 
 
 def test_a_modular_inverter_takes_operators_of_its_stage(featinv: Featinv, vit, pictures, tmp_path):
-    from featinv_diffusion.studies.operator_measures import draw_images, fit_operator
-
-    from featinv_diffusion.data.sets import open_images
-    from featinv_diffusion.features.pixel_operations import make_operation
     from featinv_diffusion.inverters.chain import StageBackbone
+    from featinv_diffusion.studies.operators import fit_operator
 
     backbone = StageBackbone(small.make_vit_path(), "last")
-    drawn = draw_images(open_images(str(pictures), "train"), 8, 0, 64)
-    operator = fit_operator(backbone, drawn, make_operation("suppress"), "linear")
+    operator = fit_operator(backbone, pictures, "suppress", method="linear", n_images=8)
     operator.save(tmp_path / "blue.safetensors")
     given = ["--operator", tmp_path / "blue.safetensors", "--inverter", vit]
     options = ["--data", pictures, "--n-images", 3, "--power", "1,4", "-o", tmp_path / "out"]
@@ -265,12 +261,12 @@ def test_a_picture_that_cannot_be_read_leaves_the_others(featinv: Featinv, swap,
     ("arguments", "words"),
     [
         (["--operation", "swop"], "did you mean 'swap'"),
-        (["--operation", "swap", "--alpha", "0.5"], "takes no parameters, but alpha came"),
+        (["--operation", "swap", "--alpha", "0.5"], "takes no parameters, got alpha"),
         (["--operation", "suppress", "--alpha", "2"], "must lie in 0 … 1"),
         (["--operation", "swap", "--method", "rotation"], "No method is named 'rotation'"),
-        (["--operation", "swap", "--ridge", "-1"], "finite number from 0"),
+        (["--operation", "swap", "--ridge", "-1"], "finite number, at least 0"),
         (["--operation", "swap", "--n-images", "15"], "there are 14 among 14"),
-        (["--operation", "swap", "--batch-size", "0"], "at least one image, but a size of 0"),
+        (["--operation", "swap", "--batch-size", "0"], "batch_size must be at least 1, got 0"),
         (["--operation", "swap", "-o", "."], "--output must be a file, but . is a folder"),
         (["--operation", "swap", "-o", "a.txt/q"], "a.txt/q is below a.txt, which is a file"),
     ],

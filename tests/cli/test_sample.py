@@ -295,19 +295,16 @@ def test_a_pipeline_of_another_backbone_is_refused_and_both_are_named(
 
 def test_a_short_name_is_the_bundled_backbone_and_no_other(featinv: Featinv, photos):
     _tell_short_name.cache_clear()
-    options = ["--pipeline", "tiny/convnext", "--n-samples", 1, "-o", "out", "--backbone"]
-    for name in ("convnext", "tiny/convnext"):
-        done = featinv("sample", photos / "a.png", *options, name)
-        assert (done.code, done.err) == (0, "")
-    done = featinv(
-        "sample", photos / "a.png", "--n-samples", 1, "-o", "out", *options[-1:], "convnext"
-    )
+    options = ["sample", photos / "a.png", "--n-samples", 1, "--steps", 1]
+    done = featinv(*options, "-o", "short", "--backbone", "convnext")
+    note = "Note: 'convnext' means the bundled tiny/convnext; the paper's model is the timm id"
     assert done.code == 0
-    assert done.err.startswith(
-        "Note: 'convnext' means the bundled tiny/convnext; the paper's model"
-    )
-    timm_id = "timm/convnext_base.fb_in22k_ft_in1k"
-    done = featinv("sample", photos / "a.png", *options, timm_id)
+    assert done.err.startswith(note)
+    options += ["--pipeline", "tiny/convnext"]
+    for name in ("convnext", "tiny/convnext"):
+        done = featinv(*options, "-o", "same", "--backbone", name)
+        assert (done.code, done.err) == (0, "")
+    done = featinv(*options, "-o", "out", "--backbone", "timm/convnext_base.fb_in22k_ft_in1k")
     refused(done, "'tiny/convnext'", "'convnext_base.fb_in22k_ft_in1k'")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 from featinv_diffusion.diffusion.cards import CardInfo
 from featinv_diffusion.diffusion.hub import export_pipeline
@@ -44,18 +45,14 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def fitted(exported: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The pipeline folder after `featinv scope` with reconstructions."""
-    from featinv_diffusion.cli.scope import scope
+    from featinv_diffusion.cli import app
 
     folder = tmp_path_factory.mktemp("fitted") / "p"
     shutil.copytree(exported, folder)
-    scope(
-        folder,
-        str(pictures),
-        held_back_per_class=HELD_BACK,
-        n_reconstructions=99,
-        batch_size=32,
-        device="cpu",
-    )
+    options = ["--held-back-per-class", HELD_BACK, "--n-reconstructions", 99, "--batch-size", 32]
+    arguments = ["scope", folder, "--data", pictures, *options, "--device", "cpu"]
+    done = CliRunner().invoke(app, [*map(str, arguments)], catch_exceptions=False)
+    assert done.exit_code == 0
     return folder
 
 

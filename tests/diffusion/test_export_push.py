@@ -80,7 +80,7 @@ def test_export_command_assembles(family, pipeline, base, backbone_name, tmp_pat
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--backbone", "convnexxt"], "did you mean 'tiny/convnext'"),
+        (["--backbone", "convnexxt"], "did you mean 'convnext'"),
         (["--controlnet", "x"], "--controlnet and --base go together"),
         (["--base", "x"], "--controlnet and --base go together"),
         (["--pipeline", "x", "--backbone", "y"], "--pipeline names a whole pipeline"),

@@ -94,8 +94,8 @@ def test_any_function_is_an_operation():
     ("name", "parameters", "words"),
     [
         ("swop", {}, "did you mean 'swap'"),
-        ("swap", {"alpha": 0.5}, "takes no parameters, but alpha came"),
-        ("suppress", {"beta": 1}, "takes only alpha, channel, but beta came"),
+        ("swap", {"alpha": 0.5}, "takes no parameters, got alpha"),
+        ("suppress", {"beta": 1}, "takes only alpha, channel, got beta"),
         ("suppress", {"channel": "blu"}, "did you mean 'blue'"),
         ("suppress", {"alpha": 1.5}, "must lie in 0 … 1"),
         ("suppress", {"alpha": float("nan")}, "must lie in 0 … 1"),

@@ -103,5 +103,5 @@ def test_shapes_must_agree(metric):
 
 
 def test_ssim_of_images_smaller_than_its_window():
-    with pytest.raises(InputError, match=r"at least 11×11 pixels, but 8×16"):
+    with pytest.raises(InputError, match=r"at least 11×11 pixels, got 8×16"):
         ssim(make_images(1, (8, 16)), make_images(1, (8, 16)))

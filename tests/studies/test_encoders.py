@@ -23,22 +23,27 @@ from featinv_diffusion.backbones.preprocessing import Preprocessing
 from featinv_diffusion.data.selection import Item, select_items
 from featinv_diffusion.data.sets import ImageSet, open_images
 from featinv_diffusion.errors import InputError
+from featinv_diffusion.inverters.base import Inverter
 from featinv_diffusion.metrics.features import MSE_FLOOR, psnr
 from featinv_diffusion.metrics.statistics import holm, wilcoxon_signed_rank
 from featinv_diffusion.studies.encoders import (
     BUNDLED_SCORERS,
     NULL,
-    Comparison,
     Encoder,
-    EncoderSettings,
+    Measured,
     Scorer,
-    compare_encoders,
     make_labels,
+    measure_encoders,
     open_encoders,
     open_scorers,
+    order_line,
     parse_inverter,
     pooled_embedding,
+    select,
+    summarise,
+    to_markdown,
 )
+from featinv_diffusion.studies.settings import EncoderSettings
 from featinv_diffusion.types import Features, FeatureSpec, Images
 from tests.inverters import small
 from tests.inverters.test_rae import make_rae
@@ -73,19 +78,20 @@ class PixelBackbone(Backbone):
         return None
 
 
-class Scaling:
+class Scaling(Inverter):
     """An inverter that darkens by a factor."""
 
     def __init__(self, backbone: Backbone, factor: float):
         self.backbone, self.factor, self.spec = backbone, factor, backbone.spec
+        self.networks = {}
 
-    def invert(self, features: Features, *, generator: Any = None) -> Images:
+    def _invert(self, features: Features, generator: Any) -> Images:
         return features * self.factor
 
 
 def encoder(label: str, size: int, factor: float) -> Encoder:
     backbone = PixelBackbone(label, size)
-    return Encoder(label, f"folder/{label}", Scaling(backbone, factor), backbone)
+    return Encoder(label, f"folder/{label}", Scaling(backbone, factor))
 
 
 @pytest.fixture
@@ -101,7 +107,7 @@ def pictures(tmp_path: Path) -> Path:
 
 def chosen(folder: Path) -> tuple[ImageSet, list[Item]]:
     images = open_images(str(folder), "validation")
-    return images, select_items(images, EncoderSettings(n_images=None).selection)
+    return images, select_items(images, select(EncoderSettings()))
 
 
 def originals_of(images: ImageSet, items: list[Item]) -> Tensor:
@@ -115,7 +121,7 @@ def test_figures_of_known_inverters(pictures: Path) -> None:
     encoders = [encoder("exact", 32, 1.0), encoder("dark", 32, 0.5), encoder("coarse", 16, 1.0)]
     scorer = Scorer(PixelBackbone("judge", 8))
     seen: list[float] = []
-    result = compare_encoders(encoders, [scorer], images, items, 2, seen.append)
+    result = measure_encoders(encoders, [scorer], images, items, 2, seen.append)
     assert sum(seen) == 15
     assert result.size == 32
     assert result.metrics == ["psnr", "ssim", "delta_e_2000", "similarity_judge"]
@@ -147,7 +153,7 @@ def test_the_null_is_an_image_of_another_class(pictures: Path) -> None:
 
     def compare(chosen_items: list[Item]) -> dict[str, Tensor]:
         exact = encoder("exact", 32, 1.0)
-        return compare_encoders([exact], [scorer], images, chosen_items, 4).columns["exact"]
+        return measure_encoders([exact], [scorer], images, chosen_items, 4).columns["exact"]
 
     vectors = scorer.embed(originals_of(images, labelled))
     wanted = F.cosine_similarity(vectors, vectors[[1, 2, 3, 0]])
@@ -159,16 +165,16 @@ def test_samples_that_are_not_finite_are_refused(pictures: Path) -> None:
     images, items = chosen(pictures)
     broken = encoder("broken", 32, float("nan"))
     with pytest.raises(InputError, match="NaN"):
-        compare_encoders([broken], [], images, items, 5)
+        measure_encoders([broken], [], images, items, 5)
 
 
-def comparison(**factors: float) -> Comparison:
+def comparison(**factors: float) -> Measured:
     """Columns that are one draw per metric, times a factor per encoder."""
     draw = torch.rand(40, generator=torch.Generator().manual_seed(0)) + 0.5
     names = ("psnr", "delta_e_2000", "similarity_judge", NULL + "similarity_judge")
     columns = {label: {name: draw * factor for name in names} for label, factor in factors.items()}
     encoders = [encoder(label, 32, 1.0) for label in factors]
-    return Comparison(encoders, 32, [str(i) for i in range(40)], columns)
+    return Measured(encoders, 32, [str(i) for i in range(40)], columns)
 
 
 def test_three_are_ranked_and_their_pairs_corrected() -> None:
@@ -270,9 +276,9 @@ def test_default_scorer_is_none_of_the_compared() -> None:
     assert [s.column for s in both] == ["similarity_tiny/resnet", "grey_similarity_tiny/resnet"]
     with pytest.raises(InputError, match="All bundled classifiers are compared"):
         open_scorers((), BUNDLED_SCORERS, grey=False)
-    with pytest.raises(InputError, match="none of the compared encoders, but 'tiny/vit' is"):
+    with pytest.raises(InputError, match="not be among the compared encoders, got 'tiny/vit'"):
         open_scorers(("tiny/vit",), ["vit"], grey=False)
-    with pytest.raises(InputError, match="twice"):
+    with pytest.raises(InputError, match="each backbone once, got tiny/swin, swin"):
         open_scorers(("tiny/swin", "swin"), [], grey=False)
 
 
@@ -290,7 +296,7 @@ def test_labels_tell_encoders_apart() -> None:
     assert make_labels(named) == ["y/z", "p/tiny/vit", "r/s"]
     named = [("a", "/f"), ("a", "/x/f"), ("a", "f")]
     assert make_labels(named) == ["/f", "x/f", "f"]
-    with pytest.raises(InputError, match="'x/f' came twice"):
+    with pytest.raises(InputError, match="got 'x/f' twice"):
         make_labels([("a", "x/f"), ("a", "x/f/")])
 
 
@@ -321,13 +327,13 @@ def test_stages_and_autoencoders_can_be_ranked(tmp_path: Path) -> None:
     make_rae("mae").save_pretrained(tmp_path / "mae")
     rae = f"rae:{tmp_path / 'mae'}"
     names = ("vit", "vit@blocks.2", rae)
-    encoders = open_encoders(EncoderSettings(inverters=names, device="cpu"))
+    encoders = open_encoders(names, "cpu")
     assert [e.label for e in encoders] == ["vit", "vit@blocks.2", "rae/mae"]
     assert encoders[1].inverter.spec.layer == "blocks.2"
     items = [Item(index=0, id="0", label=None, seed=0, has_null=False)]
     assert encoders[2].reconstruct(make_images(1), items).shape == (1, 3, 64, 64)
     with pytest.raises(InputError, match="takes no pipeline"):
-        open_encoders(EncoderSettings(inverters=("vit:p", "siglip"), device="cpu"))
+        open_encoders(("vit:p", "siglip"), "cpu")
 
 
 def test_one_encoder_is_no_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -339,7 +345,7 @@ def test_one_encoder_is_no_comparison(tmp_path: Path, monkeypatch: pytest.Monkey
     same_name = [("vit", "vit"), ("vit", "siglip", "vit")]
     for names in [(), ("vit",), *same_name, *one_folder, *one_stage]:
         with pytest.raises(InputError, match="at least two different inverters"):
-            open_encoders(EncoderSettings(inverters=names))
+            open_encoders(names)
 
 
 @pytest.fixture(scope="module")
@@ -406,11 +412,11 @@ def test_the_command_writes_tables_and_figures(
 
 
 def test_the_published_protocol_is_read() -> None:
-    from featinv_diffusion.config import load_config
+    from featinv_diffusion.config import load_flat
 
     path = Path(__file__).parents[2] / "configs/evaluation/siglip-coco.yaml"
-    settings = load_config(EncoderSettings, path)
-    assert (settings.n_images, settings.grey, len(settings.scorers)) == (4000, True, 2)
+    settings = load_flat(EncoderSettings, path, {})
+    assert (settings.pictures.n_images, settings.grey, len(settings.scorers)) == (4000, True, 2)
 
 
 def test_reconstructors_are_trained_on_the_squares_that_are_compared() -> None:

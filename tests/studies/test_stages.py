@@ -14,17 +14,18 @@ from typer.testing import CliRunner
 from featinv_diffusion.cli.analyze import NAMES
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.inverters.modular import ModularInverter
+from featinv_diffusion.studies.settings import ImageChoice, PictureChoice
 from featinv_diffusion.studies.stages import (
     AVERAGE,
     COMPARED,
     FILTERS,
     STUDIES,
-    PictureChoice,
     detection_scores,
     invert_patch_embedding,
     invert_states,
     load_pictures,
     matching_states,
+    open_modular,
     pairwise_mse,
     read_weight,
     recolour,
@@ -156,7 +157,7 @@ def test_pairwise_mse_averages_over_all_pairs() -> None:
 
 
 def test_pictures_come_with_objects_where_the_data_have_boxes(boxes) -> None:
-    found = load_pictures(PictureChoice(str(boxes), "train", 2), (64, 64))
+    found = load_pictures(PictureChoice(ImageChoice(str(boxes), "train"), n_images=2), (64, 64))
     assert found.images.shape == (2, 3, 64, 64)
     assert found.objects is not None
     assert torch.allclose(found.objects[0]["boxes"], torch.tensor([[0.25, 0.5, 0.5, 1.0]]))
@@ -167,17 +168,18 @@ def test_pictures_come_with_objects_where_the_data_have_boxes(boxes) -> None:
 
 def test_pictures_without_boxes_are_inside_everywhere(tmp_path) -> None:
     Image.new("RGB", (90, 64)).save(tmp_path / "a.png")
-    found = load_pictures(PictureChoice(str(tmp_path), n_images=1), (64, 64))
+    images = ImageChoice(str(tmp_path))
+    found = load_pictures(PictureChoice(images, n_images=1), (64, 64))
     assert found.objects is None
     assert found.inside.all()
-    assert len(load_pictures(PictureChoice(str(tmp_path)), (64, 64))) == 1
-    with pytest.raises(InputError, match="1 images to choose from, but 2"):
-        load_pictures(PictureChoice(str(tmp_path), n_images=2), (64, 64))
+    assert len(load_pictures(PictureChoice(images), (64, 64))) == 1
+    with pytest.raises(InputError, match="1 images to choose from, got 2"):
+        load_pictures(PictureChoice(images, n_images=2), (64, 64))
 
 
 def test_detection_needs_boxes(detr: ModularInverter, tmp_path) -> None:
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
-    pictures = load_pictures(PictureChoice(str(tmp_path), n_images=1), (64, 64))
+    pictures = load_pictures(PictureChoice(ImageChoice(str(tmp_path))), (64, 64))
     with pytest.raises(InputError, match="pictures with boxes"):
         detection_scores(detr, pictures, pictures.images)
 
@@ -217,6 +219,12 @@ def test_analyze_writes_figures_and_metrics(saved, boxes, tmp_path, name, key, f
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
     assert metrics[key]
     assert (tmp_path / "out" / figure).stat().st_size > 1000
+
+
+@pytest.mark.parametrize("name", ["tiny/convnext", "siglip", "nothing"])
+def test_stages_need_a_modular_inverter(name: str) -> None:
+    with pytest.raises(InputError, match=r"modular inverter|An inverter must be a name"):
+        open_modular(name)
 
 
 def test_the_command_line_knows_every_analysis() -> None:
