@@ -67,9 +67,10 @@ def read_directions(path: str | Path) -> tuple[Tensor, Tensor | None]:
     matrices = [name for name, tensor in tensors.items() if tensor.ndim == 2]
     name = "directions" if "directions" in matrices else matrices[0] if matrices else ""
     if name != "directions" and len(matrices) != 1:
+        listed = ", ".join(f"{key} {list(tensors[key].shape)}" for key in sorted(tensors))
         raise InputError(
-            f"{path} must hold a matrix named directions, or a single matrix, "
-            f"but it holds {', '.join(sorted(tensors)) or 'nothing'}."
+            f"{path} must hold a matrix named directions, or a single matrix, but it holds "
+            f"{listed or 'nothing'}."
         )
     offset = tensors.get("offset")
     if tensors[name].is_complex():

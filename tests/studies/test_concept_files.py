@@ -104,10 +104,10 @@ def test_files_without_directions(tmp_path):
     for name, words in [
         ("none.npy", "must be a file of directions"),
         ("object.npy", "cannot be read"),
-        ("two.safetensors", "holds a, b"),
+        ("two.safetensors", r"holds a \[2, 2\], b \[2, 2\]"),
         ("cut.safetensors", "cannot be read"),
         ("d.pt", ".npy or .safetensors"),
-        ("vector.npy", "one matrix"),
+        ("vector.npy", r"single matrix, but it holds directions \[3\]"),
     ]:
         with pytest.raises(InputError, match=words):
             read_directions(tmp_path / name)
