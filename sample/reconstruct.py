@@ -8,7 +8,7 @@ The same command again finishes what was interrupted and tries again what failed
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,9 +17,9 @@ import typer
 from accelerate import Accelerator
 
 from featinv_diffusion.cli import exits, options
-from featinv_diffusion.cli.run import quiet_libraries, report
+from featinv_diffusion.cli.run import quiet_libraries, report, say_notes
 from featinv_diffusion.data.selection import digest
-from featinv_diffusion.data.sets import open_pictures
+from featinv_diffusion.data.sets import ImageSet, open_pictures, read_location
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.figures.grid import GridRow
 from featinv_diffusion.images import center_square, read_image, write_png
@@ -37,7 +37,6 @@ from featinv_diffusion.runs.units import (
     begin_run,
     describe_inverter,
     discard_run,
-    fingerprint,
     make_units,
     merge_units,
     open_units,
@@ -62,8 +61,10 @@ def main(
     quiet_libraries()
     accelerator = make_accelerator()
     settings = replace(name_inverter(settings), device=device_name(accelerator))
-    jobs = make_jobs(open_pictures(images, exclude=output), settings.seed, settings.n_samples)
-    manifest = reconstruct_all(accelerator, settings, jobs, shard_size, output)
+    found = open_pictures(images, exclude=output)
+    if accelerator.is_main_process:
+        say_notes(found)
+    manifest = reconstruct_all(accelerator, settings, found, shard_size, output)
     accelerator.end_training()
     if manifest is not None and manifest.failures:
         raise typer.Exit(1)
@@ -72,7 +73,7 @@ def main(
 def reconstruct_all(
     accelerator: Accelerator,
     settings: SampleSettings,
-    jobs: Sequence[Job],
+    images: ImageSet,
     shard_size: int,
     output: Path,
 ) -> Manifest | None:
@@ -82,13 +83,14 @@ def reconstruct_all(
         scope = open_scope(inverter)
     resolved, backbone = inverter.settings, inverter.require_backbone()
     assert resolved is not None
+    jobs = make_jobs(images, resolved.seed, resolved.n_samples)
     identity = {
         **asdict(replace(resolved, device=resolved.device.partition(":")[0])),
         **describe_inverter(inverter, backbone),
         "shard_size": shard_size,
         "n_images": len(jobs),
         "images_sha256": digest(str(job) for job in jobs),
-        "data_fingerprint": fingerprint(job.input for job in jobs),
+        "data_fingerprint": images.fingerprint,
     }
     units = make_units(jobs, shard_size, output, identity)
     begin_run(identity, output, accelerator)
@@ -136,7 +138,7 @@ def finish(manifest: Manifest, inverter: Inverter, output: Path) -> None:
     folder = SampleFolder(output, manifest)
     size = max(inverter.require_backbone().input_size)
     for job, entry in list(zip(to_jobs(manifest), manifest.images, strict=True))[:N_GRID_ROWS]:
-        original = center_square(read_image(job.input), size)
+        original = center_square(read_location(job.input), size)
         samples = [read_image(output / name) for name in job.outputs]
         folder.shown.append(GridRow(original, job.name, samples, to_captions(entry["cosine"])))
     folder.complete()

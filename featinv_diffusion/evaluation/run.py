@@ -25,7 +25,7 @@ from featinv_diffusion.backbones import Backbone, load_backbone, same_backbone
 from featinv_diffusion.backbones.base import LAST, weights_sha256
 from featinv_diffusion.data.crops import to_images
 from featinv_diffusion.data.selection import Item, digest, select_items
-from featinv_diffusion.data.sets import ImageSet, open_images
+from featinv_diffusion.data.sets import ImageSet, open_images, open_pictures
 from featinv_diffusion.diffusion.folders import without_progress_bars
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.evaluation.evaluator import OWN, Evaluator, Measured, match_labels
@@ -39,7 +39,7 @@ from featinv_diffusion.evaluation.storage import (
     merge_rows,
     write_unit,
 )
-from featinv_diffusion.images import Picture, as_picture, picture_id, to_pil, write_png
+from featinv_diffusion.images import Picture, as_picture, to_pil, write_png
 from featinv_diffusion.inverters.base import Inverter
 from featinv_diffusion.inverters.diffusion import DiffusionInverter
 from featinv_diffusion.inverters.open import open_inverter
@@ -53,7 +53,6 @@ from featinv_diffusion.runs.units import (
     begin_run,
     describe_inverter,
     discard_run,
-    fingerprint,
     make_units,
     open_units,
     run_units,
@@ -143,9 +142,7 @@ def run_evaluation(
     settings = changed(settings, device=_choose_device(settings.sampling.device, accelerator))
     with accelerator.main_process_first():  # one builds caches, the others find them
         images = _open_named(settings, output)
-    select_items(
-        images, settings.selected, settings.seed
-    )  # refuses what it cannot before models are loaded
+    select_items(images, settings.selected)  # refuses what it cannot before models are loaded
     with accelerator.main_process_first():
         inverter = open_inverter(settings.sampling)
     assert inverter.settings is not None
@@ -333,24 +330,25 @@ def _to_set(data: Data) -> ImageSet:
     pictures: list[Any] = [data] if is_one else list(data)  # pyright: ignore[reportArgumentType]
     if not pictures:
         raise InputError("There must be at least one picture to evaluate, got none.")
-    names = [
-        picture_id(Path(picture).name) if isinstance(picture, str | Path) else f"picture-{i:05d}"
-        for i, picture in enumerate(pictures)
-    ]
-    count = Counter(names)
-    return ImageSet(
-        ids=[name if count[name] == 1 else f"{i}/{name}" for i, name in enumerate(names)],
-        labels=None,
-        class_names=None,
-        read=lambda index: as_picture(pictures[index]),
-        fingerprint=digest(map(_content_of, pictures)),
-    )
+    if all(isinstance(picture, str | Path) for picture in pictures):
+        images = open_pictures(pictures)
+    else:
+        images = ImageSet(
+            ids=[f"picture-{i:05d}" for i in range(len(pictures))],
+            labels=None,
+            class_names=None,
+            read=lambda index: as_picture(pictures[index]),
+            fingerprint=digest(map(_content_of, pictures)),
+        )
+    count = Counter(images.ids)
+    ids = [name if count[name] == 1 else f"{i}/{name}" for i, name in enumerate(images.ids)]
+    return replace(images, ids=ids)
 
 
 def _content_of(picture: Picture) -> str:
-    if isinstance(picture, str | Path):
-        return fingerprint([picture]) if Path(picture).is_file() else ""
-    array = np.asarray(picture.cpu() if isinstance(picture, Tensor) else picture)
+    """Returns the digest of a picture's pixels."""
+    held = as_picture(picture) if isinstance(picture, str | Path) else picture
+    array = np.asarray(held.cpu() if isinstance(held, Tensor) else held)
     shape = f"{array.dtype} {array.shape}\n".encode()
     return hashlib.sha256(shape + array.tobytes()).hexdigest()
 

@@ -15,7 +15,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -40,7 +40,7 @@ class Unit(Generic[T]):
 
     Args:
         folder: where its results lie.
-        items: dataclasses of plain values.
+        items: what is to be done; their `repr` tells them apart.
         id: digest of everything that decides the results.
     """
 
@@ -82,7 +82,7 @@ def make_units(
     units = []
     for number, first in enumerate(firsts):
         members = tuple(items[first : firsts[number + 1] if first != firsts[-1] else None])
-        content = json.dumps([identity, [asdict(item) for item in members]])  # pyright: ignore[reportArgumentType]
+        content = json.dumps([identity, list(map(repr, members))])
         folder = output / UNITS / f"{number:05d}"
         units.append(Unit(folder, members, hashlib.sha256(content.encode()).hexdigest()))
     return units
@@ -174,15 +174,6 @@ def discard_run(output: Path) -> None:
 
 
 # ---- What decides the results of a run besides its settings --------------------------------------
-
-
-def fingerprint(files: Iterable[str | Path]) -> str:
-    """Hashes names, sizes and times of change, which a file that is replaced does not keep."""
-    digest = hashlib.sha256()
-    for file in map(Path, files):
-        stat = file.stat()
-        digest.update(f"{file.name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
 
 
 def describe_inverter(inverter: Inverter, own: Backbone) -> dict[str, Any]:

@@ -121,10 +121,13 @@ def test_one_picture_alone_and_two_of_one_name(inverter, photos: Path, tmp_path:
     assert twice[0]["cosine"] == pytest.approx(twice[1]["cosine"], abs=1e-4)
 
 
-def test_a_picture_that_cannot_be_read_is_a_failure(inverter, photos: Path):
-    result = evaluate(inverter, [photos / "a.png", photos / "none.png"], **QUICK)
-    assert [failure["id"] for failure in result.metrics["failures"]] == ["none.png"]
-    with pytest.raises(InputError, match=r"No image could be evaluated\.\nA picture must be"):
+def test_pictures_that_cannot_be_read(inverter, photos: Path, tmp_path: Path):
+    (tmp_path / "broken.png").write_text("hello")
+    result = evaluate(inverter, [photos / "a.png", tmp_path / "broken.png"], **QUICK)
+    assert [failure["id"] for failure in result.metrics["failures"]] == ["broken.png"]
+    with pytest.raises(InputError, match=r"No image could be evaluated\.\n.*broken.png is not"):
+        evaluate(inverter, [tmp_path / "broken.png"], **QUICK)
+    with pytest.raises(InputError, match=r"must exist at .*none.png"):
         evaluate(inverter, [photos / "none.png"], **QUICK)
     with pytest.raises(InputError, match="at least one picture to evaluate, got none"):
         evaluate(inverter, [])

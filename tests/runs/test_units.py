@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +19,6 @@ from featinv_diffusion.runs.units import (
     begin_run,
     describe_inverter,
     discard_run,
-    fingerprint,
     make_units,
     merge_units,
     open_units,
@@ -167,20 +165,6 @@ def test_a_run_goes_on_only_with_the_same_settings_and_says_which_are_not(tmp_pa
 def test_only_the_main_process_begins_a_run(tmp_path: Path):
     begin_run(SETTINGS, tmp_path, Second())
     assert not list(tmp_path.iterdir())
-
-
-def test_the_fingerprint_tells_a_file_that_was_replaced(tmp_path: Path):
-    path = tmp_path / "a.png"
-    path.write_bytes(b"one")
-    os.utime(path, ns=(1, 1))
-    before = fingerprint([path])
-    assert fingerprint([str(path)]) == before
-    path.write_bytes(b"two")
-    assert fingerprint([path]) != before
-    os.utime(path, ns=(1, 1))
-    path.write_bytes(b"longer")
-    os.utime(path, ns=(1, 1))
-    assert fingerprint([path]) != before
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "controlnet", "backbone"])

@@ -12,9 +12,11 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
+from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 
 import featinv_diffusion
@@ -158,6 +160,17 @@ def test_a_deterministic_inverter_gives_one_picture_each(monkeypatch, photos, tm
     assert [len(entry["outputs"]) for entry in manifest["images"]] == [1] * N_IMAGES
     assert manifest["backbone"] == "tiny/vit"
     assert manifest["layer"] == "blocks.2"
+
+
+def test_a_table_is_read_as_a_folder_is(monkeypatch, arguments, photos: Path, tmp_path: Path):
+    files = sorted(photos.glob("class0/*.png"))[:2]
+    rows = [{"image": {"bytes": path.read_bytes(), "path": path.name}} for path in files]
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "some.parquet")
+    output = tmp_path / "out"
+    assert run_here(monkeypatch, [str(tmp_path / "some.parquet"), *arguments[1:]], output) == 0
+    inputs = [entry["input"] for entry in load(output)["images"]]
+    assert inputs == [f"{tmp_path}/some.parquet:{row}" for row in range(2)]
+    assert read_image(output / "grid.png").height > 2 * 64
 
 
 def test_a_finished_run_is_not_sampled_again(monkeypatch, capsys, arguments, whole: Path):
