@@ -12,7 +12,7 @@ from featinv_diffusion.backbones.names import list_backbones, resolve_backbone, 
 from featinv_diffusion.backbones.timm import TimmBackbone, create_timm, wrapper_settings
 from featinv_diffusion.backbones.transformers import TransformersBackbone, load_transformers
 
-# ---- From a name, or a model in memory, to a `Backbone` ----
+# ---- From a name, or a model in memory, to a `Backbone` ------------------------------------------
 
 
 def load_backbone(

@@ -19,7 +19,7 @@ from featinv_diffusion.backbones.base import LAST, Preprocessing
 from featinv_diffusion.backbones.traced import Axes, LastLayer, Layout, TracedBackbone
 from featinv_diffusion.errors import InputError
 
-# ---- timm models by name ----
+# ---- timm models by name -------------------------------------------------------------------------
 
 
 def create_timm(timm_id: str, *, pretrained: bool, **model_kwargs: Any) -> nn.Module:

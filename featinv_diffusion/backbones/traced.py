@@ -18,7 +18,7 @@ from featinv_diffusion.backbones.base import LAST, Backbone, Preprocessing
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.types import Features, FeatureSpec, Images
 
-# ---- Which axis of a layer's output is what ----
+# ---- Which axis of a layer's output is what ------------------------------------------------------
 
 Axes = Literal["NCHW", "NHWC", "NLC"]
 

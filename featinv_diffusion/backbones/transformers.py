@@ -281,7 +281,7 @@ def _pair(value: Any) -> tuple[int, int]:
     return pair[0], pair[1]
 
 
-# ---- Vision models of transformers from a folder or Hub repository ----
+# ---- Vision models of transformers from a folder or Hub repository -------------------------------
 
 CONFIG_FILE = "config.json"
 PROCESSOR_FILE = "preprocessor_config.json"

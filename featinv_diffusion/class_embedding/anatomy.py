@@ -258,7 +258,7 @@ def make_random(anatomy: Anatomy, seed: int = 0) -> Anatomy:
     return read_anatomy(wrapped.to(backbone.device))
 
 
-# ---- Hooks for one forward pass ----
+# ---- Hooks for one forward pass ------------------------------------------------------------------
 
 AttentionEdit = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """From queries, keys, values and the concatenated heads of A V to other concatenated heads."""

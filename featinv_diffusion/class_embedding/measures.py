@@ -101,7 +101,7 @@ def mean_over_classes(values: Float[Tensor, "b ..."], labels: Int[Tensor, " b"])
     return torch.stack([values[labels == c].mean(dim=0) for c in labels.unique()]).mean(dim=0)
 
 
-# ---- Tokens on the object beside tokens of its context ------------------------------------------
+# ---- Tokens on the object beside tokens of its context -------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def _difference(values: Tensor, is_class: Tensor) -> Tensor:
     return (on - off).mean()
 
 
-# ---- The sub-layers as key–value memories ----
+# ---- The sub-layers as key–value memories --------------------------------------------------------
 
 SubLayer = Literal["attention", "mlp"]
 
@@ -393,7 +393,7 @@ def memory_metrics(anatomy: Anatomy, null: Anatomy | None) -> dict[str, Any]:
     return result
 
 
-# ---- Linear probes, one per token position: what could be read, beside what the class embedding reads ----
+# ---- Linear probes ----
 
 
 @dataclass(frozen=True, eq=False)

@@ -127,7 +127,7 @@ def _without_class_token(n_prefix: int) -> AttentionEdit:
     return edit
 
 
-# ---- Tokens removed in the order of their relevance: the perturbation test ----------------------
+# ---- Tokens removed in the order of their relevance: the perturbation test -----------------------
 
 Direction = Literal["negative", "positive"]
 

@@ -141,7 +141,7 @@ def _expand_braces(pattern: str) -> list[str]:
     return [name for choice in choices for name in _expand_braces(before + choice + after)]
 
 
-# ---- The pictures below a folder, and what was left out --------------------------------------
+# ---- The pictures below a folder, and what was left out ------------------------------------------
 
 
 @dataclass

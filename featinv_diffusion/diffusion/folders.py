@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import ModelCard
 from safetensors import SafetensorError, safe_open
@@ -32,7 +33,7 @@ from featinv_diffusion.errors import InputError
 from featinv_diffusion.files import write_text
 from featinv_diffusion.types import FeatureSpec
 
-# ---- Model cards: what the `README.md` of a pipeline folder says of where the pipeline comes from ----
+# ---- Model cards ----
 
 
 @dataclass(frozen=True)
@@ -366,3 +367,74 @@ def _check_unet(pipeline: FeatInvPipeline, base: str) -> None:
                 f"The ControlNet was made for a UNet with {key} {ours}, but the UNet of the base "
                 f"{base} has {theirs}. Use the base that it was trained on."
             )
+
+
+# ---- Folders that diffusers wrote ----
+
+Network = TypeVar("Network", bound=ModelMixin)
+
+CONFIG = "config.json"
+UNREADABLE = (
+    OSError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    RuntimeError,
+    SafetensorError,
+)
+"""What the libraries raise for a file that is missing or damaged, or for impossible settings."""
+
+
+def class_name(folder: Path) -> str | None:
+    """Returns the class that a folder's config names; None without one.
+
+    Raises:
+        InputError: a config that is no JSON object.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        return None
+    try:
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} must be JSON, but cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} must hold a JSON object, got a {type(content).__name__}.")
+    return content.get("_class_name")
+
+
+def load_network(network_class: type[Network], name: str | Path, *, wanted: str) -> Network:
+    """Loads a network in float32, with exactly the weights that its config asks for.
+
+    Args:
+        name: folder or Hub repository.
+        wanted: what must be there, in words for the message.
+
+    Raises:
+        InputError: nothing there, files that cannot be downloaded or read, or weights that are
+            missing or unexpected.
+    """
+    loader: Any = network_class
+    try:
+        network, found = loader.from_pretrained(
+            name, use_safetensors=True, output_loading_info=True
+        )
+    except UNREADABLE as error:
+        raise InputError(
+            f"{name} must be {wanted}, but it could not be read: {first_line(error)}"
+        ) from error
+    for kind in ("missing", "unexpected"):
+        if keys := found[f"{kind}_keys"]:
+            raise InputError(
+                f"{name} must be {wanted}, with the weights that its {CONFIG} asks for, but "
+                f"{len(keys)} are {kind}, {min(keys)} among them."
+            )
+    return network.float()
+
+
+def first_line(error: Exception) -> str:
+    """Returns the first line of a library's message, or the error's name if it has no message."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

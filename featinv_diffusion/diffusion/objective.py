@@ -59,7 +59,7 @@ def gaussian_floor(scheduler: DDPMScheduler) -> float:
     return float(scheduler.alphas_cumprod.mean())
 
 
-# ---- Samplers by name ----
+# ---- Samplers by name ----------------------------------------------------------------------------
 
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from featinv_diffusion.backbones import Backbone, load_backbone
 from featinv_diffusion.backbones.names import recorded_name
+from featinv_diffusion.diffusion.folders import load_network
 from featinv_diffusion.errors import InputError, choices_hint
 from featinv_diffusion.files import write_text
 from featinv_diffusion.inverters.blocks import ConvInverse, InverseModule
@@ -27,7 +28,6 @@ from featinv_diffusion.inverters.detr import (
     HeadInverse,
     load_detr,
 )
-from featinv_diffusion.inverters.folders import load_network
 from featinv_diffusion.inverters.path import ForwardPath
 from featinv_diffusion.inverters.vit import AnalyticPatchInverse, BlocksInverse, VitPath
 

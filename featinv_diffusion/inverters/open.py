@@ -12,7 +12,12 @@ from torch import nn
 
 from featinv_diffusion.backbones import load_backbone, resolve_backbone, same_backbone
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
-from featinv_diffusion.diffusion.folders import INDEX, list_bundled, without_progress_bars
+from featinv_diffusion.diffusion.folders import (
+    INDEX,
+    class_name,
+    list_bundled,
+    without_progress_bars,
+)
 from featinv_diffusion.diffusion.hub import REPO, load_pipeline
 from featinv_diffusion.diffusion.objective import make_scheduler, scheduler_name
 from featinv_diffusion.errors import InputError, choices_hint
@@ -21,7 +26,6 @@ from featinv_diffusion.inverters import modular, rae, reconstructor
 from featinv_diffusion.inverters.base import Inverter
 from featinv_diffusion.inverters.chain import MapChain
 from featinv_diffusion.inverters.diffusion import DiffusionInverter, declared_spec
-from featinv_diffusion.inverters.folders import class_name
 from featinv_diffusion.settings import DIFFUSION, SampleSettings
 from featinv_diffusion.types import FeatureSpec
 
@@ -108,7 +112,7 @@ def open_inverter(
     return inverter
 
 
-# ---- Names -------------------------------------------------------------------------------------
+# ---- Names ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -293,7 +297,7 @@ def pipeline_name(settings: SampleSettings) -> str:
     return name
 
 
-# ---- Deterministic inverters -------------------------------------------------------------------
+# ---- Deterministic inverters ---------------------------------------------------------------------
 
 
 def _open_deterministic(settings: SampleSettings, device: torch.device) -> Inverter:
@@ -339,7 +343,7 @@ def _check_deterministic(settings: SampleSettings) -> None:
         )
 
 
-# ---- Diffusion ---------------------------------------------------------------------------------
+# ---- Diffusion -----------------------------------------------------------------------------------
 
 
 def _open_diffusion(settings: SampleSettings, device: torch.device) -> DiffusionInverter:

@@ -25,11 +25,11 @@ from torch.nn import functional as F
 from featinv_diffusion.backbones import Backbone, load_backbone, wrap_model
 from featinv_diffusion.backbones.base import LAST
 from featinv_diffusion.backbones.names import canonical_name
+from featinv_diffusion.diffusion.folders import CONFIG, class_name, first_line, load_network
 from featinv_diffusion.errors import InputError, choices_hint
 from featinv_diffusion.files import expand_path, new_folder
 from featinv_diffusion.inverters.base import Generators, Inverter
 from featinv_diffusion.inverters.blocks import spec_of
-from featinv_diffusion.inverters.folders import CONFIG, class_name, first_line, load_network
 from featinv_diffusion.types import Features, FeatureSpec, Images
 
 PUBLISHED_STAGES = 4
@@ -336,7 +336,7 @@ def _times(size: tuple[int, int]) -> str:
     return "×".join(map(str, size))
 
 
-# ---- Converts the published checkpoints of reconstructors ----
+# ---- Converts the published checkpoints of reconstructors ----------------------------------------
 
 _N_STAGES, _N_RESIDUAL = PUBLISHED_STAGES, 2
 _BLOCK = "transformer.encoder.layers."

@@ -21,7 +21,7 @@ from featinv_diffusion.errors import InputError, choices_hint
 from featinv_diffusion.images import to_pil, to_tensor
 from featinv_diffusion.types import Images
 
-# ---- Weight files of metrics: where they are looked for, and what to say where they are not ----
+# ---- Weight files of metrics ----
 
 
 def find_weights(url: str, path: str | Path | None, *, what: str, option: str) -> Path:

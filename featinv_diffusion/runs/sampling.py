@@ -39,7 +39,7 @@ Score = Callable[[Features, float], float | None]
 """From a map and the mean cosine of its samples to a p-value, see `runs.scope`."""
 
 
-# ---- The loop --------------------------------------------------------------------------------
+# ---- The loop ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,7 +188,7 @@ def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
         yield batch
 
 
-# ---- Many pictures, image by image -------------------------------------------------------------
+# ---- Many pictures, image by image ---------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from featinv_diffusion.runs.sampling import seeds_of, to_list
 from featinv_diffusion.settings import SampleSettings
 from featinv_diffusion.types import FeatureMaps, Source
 
-# ---- What the studies of many images share: a result with several figures, and how these are drawn ----
+# ---- What the studies of many images share ----
 
 METRICS = "metrics.json"
 N_DEFAULT = 250

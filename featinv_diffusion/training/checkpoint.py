@@ -162,7 +162,7 @@ def _flatten(yaml_text: str) -> dict[str, Any]:
     return flat
 
 
-# ---- A progress bar with images per second and time left ----
+# ---- A progress bar with images per second and time left -----------------------------------------
 
 
 class TrainingBar:
