@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from featinv_diffusion.backbones.base import LAST, Backbone
+from featinv_diffusion.backbones.base import LAST, Backbone, without_progress_bars
 from featinv_diffusion.backbones.names import list_backbones, resolve_backbone, same_backbone
 from featinv_diffusion.backbones.timm import TimmBackbone, create_timm, wrapper_settings
 from featinv_diffusion.backbones.transformers import TransformersBackbone, load_transformers
@@ -38,10 +38,12 @@ def load_backbone(
     """
     found = resolve_backbone(name)
     processor = None
-    if found.source == "timm":
-        model = create_timm(found.target, pretrained=pretrained, **model_kwargs)
-    else:
-        model, processor = load_transformers(found.target, pretrained=pretrained, **model_kwargs)
+    with without_progress_bars():
+        if found.source == "timm":
+            model = create_timm(found.target, pretrained=pretrained, **model_kwargs)
+        else:
+            loaded = load_transformers(found.target, pretrained=pretrained, **model_kwargs)
+            model, processor = loaded
     if input_size is not None:
         _resize_positions(model, _to_size(input_size))
     return wrap_model(

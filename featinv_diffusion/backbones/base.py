@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
+from diffusers.utils import logging as diffusers_logging
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.utils import logging as transformers_logging
 
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.images import Pictures, read_batch
@@ -225,3 +228,21 @@ def weights_sha256(modules: Mapping[str, nn.Module]) -> str:
             flat = value.detach().cpu().contiguous().reshape(-1)
             digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+# ---- Loading without the progress bars of the libraries ------------------------------------------
+
+_LIBRARIES = (diffusers_logging, transformers_logging)
+
+
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Hides the libraries' bars over components and tensors, which take little time."""
+    shown = [library for library in _LIBRARIES if library.is_progress_bar_enabled()]
+    for library in shown:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in shown:
+            library.enable_progress_bar()

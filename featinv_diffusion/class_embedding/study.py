@@ -14,7 +14,7 @@ from torch import Tensor
 
 from featinv_diffusion import __version__
 from featinv_diffusion.backbones import load_backbone
-from featinv_diffusion.backbones.base import Backbone
+from featinv_diffusion.backbones.base import Backbone, without_progress_bars
 from featinv_diffusion.class_embedding.anatomy import Anatomy, make_random, read_anatomy
 from featinv_diffusion.class_embedding.images import (
     TARGET,
@@ -48,7 +48,7 @@ from featinv_diffusion.class_embedding.reading import STATES, Reading, read_imag
 from featinv_diffusion.class_embedding.removal import RemovalTest, read_ablated, read_tokens_alone
 from featinv_diffusion.class_embedding.settings import ImageChoice, TokenMeasures, TokenSettings
 from featinv_diffusion.data.classes import find_class
-from featinv_diffusion.diffusion.folders import list_bundled, without_progress_bars
+from featinv_diffusion.diffusion.folders import list_bundled
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.images import Pictures, builtin_photo, to_pil
 from featinv_diffusion.inverters.base import Inverter

@@ -61,8 +61,8 @@ def run(
     import sys
 
     from featinv_diffusion.backbones import load_backbone
+    from featinv_diffusion.backbones.base import without_progress_bars
     from featinv_diffusion.cli.run import quiet_libraries
-    from featinv_diffusion.diffusion.folders import without_progress_bars
     from featinv_diffusion.figures.board import check_name
     from featinv_diffusion.inverters.open import find_device
     from featinv_diffusion.studies.concepts import SUFFIX, find_concepts

@@ -55,8 +55,8 @@ def fit(
     which images it was fitted on, so that `analyze` measures on others.
     """
     from featinv_diffusion.backbones import load_backbone
+    from featinv_diffusion.backbones.base import without_progress_bars
     from featinv_diffusion.cli.run import quiet_libraries
-    from featinv_diffusion.diffusion.folders import without_progress_bars
     from featinv_diffusion.features.operator_methods import check_method
     from featinv_diffusion.inverters.open import find_device
     from featinv_diffusion.studies.operators import fit_operator, to_operation
@@ -232,7 +232,7 @@ def _open_model(
 ) -> tuple[Inverter | None, Backbone]:
     """Opens the inverter with its backbone, or the backbone alone."""
     from featinv_diffusion.backbones import load_backbone
-    from featinv_diffusion.diffusion.folders import without_progress_bars
+    from featinv_diffusion.backbones.base import without_progress_bars
     from featinv_diffusion.inverters.open import find_device, open_inverter
 
     if inverter is not None:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import ModelCard
 from safetensors import SafetensorError, safe_open
 from transformers import (
@@ -20,7 +17,6 @@ from transformers import (
     TimmWrapperForImageClassification,
     TimmWrapperModel,
 )
-from transformers.utils import logging as transformers_logging
 
 from featinv_diffusion.backbones import resolve_backbone, wrap_model
 from featinv_diffusion.backbones.names import read_spec
@@ -162,22 +158,6 @@ def _weight_files(folder: Path, stem: str) -> list[Path]:
         return [folder / f"{stem}.safetensors"]
     weights = read_json(index).get("weight_map", {})
     return [folder / name for name in sorted(set(weights.values()))]
-
-
-_LIBRARIES = (diffusers_logging, transformers_logging)
-
-
-@contextmanager
-def without_progress_bars() -> Iterator[None]:
-    """Hides the libraries' bars over components and tensors, which take little time."""
-    shown = [library for library in _LIBRARIES if library.is_progress_bar_enabled()]
-    for library in shown:
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library in shown:
-            library.enable_progress_bar()
 
 
 # ---- The pipelines in the package ----------------------------------------------------------------

@@ -12,6 +12,7 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import validate_repo_id
 
+from featinv_diffusion.backbones.base import without_progress_bars
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
 from featinv_diffusion.diffusion.folders import (
     SCOPE_FILE,
@@ -23,7 +24,6 @@ from featinv_diffusion.diffusion.folders import (
     list_bundled,
     load_bundled,
     read_card_info,
-    without_progress_bars,
     write_model_card,
 )
 from featinv_diffusion.errors import InputError, choices_hint

@@ -22,11 +22,10 @@ from torch import Tensor, nn
 
 from featinv_diffusion import __version__
 from featinv_diffusion.backbones import Backbone, load_backbone, same_backbone
-from featinv_diffusion.backbones.base import LAST, weights_sha256
+from featinv_diffusion.backbones.base import LAST, weights_sha256, without_progress_bars
 from featinv_diffusion.data.crops import to_images
 from featinv_diffusion.data.selection import Item, digest, select_items
 from featinv_diffusion.data.sets import ImageSet, open_images, open_pictures
-from featinv_diffusion.diffusion.folders import without_progress_bars
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.evaluation.evaluator import OWN, Evaluator, Measured, match_labels
 from featinv_diffusion.evaluation.report import cosine_bars, describe, summarise, to_markdown

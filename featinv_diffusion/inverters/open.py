@@ -11,13 +11,9 @@ import torch
 from torch import nn
 
 from featinv_diffusion.backbones import load_backbone, resolve_backbone, same_backbone
+from featinv_diffusion.backbones.base import without_progress_bars
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
-from featinv_diffusion.diffusion.folders import (
-    INDEX,
-    class_name,
-    list_bundled,
-    without_progress_bars,
-)
+from featinv_diffusion.diffusion.folders import INDEX, class_name, list_bundled
 from featinv_diffusion.diffusion.hub import REPO, load_pipeline
 from featinv_diffusion.diffusion.objective import make_scheduler, scheduler_name
 from featinv_diffusion.errors import InputError, choices_hint

@@ -21,18 +21,13 @@ from transformers import (
     TimmWrapperForImageClassification,
 )
 
+from featinv_diffusion.backbones.base import without_progress_bars
 from featinv_diffusion.backbones.transformers import PROCESSOR_FILE, load_transformers
 from featinv_diffusion.config import load_config
 from featinv_diffusion.data.sets import open_images
 from featinv_diffusion.diffusion.featinv_controlnet import FeatureControlNet
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
-from featinv_diffusion.diffusion.folders import (
-    BASE,
-    SCOPE_FILE,
-    CardInfo,
-    load_member,
-    without_progress_bars,
-)
+from featinv_diffusion.diffusion.folders import BASE, SCOPE_FILE, CardInfo, load_member
 from featinv_diffusion.diffusion.objective import make_scheduler
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.features.operators import FOLDER as OPERATORS

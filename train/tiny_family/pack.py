@@ -15,6 +15,7 @@ from diffusers import StableDiffusionPipeline
 from torch import nn
 from transformers import TimmWrapperForImageClassification
 
+from featinv_diffusion.backbones.base import without_progress_bars
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline, tidy_saved_folder
 from featinv_diffusion.diffusion.folders import (
     BACKBONE,
@@ -23,7 +24,6 @@ from featinv_diffusion.diffusion.folders import (
     DEFAULTS,
     SCOPE_FILE,
     CardInfo,
-    without_progress_bars,
     write_model_card,
 )
 from featinv_diffusion.errors import InputError
