@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from featinv_diffusion.backbones import Backbone, load_backbone, wrap_model
-from featinv_diffusion.backbones.names import canonical_name
+from featinv_diffusion.backbones.names import canonical_name, read_spec
 from featinv_diffusion.errors import InputError, choices_hint
 from featinv_diffusion.files import expand_path
 from featinv_diffusion.inverters.base import Generators, Inverter
