@@ -32,9 +32,13 @@ from featinv_diffusion.class_embedding.images import (
     box_token_mask,
     open_token_images,
 )
-from featinv_diffusion.class_embedding.measures import MemoryTables, Tally, chance_identifiability
+from featinv_diffusion.class_embedding.measures import (
+    MemoryTables,
+    Tally,
+    chance_identifiability,
+    fit_probes,
+)
 from featinv_diffusion.class_embedding.pictures import draw_identifiability, draw_removal
-from featinv_diffusion.class_embedding.probes import fit_probes
 from featinv_diffusion.class_embedding.reading import read_images
 from featinv_diffusion.class_embedding.settings import TokenMeasures
 from featinv_diffusion.class_embedding.study import measure_tokens

@@ -20,8 +20,7 @@ from unittest import mock
 import torch
 from torch import nn
 
-from featinv_diffusion.inverters.reconstructor import Reconstructor
-from featinv_diffusion.inverters.reconstructor_original import from_original
+from featinv_diffusion.inverters.reconstructor import Reconstructor, from_original
 from featinv_diffusion.types import FeatureSpec
 
 WIDTH, PATCH = 768, 16

@@ -233,7 +233,7 @@ def draw_figures() -> None:
     for member in MEMBERS:
         if f"tiny/{member}" not in list_bundled():
             continue
-        inverter, _ = open_inverter(SampleSettings(pipeline=f"tiny/{member}"))
+        inverter = open_inverter(SampleSettings(pipeline=f"tiny/{member}"))
         assert inverter.backbone is not None
         originals = to_tensor([row.original for row in rows.values()])
         features, logits = inverter.backbone.features_and_logits(originals)

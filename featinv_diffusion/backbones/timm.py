@@ -15,8 +15,7 @@ from timm.layers import AttentionPool2d, AttentionPoolLatent, AttentionPoolPrr, 
 from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import Tensor, nn
 
-from featinv_diffusion.backbones.base import LAST
-from featinv_diffusion.backbones.preprocessing import Preprocessing
+from featinv_diffusion.backbones.base import LAST, Preprocessing
 from featinv_diffusion.backbones.traced import Axes, LastLayer, Layout, TracedBackbone
 from featinv_diffusion.errors import InputError
 

@@ -14,8 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from featinv_diffusion.backbones.base import LAST, Backbone
-from featinv_diffusion.backbones.preprocessing import Preprocessing
+from featinv_diffusion.backbones.base import LAST, Backbone, Preprocessing
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.types import Features, FeatureSpec, Images
 

@@ -24,8 +24,7 @@ from timm.data import (
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from featinv_diffusion.backbones.base import LAST
-from featinv_diffusion.backbones.preprocessing import Preprocessing
+from featinv_diffusion.backbones.base import LAST, Preprocessing
 from featinv_diffusion.backbones.timm import class_names
 from featinv_diffusion.backbones.traced import Axes, LastLayer, Layout, TracedBackbone
 from featinv_diffusion.errors import InputError

@@ -102,8 +102,8 @@ def convert(
     if reverse:
         _to_checkpoint(source, out)
         return
-    from featinv_diffusion.diffusion.cards import CardInfo
     from featinv_diffusion.diffusion.convert.folder import DEFAULT_TOKENIZER, read_original
+    from featinv_diffusion.diffusion.folders import CardInfo
     from featinv_diffusion.diffusion.hub import check_target, export_pipeline
 
     check_target(out)

@@ -12,17 +12,19 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import validate_repo_id
 
-from featinv_diffusion.diffusion.cards import CardInfo, read_card_info, write_model_card
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
 from featinv_diffusion.diffusion.folders import (
     SCOPE_FILE,
+    CardInfo,
     bundled_folder,
     check_backbone,
     check_pipeline_folder,
     feature_spec_of,
     list_bundled,
     load_bundled,
+    read_card_info,
     without_progress_bars,
+    write_model_card,
 )
 from featinv_diffusion.errors import InputError, choices_hint
 from featinv_diffusion.files import new_folder

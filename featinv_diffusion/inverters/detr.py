@@ -31,7 +31,7 @@ from transformers.models.detr.modeling_detr import (
     DetrSinePositionEmbedding,
 )
 
-from featinv_diffusion.backbones.preprocessing import Preprocessing
+from featinv_diffusion.backbones.base import Preprocessing
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.inverters.blocks import InverseModule
 from featinv_diffusion.inverters.path import ForwardPath

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from featinv_diffusion.backbones.preprocessing import Preprocessing
+from featinv_diffusion.backbones.base import Preprocessing
 from featinv_diffusion.backbones.traced import to_meta
 from featinv_diffusion.errors import InputError, choices_hint
 from featinv_diffusion.types import FeatureSpec, Images

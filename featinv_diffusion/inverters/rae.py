@@ -18,17 +18,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import SiglipVisionModel
 
-from featinv_diffusion.backbones.base import LAST, Backbone
-from featinv_diffusion.backbones.preprocessing import Preprocessing
+from featinv_diffusion.backbones.base import LAST, Backbone, Preprocessing
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.files import expand_path
 from featinv_diffusion.inverters.base import Generators, Inverter
-from featinv_diffusion.inverters.folders import (
-    UNREADABLE,
-    class_name,
-    first_line,
-    load_network,
-)
+from featinv_diffusion.inverters.folders import UNREADABLE, class_name, first_line, load_network
 from featinv_diffusion.types import Features, FeatureSpec, Images
 
 NAME, CLASS = "rae", AutoencoderRAE.__name__

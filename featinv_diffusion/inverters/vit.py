@@ -13,7 +13,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from featinv_diffusion.backbones.preprocessing import Preprocessing
+from featinv_diffusion.backbones.base import Preprocessing
 from featinv_diffusion.backbones.traced import Layout
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.inverters.blocks import InverseModule

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchvision.models import AlexNet_Weights, SqueezeNet1_1_Weights, VGG16_Weights
 
 from featinv_diffusion.errors import InputError, choices_hint
-from featinv_diffusion.metrics.weights import file_sha256, find_weights, read_weights
+from featinv_diffusion.metrics.extractors import file_sha256, find_weights, read_weights
 from featinv_diffusion.types import Images
 
 _TRUNKS = {

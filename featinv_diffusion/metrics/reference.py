@@ -19,9 +19,8 @@ from featinv_diffusion.data.places import list_pictures
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.images import center_square, read_image, to_tensor
 from featinv_diffusion.metrics.distribution import FeatureSample, Moments, PublishedMoments
-from featinv_diffusion.metrics.extractors import ImageFeatures
+from featinv_diffusion.metrics.extractors import ImageFeatures, file_sha256
 from featinv_diffusion.metrics.statistics import FeatureMoments
-from featinv_diffusion.metrics.weights import file_sha256
 from featinv_diffusion.types import Images
 
 _PUBLISHED = ("adm", "torch-fidelity")

@@ -24,11 +24,7 @@ from torch.nn import functional as F
 from featinv_diffusion.data.crops import to_images
 from featinv_diffusion.data.sets import ImageSet, read_location
 from featinv_diffusion.errors import InputError
-from featinv_diffusion.images import (
-    center_square,
-    to_pil,
-    to_tensor,
-)
+from featinv_diffusion.images import center_square, to_pil, to_tensor
 from featinv_diffusion.inverters.base import Inverter
 from featinv_diffusion.metrics import feature_cosine, shuffled_cosine, top_k_match
 from featinv_diffusion.seeds import derive_seed, make_generator

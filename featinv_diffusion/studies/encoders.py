@@ -56,8 +56,8 @@ from featinv_diffusion.runs.progress import Advance, progress_bar
 from featinv_diffusion.runs.record import RunFolder, read_environment
 from featinv_diffusion.runs.sampling import batched, sample_each
 from featinv_diffusion.settings import SampleSettings, Selection, to_flat
-from featinv_diffusion.studies.analysis import N_DEFAULT, Analysis
 from featinv_diffusion.studies.settings import EncoderSettings
+from featinv_diffusion.studies.study import N_DEFAULT, Analysis
 from featinv_diffusion.types import Images
 
 N_EXAMPLES = 8

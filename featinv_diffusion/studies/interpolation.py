@@ -26,12 +26,7 @@ from featinv_diffusion.runs.progress import advancing
 from featinv_diffusion.runs.record import Result
 from featinv_diffusion.runs.sampling import read_maps, sample_all, seeds_of, to_list
 from featinv_diffusion.runs.scope import caption, open_scope, scope_notes
-from featinv_diffusion.studies.study import (
-    choose_seeds,
-    draw_original,
-    settings_line,
-    settings_of,
-)
+from featinv_diffusion.studies.study import choose_seeds, draw_original, settings_line, settings_of
 from featinv_diffusion.types import Features, Source
 
 MAX_ROWS = 8

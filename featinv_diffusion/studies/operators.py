@@ -62,7 +62,7 @@ from featinv_diffusion.runs.sampling import Job, batched, not_finite, sample_eac
 from featinv_diffusion.runs.scope import Scope, open_scope
 from featinv_diffusion.seeds import derive_seed, make_generator
 from featinv_diffusion.settings import SampleSettings, to_flat
-from featinv_diffusion.studies.analysis import Analysis, to_dicts, to_rows
+from featinv_diffusion.studies.study import Analysis, to_dicts, to_rows
 from featinv_diffusion.types import Features, Images
 
 logger = logging.getLogger(__name__)

@@ -44,8 +44,8 @@ from featinv_diffusion.inverters.vit import AnalyticPatchInverse, VitPath
 from featinv_diffusion.metrics.detection import average_precision, best_query_scores
 from featinv_diffusion.metrics.statistics import Interval, bootstrap_mean
 from featinv_diffusion.settings import DIFFUSION, SampleSettings
-from featinv_diffusion.studies.analysis import N_DEFAULT, Analysis, to_dicts, to_rows
 from featinv_diffusion.studies.settings import ImageChoice, PictureChoice
+from featinv_diffusion.studies.study import N_DEFAULT, Analysis, to_dicts, to_rows
 from featinv_diffusion.types import Images
 
 # ---- Colour --------------------------------------------------------------------------------------

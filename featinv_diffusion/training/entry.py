@@ -10,12 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from featinv_diffusion.data.crops import (
-    CropDataset,
-    DataConfig,
-    split_held_back,
-    to_images,
-)
+from featinv_diffusion.data.crops import CropDataset, DataConfig, split_held_back, to_images
 from featinv_diffusion.data.sets import ImageSet
 from featinv_diffusion.errors import InputError
 

@@ -20,12 +20,7 @@ from transformers.loss.loss_for_object_detection import HungarianMatcher, ImageL
 from featinv_diffusion.backbones import wrap_model
 from featinv_diffusion.backbones.names import canonical_name
 from featinv_diffusion.config import to_yaml
-from featinv_diffusion.data.boxes import (
-    BoxDataset,
-    coco_annotations,
-    open_boxed_images,
-    targets_of,
-)
+from featinv_diffusion.data.boxes import BoxDataset, coco_annotations, open_boxed_images, targets_of
 from featinv_diffusion.data.crops import (
     CropDataset,
     DataConfig,

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import functional
 
-from featinv_diffusion.backbones.preprocessing import Preprocessing
+from featinv_diffusion.backbones.base import Preprocessing
 from featinv_diffusion.errors import InputError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -7,11 +7,7 @@ import torch
 from PIL import Image
 
 from featinv_diffusion.backbones import wrap_model
-from featinv_diffusion.class_embedding.images import (
-    class_name,
-    open_token_images,
-    to_input,
-)
+from featinv_diffusion.class_embedding.images import class_name, open_token_images, to_input
 from featinv_diffusion.class_embedding.settings import ImageChoice
 from tests.class_embedding.vits import SMALL, make_vit
 

@@ -9,8 +9,7 @@ from scipy.stats import wilcoxon
 from sklearn.linear_model import Ridge
 
 from featinv_diffusion.class_embedding import measures
-from featinv_diffusion.class_embedding.measures import PointReading
-from featinv_diffusion.class_embedding.probes import fit_probes
+from featinv_diffusion.class_embedding.measures import PointReading, fit_probes
 from featinv_diffusion.class_embedding.reading import rank_of, read_images
 from featinv_diffusion.errors import InputError
 from tests.class_embedding.vits import make_images, make_vit, weights_of

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from featinv_diffusion.diffusion import folders as bundled
-from featinv_diffusion.diffusion.cards import CardInfo
+from featinv_diffusion.diffusion.folders import CardInfo
 from tests import tiny
 from train.tiny_family.pack import write_bundled
 

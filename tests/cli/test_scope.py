@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from featinv_diffusion.diffusion.cards import CardInfo
+from featinv_diffusion.diffusion.folders import CardInfo
 from featinv_diffusion.diffusion.hub import export_pipeline
 from featinv_diffusion.features.natural_maps import NaturalMaps
 from tests import tiny

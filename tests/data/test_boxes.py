@@ -10,13 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from featinv_diffusion.data.boxes import (
-    Box,
-    BoxDataset,
-    crop_boxes,
-    open_boxed_images,
-    targets_of,
-)
+from featinv_diffusion.data.boxes import Box, BoxDataset, crop_boxes, open_boxed_images, targets_of
 from featinv_diffusion.data.crops import Crop, DataConfig
 from featinv_diffusion.errors import InputError
 

@@ -9,8 +9,12 @@ from diffusers import DDIMScheduler
 from transformers import TimmWrapperForImageClassification
 
 from featinv_diffusion.diffusion import folders as assemble_module
-from featinv_diffusion.diffusion.cards import CardInfo
-from featinv_diffusion.diffusion.folders import assemble, load_controlnet, make_timm_wrapper
+from featinv_diffusion.diffusion.folders import (
+    CardInfo,
+    assemble,
+    load_controlnet,
+    make_timm_wrapper,
+)
 from featinv_diffusion.diffusion.hub import export_pipeline, load_pipeline
 from featinv_diffusion.errors import InputError
 from tests import tiny

@@ -9,12 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from featinv_diffusion.diffusion.cards import CardInfo
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
-from featinv_diffusion.diffusion.folders import (
-    SCOPE_FILE,
-    list_bundled,
-)
+from featinv_diffusion.diffusion.folders import SCOPE_FILE, CardInfo, list_bundled
 from featinv_diffusion.diffusion.hub import find_scope_file, load_pipeline
 from featinv_diffusion.errors import InputError
 from tests import tiny

@@ -13,8 +13,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from featinv_diffusion.cli.export import export, push
-from featinv_diffusion.diffusion.cards import CardInfo
-from featinv_diffusion.diffusion.folders import SCOPE_FILE
+from featinv_diffusion.diffusion.folders import SCOPE_FILE, CardInfo
 from featinv_diffusion.diffusion.hub import find_scope_file, load_pipeline
 from featinv_diffusion.errors import InputError
 from tests.diffusion.probe import sample

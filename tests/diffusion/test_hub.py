@@ -22,8 +22,8 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
-from featinv_diffusion.diffusion.cards import CardInfo
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
+from featinv_diffusion.diffusion.folders import CardInfo
 from featinv_diffusion.diffusion.hub import export_pipeline, load_pipeline, origin_of, push_folder
 from featinv_diffusion.errors import InputError
 from tests import tiny

@@ -16,11 +16,7 @@ from featinv_diffusion.data.selection import Item
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.evaluation import storage as distribution
 from featinv_diffusion.evaluation.evaluator import Measured
-from featinv_diffusion.evaluation.storage import (
-    check_references,
-    measure_distributions,
-    write_unit,
-)
+from featinv_diffusion.evaluation.storage import check_references, measure_distributions, write_unit
 from featinv_diffusion.metrics.distribution import FeatureSample
 from featinv_diffusion.metrics.extractors import ImageFeatures
 from featinv_diffusion.runs.units import Unit, make_units

@@ -10,7 +10,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
-from featinv_diffusion.backbones.preprocessing import Preprocessing
+from featinv_diffusion.backbones.base import Preprocessing
 from featinv_diffusion.inverters.blocks import ConvInverse
 from featinv_diffusion.inverters.detr import (
     DecoderInverse,

@@ -20,10 +20,11 @@ from featinv_diffusion.inverters.reconstructor import (
     ReconstructorInverter,
     count_doublings,
     find_reconstructor,
+    from_original,
     load_encoder,
     load_reconstructor,
+    save_original,
 )
-from featinv_diffusion.inverters.reconstructor_original import from_original, save_original
 from featinv_diffusion.types import FeatureSpec
 from tests.inverters import encoders
 from tests.tiny import make_images, seeded

@@ -13,8 +13,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.metrics import extractors as inception
-from featinv_diffusion.metrics.extractors import InceptionFeatures
-from featinv_diffusion.metrics.weights import file_sha256
+from featinv_diffusion.metrics.extractors import InceptionFeatures, file_sha256
 
 
 def make_images(n: int = 2, size: tuple[int, int] = (64, 80), seed: int = 0) -> torch.Tensor:

@@ -14,12 +14,7 @@ from featinv_diffusion.data.sets import ImageSet, open_pictures
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.images import center_square, read_image, to_tensor, write_png
 from featinv_diffusion.inverters import DiffusionInverter, Inverter
-from featinv_diffusion.runs.sampling import (
-    Job,
-    Reconstruction,
-    make_jobs,
-    reconstruct,
-)
+from featinv_diffusion.runs.sampling import Job, Reconstruction, make_jobs, reconstruct
 from featinv_diffusion.seeds import derive_seed
 from featinv_diffusion.settings import SampleSettings
 from tests import tiny

@@ -18,7 +18,7 @@ from transformers import SiglipModel, ViTConfig, ViTModel
 from typer.testing import CliRunner
 
 from featinv_diffusion.backbones import Backbone, load_backbone, wrap_model
-from featinv_diffusion.backbones.preprocessing import Preprocessing
+from featinv_diffusion.backbones.base import Preprocessing
 from featinv_diffusion.data.selection import Item, select_items
 from featinv_diffusion.data.sets import ImageSet, open_images
 from featinv_diffusion.errors import InputError

@@ -14,8 +14,7 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from featinv_diffusion.backbones.base import Backbone
-from featinv_diffusion.backbones.preprocessing import Preprocessing
+from featinv_diffusion.backbones.base import Backbone, Preprocessing
 from featinv_diffusion.data.sets import ImageSet
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.features.operator_methods import METHODS, solve

@@ -24,12 +24,12 @@ from transformers import (
 from featinv_diffusion.backbones.transformers import PROCESSOR_FILE, load_transformers
 from featinv_diffusion.config import load_config
 from featinv_diffusion.data.sets import open_images
-from featinv_diffusion.diffusion.cards import CardInfo
 from featinv_diffusion.diffusion.featinv_controlnet import FeatureControlNet
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
 from featinv_diffusion.diffusion.folders import (
     BASE,
     SCOPE_FILE,
+    CardInfo,
     load_member,
     without_progress_bars,
 )

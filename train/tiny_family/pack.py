@@ -15,7 +15,6 @@ from diffusers import StableDiffusionPipeline
 from torch import nn
 from transformers import TimmWrapperForImageClassification
 
-from featinv_diffusion.diffusion.cards import CardInfo, write_model_card
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline, tidy_saved_folder
 from featinv_diffusion.diffusion.folders import (
     BACKBONE,
@@ -23,7 +22,9 @@ from featinv_diffusion.diffusion.folders import (
     BASE_MODELS,
     DEFAULTS,
     SCOPE_FILE,
+    CardInfo,
     without_progress_bars,
+    write_model_card,
 )
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.files import new_folder, write_text
