@@ -41,12 +41,12 @@ class InverseModule(ModelMixin, ConfigMixin):
     @property
     def reads(self) -> FeatureSpec:
         """The stage that the module reads."""
-        return spec_of(self.config["reads_spec"])
+        return read_spec(self.config["reads_spec"])
 
     @property
     def writes(self) -> FeatureSpec:
         """The stage, or the image, that the module writes."""
-        return spec_of(self.config["writes_spec"])
+        return read_spec(self.config["writes_spec"])
 
     @property
     def writes_image(self) -> bool:
@@ -85,7 +85,7 @@ class InverseModule(ModelMixin, ConfigMixin):
     def _wire(
         self, reads_spec: Mapping[str, Any], writes_spec: Mapping[str, Any]
     ) -> tuple[FeatureSpec, FeatureSpec]:
-        reads, writes = spec_of(reads_spec), spec_of(writes_spec)
+        reads, writes = read_spec(reads_spec), read_spec(writes_spec)
         self._check_kind("read", reads, self.reads_kinds)
         self._check_kind("write", writes, self.writes_kinds)
         for name, n in (("input", reads.channels), ("output", writes.channels)):
@@ -190,11 +190,6 @@ def published_layers(name: str) -> dict[str, list[int]]:
         raise InputError(f"No published layers are named {name!r}; choices: {', '.join(table)}.")
     channels, kernels, strides = table[name]
     return {"channels": channels, "kernels": kernels, "strides": strides}
-
-
-def spec_of(spec: Mapping[str, Any]) -> FeatureSpec:
-    """Reads a spec from the dict of a config."""
-    return read_spec(spec)
 
 
 def _upsample(n_in: int, n_out: int, kernel: int, stride: int) -> nn.ConvTranspose2d:

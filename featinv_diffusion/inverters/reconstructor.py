@@ -24,12 +24,11 @@ from torch.nn import functional as F
 
 from featinv_diffusion.backbones import Backbone, load_backbone, wrap_model
 from featinv_diffusion.backbones.base import LAST
-from featinv_diffusion.backbones.names import canonical_name
+from featinv_diffusion.backbones.names import canonical_name, read_spec
 from featinv_diffusion.diffusion.folders import CONFIG, class_name, first_line, load_network
 from featinv_diffusion.errors import InputError, choices_hint
 from featinv_diffusion.files import expand_path, new_folder
 from featinv_diffusion.inverters.base import Generators, Inverter
-from featinv_diffusion.inverters.blocks import spec_of
 from featinv_diffusion.types import Features, FeatureSpec, Images
 
 PUBLISHED_STAGES = 4
@@ -179,7 +178,7 @@ class Reconstructor(ModelMixin, ConfigMixin):
     @property
     def spec(self) -> FeatureSpec:
         """The features that the network reads."""
-        return spec_of(self.config["spec"])
+        return read_spec(self.config["spec"])
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -312,7 +311,7 @@ def _make_block(width: int, n_heads: int | None, feedforward: int | None) -> nn.
 
 def _read_spec(spec: Mapping[str, Any]) -> FeatureSpec:
     try:
-        reads = spec_of(spec)
+        reads = read_spec(spec)
     except (TypeError, KeyError) as error:
         raise InputError(f"spec must hold the fields of a FeatureSpec, got {spec!r}.") from error
     if reads.kind != "map":

@@ -152,16 +152,18 @@ def sample_all(
     )
 
 
-def sample_each(inverter: Inverter, features: Features, seeds: Sequence[int]) -> SampleBatch:
-    """Returns one sample of each map as one batch, with the noise of its own seed.
+@torch.no_grad()
+def sample_each(inverter: Inverter, features: Features, seeds: Sequence[int]) -> Images:
+    """Returns one sample of each map, with the noise of its own seed and rounded to 8 bits.
 
     Raises:
         InputError: samples that are not finite.
     """
-    (batch,) = sample_maps(inverter, zip(features, seeds, strict=True), len(features))
-    if not all(batch.finite):
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    pixels, finite = decode(inverter, features, generators)
+    if not bool(finite.all()):
         raise InputError(not_finite("The features", inverter))
-    return batch
+    return to_images(pixels)
 
 
 def not_finite(what: str, inverter: Inverter) -> str:

@@ -269,4 +269,6 @@ def _look(
 
 def _self_consistency(inverter: Inverter, maps: Features, seeds: Sequence[int]) -> Tensor:
     """Returns the cosine between each map and the features of one sample of it."""
-    return feature_cosine(maps, sample_each(inverter, maps, seeds).features).cpu()
+    backbone = inverter.require_backbone()
+    images = sample_each(inverter, maps, seeds).to(backbone.device)
+    return feature_cosine(maps, backbone.features(images)).cpu()

@@ -257,8 +257,8 @@ class Encoder:
             InputError: features or samples that are not finite.
         """
         features = self.backbone.features(images)
-        batch = sample_each(self.inverter, features, [item.seed for item in items])
-        return batch.images.to(images.device)
+        seeds = [item.seed for item in items]
+        return sample_each(self.inverter, features, seeds).to(images.device)
 
 
 def open_encoders(names: Sequence[str], device: str = "auto") -> list[Encoder]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -479,6 +479,7 @@ PIXEL_METRICS: dict[str, Callable[[Images, Images], Tensor]] = {
 }
 
 Columns = dict[str, list[float]]
+N_PICTURES = 8
 
 
 def default_powers(operation: PixelOperation) -> tuple[int, ...]:
@@ -563,29 +564,6 @@ def measure_operator(
 
 
 @dataclass(frozen=True, eq=False)
-class Pictures:
-    """The first images of a measurement, for figures.
-
-    Args:
-        given: the source images of the operation.
-        reconstructed: R(f).
-        wanted: the transformed images, by power.
-        edited: R(f Qⁿ), by power.
-        true: R(features of the transformed image), by power.
-    """
-
-    given: list[Tensor] = field(default_factory=list)
-    reconstructed: list[Tensor] = field(default_factory=list)
-    wanted: dict[int, list[Tensor]] = field(default_factory=dict)
-    edited: dict[int, list[Tensor]] = field(default_factory=dict)
-    true: dict[int, list[Tensor]] = field(default_factory=dict)
-
-    def take(self, held: list[Tensor], images: Images, n: int) -> None:
-        """Adds images until there are n."""
-        held += images[: max(0, n - len(held))].cpu().unbind()
-
-
-@dataclass(frozen=True, eq=False)
 class HeldOut:
     """Measurements of each image, by power.
 
@@ -593,17 +571,23 @@ class HeldOut:
         columns: `cosine` between f Qⁿ and the features of the image after n operations, and
             `cosine_nothing` between f and these; with an inverter also `delta_e_ROLE` and
             `mse_ROLE` for each of `ROLES`.
-        pictures: empty without an inverter.
+        pictures: the first images by the names of `names_of`, beside `given` and `R(f)`; empty
+            without an inverter.
     """
 
     ids: list[str]
     columns: dict[int, Columns]
-    pictures: Pictures
+    pictures: dict[str, list[Tensor]]
 
-    @property
-    def is_inverted(self) -> bool:
-        """Whether there was an inverter."""
-        return bool(self.pictures.given)
+    def keep(self, name: str, images: Images) -> None:
+        """Keeps the first images for figures."""
+        held = self.pictures.setdefault(name, [])
+        held += images[: max(0, N_PICTURES - len(held))].cpu().unbind()
+
+
+def names_of(power: int) -> tuple[str, str, str]:
+    """Returns the names of the transformed images, of R(f Qⁿ) and of R(true features)."""
+    return _transformed(power), f"R(f {to_symbol(power)})", _to_title("R(true f)", power)
 
 
 @torch.no_grad()
@@ -617,7 +601,6 @@ def measure_held_out(
     powers: Sequence[int] = (1,),
     batch_size: int = 8,
     seed: int = 0,
-    n_pictures: int = 8,
     advance: Advance = lambda n: None,
 ) -> HeldOut:
     """Measures an operator on images that it was not fitted on.
@@ -634,7 +617,7 @@ def measure_held_out(
     check_powers(powers)
     _check_batch_size(batch_size)
     edits = {n: operator.edit(n, spec=backbone.spec) for n in powers}
-    found = HeldOut([], {power: {} for power in powers}, Pictures())
+    found = HeldOut([], {power: {} for power in powers}, {})
     for batch in batched(drawn, batch_size):
         pixels = to_tensor([image.square for image in batch]).to(backbone.device)
         features = backbone.features(operation.source(pixels))
@@ -644,7 +627,7 @@ def measure_held_out(
             _add(found.columns[n], "cosine", feature_cosine(true[n], edited[n]))
             _add(found.columns[n], "cosine_nothing", feature_cosine(true[n], features))
         if inverter is not None:
-            _compare(found, inverter, operation, batch, features, true, edited, seed, n_pictures)
+            _compare(found, inverter, operation, batch, features, true, edited, seed)
         found.ids.extend(image.id for image in batch)
         advance(len(batch))
     return found
@@ -665,28 +648,25 @@ def _compare(
     true: Mapping[int, Features],
     edited: Mapping[int, Features],
     seed: int,
-    n_pictures: int,
 ) -> None:
     """Adds the measurements in the samples of a batch."""
     seeds = [derive_seed(seed, image.id, 0) for image in batch]
 
     def invert(maps: Features) -> Images:
-        return sample_each(inverter, maps, seeds).images
+        return sample_each(inverter, maps, seeds)
 
     reconstructed = invert(features)
     originals = _squares([image.picture for image in batch], reconstructed)
-    pictures = found.pictures
-    pictures.take(pictures.given, operation.source(originals), n_pictures)
-    pictures.take(pictures.reconstructed, reconstructed, n_pictures)
+    found.keep("given", operation.source(originals))
+    found.keep("R(f)", reconstructed)
     for n in true:
         wanted = operation.repeated(originals, n)
         seen = {FLOOR: invert(true[n]), OPERATOR: invert(edited[n]), CEILING: reconstructed}
         for metric, distance in PIXEL_METRICS.items():
             for role, images in seen.items():
                 _add(found.columns[n], f"{metric}_{role}", distance(images, wanted))
-        pictures.take(pictures.wanted.setdefault(n, []), wanted, n_pictures)
-        pictures.take(pictures.edited.setdefault(n, []), seen[OPERATOR], n_pictures)
-        pictures.take(pictures.true.setdefault(n, []), seen[FLOOR], n_pictures)
+        for name, images in zip(names_of(n), (wanted, seen[OPERATOR], seen[FLOOR]), strict=True):
+            found.keep(name, images)
 
 
 def _squares(pictures: Sequence[Image.Image], images: Images) -> Images:
@@ -831,18 +811,14 @@ def draw_measures(summary: Mapping[str, Interval | None], power: int, title: str
     )
     panels = figure.subplots(1, 1 + len(drawn), squeeze=False)[0]
     cosines = {f"f {symbol}\n": summary["cosine"], "f\ndo nothing": summary["cosine_nothing"]}
-    distances = {name: _from_one(value) for name, value in cosines.items()}
+    distances = {
+        name: Interval(1 - v.value, 1 - v.high, 1 - v.low, v.n) for name, v in cosines.items() if v
+    }
     _draw_bars(panels[0], distances, "1 − cosine to the true features")
     for axes, metric in zip(panels[1:], drawn, strict=True):
         bars = {words: summary[f"{metric}_{role}"] for role, words in names.items()}
         _draw_bars(axes, bars, f"{PIXEL_LABELS[metric]} to the {_transformed(power)}")
     return figure
-
-
-def _from_one(value: Interval | None) -> Interval | None:
-    if value is None:
-        return None
-    return Interval(1 - value.value, 1 - value.high, 1 - value.low, value.n)
 
 
 def _draw_bars(axes: Axes, bars: Mapping[str, Interval | None], ylabel: str) -> None:
@@ -854,32 +830,15 @@ def _draw_bars(axes: Axes, bars: Mapping[str, Interval | None], ylabel: str) -> 
 
 def _draw_pictures(found: HeldOut, title: str) -> dict[str, Figure]:
     """Draws the pictures of the first power, and of all powers if there are several."""
-    if not found.is_inverted:
+    if not found.pictures:
         return {}
     notes = [f"Of {len(found.ids)} images that the operator was not fitted on; R is the inverter."]
-    pictures, first = found.pictures, next(iter(found.columns))
-    shown = {"given": pictures.given, "R(f)": pictures.reconstructed}
-    by_power = {
-        n: {
-            _transformed(n): pictures.wanted[n],
-            f"R(f {to_symbol(n)})": pictures.edited[n],
-        }
-        for n in pictures.wanted
-    }
-    (wanted, edited), true = by_power[first], {"R(true f)": pictures.true[first]}
-    of_first = {**shown, **by_power[first], **true}
-    order = ("given", wanted, "R(f)", edited, "R(true f)")
-    drawn = {
-        "pictures.png": draw_grid(
-            _stacked({name: of_first[name] for name in order}), _to_title(title, first), notes
-        )
-    }
-    if len(by_power) > 1:
-        for columns in by_power.values():
-            shown |= columns
-        drawn["powers.png"] = draw_grid(_stacked(shown), title, notes)
+    columns = {name: torch.stack(images) for name, images in found.pictures.items()}
+    wanted, edited, true = names_of(first := next(iter(found.columns)))
+    of_first = {name: columns[name] for name in ("given", wanted, "R(f)", edited)}
+    of_first["R(true f)"] = columns[true]
+    drawn = {"pictures.png": draw_grid(of_first, _to_title(title, first), notes)}
+    if len(found.columns) > 1:
+        shown = {n: images for n, images in columns.items() if not n.startswith("R(true f)")}
+        drawn["powers.png"] = draw_grid(shown, title, notes)
     return drawn
-
-
-def _stacked(columns: Mapping[str, list[Tensor]]) -> dict[str, Images]:
-    return {name: torch.stack(images) for name, images in columns.items()}

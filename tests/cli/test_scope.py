@@ -132,7 +132,7 @@ def test_statistics_of_other_weights_are_refused(
     )
     done = featinv("sample", photos / "a.png", "--pipeline", folder)
     assert done.code == 2
-    assert "other weights of convnext" in done.err
+    assert "other weights of tiny/convnext" in done.err
     assert "featinv scope" in done.err
 
 

@@ -238,7 +238,8 @@ def test_powers_are_checked_before_any_image_is_read():
 # ---- held out ----------------------------------------------------------------------------------
 
 
-def test_a_perfect_operator_is_at_the_floor():
+def test_a_perfect_operator_is_at_the_floor(monkeypatch):
+    monkeypatch.setattr(operator_study, "N_PICTURES", 5)
     operator, inverter = fitted("swap"), PatchInverter(error=0.05)
     operation = operation_of(operator)
     held = measure_held_out(
@@ -249,7 +250,6 @@ def test_a_perfect_operator_is_at_the_floor():
         inverter=inverter,
         powers=(1, 2),
         batch_size=4,
-        n_pictures=5,
     )
     assert held.ids[0].startswith("10")
     once, twice = summarise_power(held.columns[1]), summarise_power(held.columns[2])
@@ -264,9 +264,11 @@ def test_a_perfect_operator_is_at_the_floor():
     assert twice["cosine_nothing"].value == pytest.approx(1)
     assert inverter.n_calls == 2 * (1 + 2 * 2)
     pictures = held.pictures
-    assert len(pictures.given) == len(pictures.wanted[2]) == 5
-    torch.testing.assert_close(pictures.edited[1][3], pictures.true[1][3], atol=1.1 / 255, rtol=0)
-    assert pictures.wanted[1][0].equal(pictures.given[0].flip(0))
+    assert len(pictures["given"]) == len(pictures["2× transformed"]) == 5
+    torch.testing.assert_close(
+        pictures["R(f Q)"][3], pictures["R(true f)"][3], atol=1.1 / 255, rtol=0
+    )
+    assert pictures["transformed"][0].equal(pictures["given"][0].flip(0))
 
 
 def test_doing_nothing_is_at_the_ceiling():
@@ -315,7 +317,7 @@ def test_colourise_is_given_grey_and_measured_against_colour():
     held = measure_held_out(
         operator, operation_of(operator), inverter.backbone, drawn, inverter=inverter
     )
-    given, wanted = held.pictures.given[0], held.pictures.wanted[1][0]
+    given, wanted = held.pictures["given"][0], held.pictures["transformed"][0]
     assert given[0].equal(given[2])
     assert not wanted[0].equal(wanted[2])
     floor = summarise_power(held.columns[1])["mse_floor"]
@@ -325,7 +327,7 @@ def test_colourise_is_given_grey_and_measured_against_colour():
 def test_features_alone_need_no_inverter():
     operator = fitted("swap")
     held = measure_held_out(operator, operation_of(operator), PatchBackbone(), draw(3, first=50))
-    assert not held.is_inverted
+    assert not held.pictures
     assert set(held.columns[1]) == {"cosine", "cosine_nothing"}
 
 
