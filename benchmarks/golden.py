@@ -1042,7 +1042,11 @@ def to_arguments(one: Case, places: Places) -> list[str]:
     if program in ("models", "imports"):
         return [sys.executable, str(Path(__file__).resolve()), program, *arguments]
     name, *arguments = arguments
-    return [sys.executable, str(places.tree / SCRIPTS[name]), *arguments]
+    script = places.tree / SCRIPTS[name]
+    if not script.is_file():  # what only builds the bundled family became modules
+        module = "train.tiny_family" + ("" if name == "tiny" else f".{name}")
+        return [sys.executable, "-m", module, *arguments]
+    return [sys.executable, str(script), *arguments]
 
 
 def run_case(one: Case, places: Places) -> dict[str, Any]:

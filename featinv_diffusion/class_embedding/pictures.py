@@ -92,7 +92,7 @@ def _match(anatomy: Anatomy, inverter: Inverter) -> BlockInverter:
             "inverter that was trained on this backbone."
         )
     if isinstance(inverter, MapChain):
-        return BlockInverter(_block_of_stage(anatomy, spec), inverter.backbone, inverter)
+        return BlockInverter(_block_of_stage(anatomy, spec), inverter.require_backbone(), inverter)
     backbone = wrap_model(own.model, name=own.name, layer=spec.layer, input_size=own.input_size)
     backbone.preprocessing = own.preprocessing
     spec.check_matches(backbone.spec)

@@ -92,7 +92,9 @@ def run_script(command: Callable[..., None]) -> None:
     exits.run(lambda: typer.run(command))
 
 
-def run_recipe(config_class: type[Config], train: Callable[[Config], object], doc: str) -> None:
+def run_recipe(
+    config_class: type[Config], train: Callable[[Config], object], doc: str | None
+) -> None:
     """Runs a training script that has no command, with the options of `featinv train`."""
 
     def command(

@@ -89,7 +89,7 @@ class RaeInverter(Inverter):
         self.networks: dict[str, nn.Module] = {"decoder": self.autoencoder.decoder}
 
     def _invert(self, features: Features, generator: Generators) -> Images:
-        latents = features.to(self.backbone.dtype)
+        latents = features.to(self.require_backbone().dtype)
         if not self.autoencoder.reshape_to_2d:
             latents = latents.flatten(2).transpose(1, 2)
         images = self.autoencoder.decode(latents).sample.float().clamp(0, 1)

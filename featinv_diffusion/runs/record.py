@@ -108,7 +108,7 @@ class Result(ABC):
 
     settings: SampleSettings | None
     arguments: Mapping[str, Any]
-    scope_p_value: float | list[float] | None
+    scope_p_value: Any  # float, list[float] or None, as each study says
     scope_basis: str | None
 
     command: ClassVar[str]

@@ -401,7 +401,7 @@ def fit_operators(family: Path, data: str | None = None) -> Iterator[Path]:
     """
     if not (family / MEMBER).is_dir():
         return
-    backbone = load_reconstructor(str(family / MEMBER)).backbone
+    backbone = load_reconstructor(str(family / MEMBER)).require_backbone()
     config = OmegaConf.load(CONFIGS / f"reconstructor-{MEMBER}.yaml").data
     images = open_images(data or config.root, config.get("split", "train"), config.classes)
     for name, method in METHODS.items():
