@@ -17,7 +17,6 @@ from tests.cli.conftest import Featinv
 @pytest.fixture(autouse=True)
 def _tiny_vit(monkeypatch: pytest.MonkeyPatch) -> None:
     names: list[str] = []
-    monkeypatch.setattr(study, "list_backbones", lambda: ["tiny/vit"])
     monkeypatch.setattr(
         study, "load_backbone", lambda name: names.append(name) or make_vit().backbone
     )

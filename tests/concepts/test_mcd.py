@@ -227,7 +227,7 @@ def test_half_precision_goes_in_and_out(fitted):
 
 
 def test_save_and_load(fitted, tmp_path):
-    fitted.spec = FeatureSpec("convnext", "last", 32, (8, 8))
+    fitted.spec = FeatureSpec("tiny/convnext", "last", 32, (8, 8))
     fitted.save(tmp_path / "concepts.safetensors")
     loaded = MCD.load(tmp_path / "concepts.safetensors")
     assert isinstance(loaded, MCD)
@@ -266,7 +266,7 @@ def test_bad_features(features, message):
 
 
 def test_a_width_other_than_the_spec_says():
-    spec = FeatureSpec("convnext", "last", 16, (8, 8))
+    spec = FeatureSpec("tiny/convnext", "last", 16, (8, 8))
     with pytest.raises(InputError, match=r"\[batch, 16, height, width\]"):
         MCD(2, spec=spec).fit(FEATURES)
 

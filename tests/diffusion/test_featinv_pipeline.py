@@ -462,7 +462,7 @@ def wrong(message: str, **kwargs):
         wrong("Exactly one of images and features", features=None),
         wrong("Exactly one of images and features", images=tiny.make_images(1)),
         wrong(
-            r"\[b, 32, 8, 8\].*'last' of 'convnext'.*\[1, 16, 8, 8\]",
+            r"\[b, 32, 8, 8\].*'last' of 'tiny/convnext'.*\[1, 16, 8, 8\]",
             features=torch.zeros(1, 16, 8, 8),
         ),
         wrong(r"\[b, 32, 8, 8\].*\[1, 32, 7, 7\]", features=torch.zeros(1, 32, 7, 7)),

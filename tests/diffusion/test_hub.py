@@ -350,7 +350,7 @@ def test_export_writes_a_folder_with_a_card(pipeline, tmp_path, capfd):
     assert card.data.base_model == ["user/base", "timm/some"]
     assert "feature-inversion" in card.data.tags
     assert command in card.text
-    assert "32×8×8, layer `last` of `convnext`" in card.text
+    assert "32×8×8, layer `last` of `tiny/convnext`" in card.text
     assert "64 × 64 pixels" in card.text
     assert not [p for p in folder.parent.iterdir() if p != folder]
     assert capfd.readouterr().err == ""
