@@ -2,7 +2,7 @@
 
 
 class InputError(ValueError):
-    """Says what must hold, what came, and what to do."""
+    """Says what must hold, what was given, and what to do."""
 
 
 def choices_hint(name: str, choices: list[str]) -> str:

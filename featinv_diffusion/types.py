@@ -54,12 +54,12 @@ class FeatureSpec:
         if tuple(features.shape[1:]) != want:
             raise InputError(
                 f"Features must have shape [batch, {', '.join(map(str, want))}] ({self}), "
-                f"but came with shape {list(features.shape)}. "
+                f"got the shape {list(features.shape)}. "
                 "Take them from the backbone and layer that the inverter was trained on."
             )
         if not bool(features.isfinite().all()):
             raise InputError(
-                f"Features must be finite ({self}), but NaN or infinite values came. "
+                f"Features must be finite ({self}), got NaN or infinite values. "
                 "Look for overflow in half precision or a broken edit."
             )
 

@@ -45,6 +45,51 @@ def test_module_imports_only_its_own_layer_or_lower(path: Path) -> None:
         assert RANK[other] <= RANK[subject], f"{subject} may not import {other}"
 
 
+def find_circles(imports: dict[str, set[str]]) -> list[list[str]]:
+    """Returns the chains of modules that import themselves in the end."""
+    circles: list[list[str]] = []
+    done: set[str] = set()
+
+    def follow(name: str, chain: list[str]) -> None:
+        if name in chain:
+            circles.append(chain[chain.index(name) :])
+        elif name not in done:
+            for other in sorted(imports.get(name, ())):
+                follow(other, [*chain, name])
+            done.add(name)
+
+    for name in imports:
+        follow(name, [])
+    return circles
+
+
+def imports_of(path: Path, known: set[str]) -> set[str]:
+    """Returns the modules of the package that a module imports when it is imported itself."""
+    found: set[str] = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            parts = {f"{node.module}.{alias.name}" for alias in node.names} & known
+            found |= parts or ({node.module} & known)
+    return found
+
+
+def test_no_module_imports_itself_in_the_end() -> None:
+    names = {path: to_module(path) for path in modules()}
+    known = set(names.values())
+    assert (
+        find_circles({name: imports_of(path, known) - {name} for path, name in names.items()}) == []
+    )
+
+
+def test_the_check_sees_a_circle() -> None:
+    assert find_circles({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == [["b", "c"]]
+
+
+def to_module(path: Path) -> str:
+    parts = ["featinv_diffusion", *path.relative_to(PACKAGE).with_suffix("").parts]
+    return ".".join(parts).removesuffix(".__init__")
+
+
 def test_the_check_sees_an_upward_import() -> None:
     source = "from featinv_diffusion.cli import main\nfrom featinv_diffusion import training\n"
     assert imported_subjects(source) == {"cli", "training"}

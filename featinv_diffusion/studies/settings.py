@@ -93,7 +93,7 @@ class PictureChoice:
         images: `data` may also be a folder of COCO or Tiny-ImageNet-200, whose boxes are read.
         held_back_per_class: only the last k images of each class, which training holds back; for
             the stages of a model, only of images with boxes.
-        n_images: None takes `studies.analysis.N_DEFAULT`, or all if there are fewer.
+        n_images: None takes `studies.study.N_DEFAULT`, or all if there are fewer.
     """
 
     images: ImageChoice = nested(ImageChoice)

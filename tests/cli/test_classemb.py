@@ -97,6 +97,6 @@ def test_a_script_writes_what_the_command_writes(featinv: Featinv, photos: Path)
         assert Path("command", name).read_bytes() == Path("script", name).read_bytes(), name
     command, script = read(Path("command")), read(Path("script"))
     named = {key: command["arguments"].pop(key) for key in ("backbone", "device")}
-    assert named == {"backbone": "vit", "device": "auto"}
+    assert named == {"backbone": "tiny/vit", "device": "auto"}
     assert command["arguments"] == {k: script["arguments"][k] for k in command["arguments"]}
     assert command | {"arguments": {}} == script | {"arguments": {}}

@@ -82,7 +82,7 @@ def test_progress_adds_up_to_the_number_of_images(pipeline):
 
 def test_features_of_another_shape_are_refused(pipeline):
     with pytest.raises(
-        InputError, match=r"shape \[batch, 32, 8, 8\].*came with shape \[1, 7, 8, 8\]"
+        InputError, match=r"shape \[batch, 32, 8, 8\].*got the shape \[1, 7, 8, 8\]"
     ):
         make_inverter(pipeline).invert(torch.zeros(1, 7, 8, 8))
 
