@@ -187,7 +187,7 @@ class SampleSettings:
         shown="tiny/BACKBONE",
     )
     backbone: str | None = option(
-        None, "Backbone whose features to invert; must be the pipeline's.", shown="convnext"
+        None, "Backbone whose features to invert; must be the pipeline's.", shown="tiny/convnext"
     )
     layer: str | None = option(
         None, "Layer that the features come from; must be the pipeline's.", shown=OF_PIPELINE

@@ -74,12 +74,13 @@ class Inverter(ABC):
         return self.backbone
 
     @torch.no_grad()
-    def encode(self, pictures: Pictures, *, batch_size: int = 8) -> FeatureMaps:
+    def encode(self, pictures: Pictures, *, batch_size: int = 1) -> FeatureMaps:
         """Returns the features `[b, c, h, w]` of pictures, which remember their pictures.
 
         Args:
             pictures: one or several paths, PIL images, arrays or tensors, see `images.read_batch`.
-            batch_size: pictures per batch of the backbone; it decides the last bits.
+            batch_size: pictures per batch of the backbone. One at a time, as commands encode, the
+                features of a picture do not depend on what stands beside it, to the last bit.
 
         Raises:
             InputError: a picture that cannot be read, features that are not finite, or an

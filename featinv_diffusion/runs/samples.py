@@ -75,7 +75,7 @@ def sample(
         InputError: pictures that cannot be read, features of another shape or not finite, samples
             that are not finite.
     """
-    maps = read_maps(inverter, features, names, batch_size)
+    maps = read_maps(inverter, features, names)
     n_samples = 1 if inverter.is_deterministic else n_samples
     if n_samples < 1:
         raise InputError(f"n_samples must be at least 1, got {n_samples}.")

@@ -294,13 +294,13 @@ def reconstruct(
     The whole is a chain of generators, so any number of pictures runs in the memory of one batch.
 
     Args:
-        batch_size: samples per batch of the inverter, images per batch of the backbone.
+        batch_size: samples per batch of the inverter.
         on_failure: called with the job and a sentence where a picture cannot be read, or where
             its features or samples are not finite.
         score: of each image's features.
     """
     readable = _read(jobs, max(inverter.require_backbone().input_size), on_failure)
-    encoded = _encode(inverter, readable, batch_size, on_failure)
+    encoded = _encode(inverter, readable, on_failure)
     return _join(inverter, encoded, batch_size, on_failure, score)
 
 
@@ -333,21 +333,17 @@ def _read(
 
 @torch.no_grad()
 def _encode(
-    inverter: Inverter,
-    pictures: Iterable[tuple[Job, Image.Image]],
-    batch_size: int,
-    on_failure: OnFailure,
+    inverter: Inverter, pictures: Iterable[tuple[Job, Image.Image]], on_failure: OnFailure
 ) -> Iterator[_Encoded]:
+    """Encodes one picture at a time, so that no bit depends on what stands beside it."""
     backbone = inverter.require_backbone()
-    for batch in batched(pictures, batch_size):
-        images = to_tensor([square for _, square in batch]).to(backbone.device)
-        features, logits = backbone.features_and_logits(images)
-        for i, (job, square) in enumerate(batch):
-            scores = None if logits is None else logits[i]
-            if features[i].isfinite().all():
-                yield _Encoded(job, Source(job.name, square=square, logits=scores), features[i])
-            else:
-                on_failure(job, f"The features of {job.input} hold NaN or infinite values.")
+    for job, square in pictures:
+        features, logits = backbone.features_and_logits(to_tensor(square).to(backbone.device))
+        if features.isfinite().all():
+            scores = None if logits is None else logits[0]
+            yield _Encoded(job, Source(job.name, square=square, logits=scores), features[0])
+        else:
+            on_failure(job, f"The features of {job.input} hold NaN or infinite values.")
 
 
 def _join(
@@ -419,7 +415,7 @@ def _joined(samples: Sequence[_Sample], score: Score | None) -> Reconstruction:
 
 
 def read_maps(
-    inverter: Inverter, features: object, names: Sequence[str] | None = None, batch_size: int = 8
+    inverter: Inverter, features: object, names: Sequence[str] | None = None
 ) -> FeatureMaps:
     """Returns feature maps of whatever a user gives: maps, or pictures that are encoded first.
 
@@ -433,7 +429,7 @@ def read_maps(
         InputError: neither, or not one name per map.
     """
     if not isinstance(features, FeatureMaps):
-        features = _as_maps(inverter, features, batch_size)
+        features = _as_maps(inverter, features)
     if names is not None:
         if len(names) != len(features):
             raise InputError(
@@ -445,13 +441,13 @@ def read_maps(
     return features
 
 
-def _as_maps(inverter: Inverter, given: object, batch_size: int) -> FeatureMaps:
+def _as_maps(inverter: Inverter, given: object) -> FeatureMaps:
     shape = getattr(given, "shape", None)
     if shape is not None and tuple(shape[-3:]) == (inverter.spec.channels, *inverter.spec.grid):
         tensor = torch.as_tensor(given)
         maps = tensor[None] if tensor.ndim == 3 else tensor
         return FeatureMaps.of(maps.float(), [Source("")] * len(maps))
-    return inverter.encode(given, batch_size=batch_size)  # pyright: ignore[reportArgumentType]
+    return inverter.encode(given)  # pyright: ignore[reportArgumentType]
 
 
 def seeds_of(maps: FeatureMaps, seed: int, n_samples: int) -> list[int]:

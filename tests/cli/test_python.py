@@ -73,6 +73,16 @@ def test_a_script_writes_the_files_of_the_command(featinv: Featinv, photos: Path
     assert "4 samples of 2 pictures" in repr(samples)
 
 
+def test_features_do_not_depend_on_what_stands_beside_them(featinv: Featinv, photos: Path) -> None:
+    inverter = fi.load_inverter("tiny/convnext")
+    together = inverter.encode([photos / "a.png", photos / "b.jpg", photos / "more/c.png"])
+    alone = [inverter.encode(photos / name) for name in ("a.png", "b.jpg", "more/c.png")]
+    assert torch.equal(together, torch.cat(alone))
+    assert featinv("interpolate", photos / "a.png", photos / "b.jpg", "-o", "told").code == 0
+    fi.interpolate(inverter, together[:1], together[1:2]).save("typed")
+    assert contents("typed") == contents("told")
+
+
 def test_maps_of_any_kind_are_sampled(featinv: Featinv, photos: Path) -> None:
     inverter = fi.load_inverter("tiny/convnext")
     features = inverter.encode(photos / "a.png")
