@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from featinv_diffusion.backbones import resolve_backbone, wrap_model
+from featinv_diffusion.backbones.base import without_progress_bars
 from featinv_diffusion.backbones.names import read_spec
 from featinv_diffusion.backbones.timm import create_timm
 from featinv_diffusion.backbones.transformers import load_transformers
