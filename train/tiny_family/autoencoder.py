@@ -35,6 +35,8 @@ class AutoencoderModelConfig:
     Args:
         perceptual_classifier: folder of a trained classifier whose stages give the perceptual
             loss; None leaves that loss out.
+        start: folder of an AutoencoderKL of the same sizes whose weights begin the training;
+            None begins with random weights.
     """
 
     block_out_channels: tuple[int, ...] = (16, 32, 64, 128)
@@ -44,6 +46,7 @@ class AutoencoderModelConfig:
     kl_weight: float = 1e-6
     perceptual_weight: float = 0.05
     perceptual_classifier: str | None = None
+    start: str | None = None
 
 
 @dataclass(frozen=True)
@@ -199,6 +202,9 @@ def train_autoencoder(config: AutoencoderConfig) -> Path:
     images = open_training_images(config.data)
     train, held = make_datasets(images, config.data, config.seed)
     vae = make_autoencoder(config.model, config.data.size)
+    if config.model.start:
+        start = load_component(AutoencoderKL, config.model.start)
+        vae.load_state_dict(start.float().state_dict())
     task = AutoencoderTask(vae, config.model, stack_images(held, 250)[0])
     return fit(task, train, accelerator, config.optim, config.run, to_yaml(config))
 
