@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -11,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
 from featinv_diffusion.errors import InputError
@@ -19,25 +22,77 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+PARTIAL = ".part"
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path` and moves it there once the block succeeds.
 
-    The folder is made where it is missing. A block that fails leaves `path` as it was and nothing
-    beside it; a killed process may leave the temporary file, whose name starts with a dot and ends
-    in `.part`. An `OSError` of writing names `path`.
+    The folder is made where it is missing. The content is on the disk before the name is, so that
+    a loss of power leaves the old file or the new one. A block that fails leaves `path` as it was
+    and nothing beside it; a killed process may leave the temporary file, whose name starts with a
+    dot, cannot be guessed, and ends in `.part`. An `OSError` of writing names `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    partial = None
     try:
+        partial = _make_partial(path)
         yield partial
+        flush_to_disk(partial)
         os.replace(partial, path)
+        flush_to_disk(path.parent)
     except OSError as error:
         if error.filename is None or str(error.filename) == str(partial):
             error.filename, error.filename2 = str(path), None
         raise
     finally:
-        partial.unlink(missing_ok=True)
+        if partial is not None:
+            partial.unlink(missing_ok=True)
+
+
+def _make_partial(path: Path) -> Path:
+    """Makes an empty file of a random name, which follows no link and replaces nothing."""
+    handle, name = tempfile.mkstemp(prefix=_partial_prefix(path), suffix=PARTIAL, dir=path.parent)
+    os.close(handle)
+    os.chmod(name, 0o666 & ~_umask())  # mkstemp's own permissions are for one user only
+    return Path(name)
+
+
+def _partial_prefix(path: Path) -> str:
+    return f".{path.name[:100]}."  # a long name must leave room for what is added to it
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def flush_to_disk(path: Path) -> None:
+    """Waits until a file or folder is on the disk, with everything below a folder."""
+    for inner in path.rglob("*") if path.is_dir() else ():
+        if inner.is_file() and not inner.is_symlink():
+            _fsync(inner)
+    for inner in path.rglob("*") if path.is_dir() else ():
+        if inner.is_dir() and not inner.is_symlink():
+            _fsync(inner)
+    _fsync(path)
+
+
+def _fsync(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":
+        return  # Windows has no handle of a folder to flush
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system without fsync
+            raise
+    finally:
+        os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -56,17 +111,75 @@ def new_folder(target: Path) -> Iterator[Path]:
     check_absent(target)
     staging = None
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        inner = staging / target.name  # mkdtemp's own permissions are for one user only
-        inner.mkdir()
-        yield inner
-        os.replace(inner, target)
+        with holding(target):
+            check_absent(target)  # another process may have made it meanwhile
+            staging = Path(
+                tempfile.mkdtemp(prefix=_partial_prefix(target), suffix=PARTIAL, dir=target.parent)
+            )
+            inner = staging / target.name  # mkdtemp's own permissions are for one user only
+            inner.mkdir()
+            yield inner
+            flush_to_disk(inner)
+            os.replace(inner, target)
+            _fsync(target.parent)
+            staging.rmdir()
     except (OSError, SafetensorError) as error:
         raise InputError(f"{target} could not be written: {error}.") from error
     finally:
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def holding(target: Path) -> Iterator[None]:
+    """Keeps other processes from writing to a folder or file while the block runs.
+
+    The lock lies in a folder that exists, else beside the target. It is free again when its
+    process ends, however that happens. What a killed process left half-written for this target
+    is removed first. A process may hold a target several times.
+
+    Raises:
+        InputError: another process holds it; says which.
+    """
+    folder, stem = (target, "") if target.is_dir() else (target.parent, f".{target.name[:100]}")
+    folder.mkdir(parents=True, exist_ok=True)
+    path, owner = folder / f"{stem}.lock", folder / f"{stem}.lock-owner"
+    lock = FileLock(path, timeout=0, is_singleton=True)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise InputError(
+            f"{target} is being written by another process{_read_owner(owner)}. Wait until it is "
+            "done, or use another output."
+        ) from None
+    try:
+        if lock.lock_counter == 1:
+            _remove_partials(folder, target)
+            owner.write_text(f" ({os.getpid()} on {platform.node()})", encoding="utf-8")
+        yield
+    finally:
+        if lock.lock_counter == 1:
+            owner.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+        lock.release()
+
+
+def _read_owner(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")[:200]
+    except OSError:
+        return ""
+
+
+def _remove_partials(folder: Path, target: Path) -> None:
+    """Removes what killed writers of a folder, or of one file or folder, left in `folder`."""
+    beginning = "." if folder == target else _partial_prefix(target)
+    for path in folder.iterdir():
+        if path.name.startswith(beginning) and path.name.endswith(PARTIAL):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def check_absent(target: Path) -> None:

@@ -1,17 +1,33 @@
-"""Exit codes: 2 and a sentence for bad input, 1 where some images failed, a traceback for bugs."""
+"""Exit codes: 0 done, 1 some images failed, 2 a sentence for what a user or machine can cause.
+
+130 and 143 after Ctrl-C and SIGTERM; a bug ends in a traceback and 1.
+"""
 
 from __future__ import annotations
 
 import errno
 import logging
+import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
+from types import FrameType
+from typing import NoReturn
 
 from featinv_diffusion.errors import InputError
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-PLACE_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
+INTERRUPTED, TERMINATED = 130, 143
+
+
+class Stopped(BaseException):
+    """Ctrl-C or SIGTERM; no `KeyboardInterrupt`, of which typer makes an exit code of its own."""
+
+    def __init__(self, code: int):
+        super().__init__(code)
+        self.code = code
 
 
 def run(program: Callable[[], object]) -> None:
@@ -20,38 +36,93 @@ def run(program: Callable[[], object]) -> None:
     logging.getLogger("featinv_diffusion").addHandler(notes)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # for users of the libraries, not of this command
+    _catch_signals()
     try:
         program()
     except InputError as error:
         _stop(str(error))
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:
-        if (sentence := _describe(error)) is None:
-            raise
-        _stop(sentence)
+        _stop(describe(error))
+    except MemoryError:
+        _stop(_memory_advice("This machine"))
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":
+        if (device := _out_of_memory(error)) is None:
             raise
-        _stop("The device ran out of memory. Use a smaller --batch-size, or --dtype float16.")
+        _stop(_memory_advice(device))
+    except Stopped as stopped:
+        _stop("The run was stopped; nothing is left half-written.", stopped.code)
     finally:
         logging.getLogger("featinv_diffusion").removeHandler(notes)
 
 
-def _stop(sentence: str) -> None:
+def _stop(sentence: str, code: int = 2) -> NoReturn:
     print(f"Error: {sentence}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)
 
 
-def _describe(error: OSError) -> str | None:
-    """Returns a sentence for a full disk or a place that cannot be written, else None."""
-    where = f" while writing {error.filename}" if error.filename else ""
+def describe(error: OSError) -> str:
+    """Returns what an `OSError` says as a sentence that tells what to do."""
+    where = f" at {_shorten(str(error.filename))}" if error.filename else ""
     if error.errno in DISK_ERRORS:
         return (
             f"The disk is full or a quota is reached{where} ({error.strerror}). Nothing is left "
             "half-written; free some space, or use another output folder."
         )
-    if error.errno in PLACE_ERRORS:
-        return f"{error.strerror}{where}. Use a folder that you may write to."
-    return None
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return "Too many files are open at once. Raise the limit with `ulimit -n 4096`."
+    if error.errno == errno.ENOMEM:
+        return _memory_advice("This machine")
+    if error.errno == errno.ENOENT and not _has_working_folder():
+        return "The working folder was deleted. Change to one that exists."
+    if error.errno is None:
+        return " ".join(str(error).split()) or type(error).__name__
+    return f"{error.strerror}{where}. Use a path that exists and that you may read and write."
+
+
+def _has_working_folder() -> bool:
+    try:
+        os.getcwd()
+    except OSError:
+        return False
+    return True
+
+
+def _shorten(path: str) -> str:
+    return path if len(path) <= 120 else f"{path[:60]}…{path[-40:]}"
+
+
+def _out_of_memory(error: RuntimeError) -> str | None:
+    """Returns what ran out of memory, in words; None for another error."""
+    if type(error).__name__ == "OutOfMemoryError":
+        return "The device"
+    text = str(error)
+    signs = ("DefaultCPUAllocator", "not enough memory", "bad_alloc", "allocate memory")
+    return "This machine" if any(sign in text for sign in signs) else None
+
+
+def _memory_advice(who: str) -> str:
+    return (
+        f"{who} ran out of memory. Use smaller batches (--batch-size, or optim.batch_size in "
+        "training), smaller pictures, or half precision."
+    )
+
+
+def _catch_signals() -> None:
+    owner = os.getpid()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        code = TERMINATED if number == signal.SIGTERM else INTERRUPTED
+        if os.getpid() != owner:  # a data worker, which its parent ends
+            os._exit(code)
+        raise Stopped(code)
+
+    with suppress(ValueError):  # outside the main thread nothing can be caught
+        signal.signal(signal.SIGTERM, stop)
+        signal.signal(signal.SIGINT, stop)
 
 
 class _NoteHandler(logging.Handler):
