@@ -55,7 +55,7 @@ def parse_yaml(text: str | bytes, source: str, advice: str = "") -> Any:
         for token in yaml.scan(text, Loader=yaml.SafeLoader):
             if isinstance(token, yaml.AliasToken):  # a few lines of them fill any memory
                 raise InputError(_join(f"{source} must hold YAML without aliases (*).", advice))
-        return yaml.load(text, Loader=yaml.SafeLoader)  # noqa: S506
+        return yaml.load(text, Loader=yaml.SafeLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
