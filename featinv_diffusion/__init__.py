@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from featinv_diffusion.backbones import list_backbones, load_backbone, wrap_model
+    from featinv_diffusion.backbones import list_backbones, load_backbone, wrap_model, wrap_module
     from featinv_diffusion.backbones.base import Backbone
     from featinv_diffusion.class_embedding.study import TokenReading, read_tokens
     from featinv_diffusion.concepts import ConceptDictionary
@@ -74,6 +74,7 @@ _MODULES = {
     "show_concept": "studies.featinv_viz",
     "variability": "studies.variability",
     "wrap_model": "backbones",
+    "wrap_module": "backbones",
 }
 
 __all__ = [
@@ -111,6 +112,7 @@ __all__ = [
     "show_concept",
     "variability",
     "wrap_model",
+    "wrap_module",
 ]
 
 

@@ -8,8 +8,19 @@ from typing import Any
 from torch import nn
 
 from featinv_diffusion.backbones.base import LAST, Backbone, without_progress_bars
-from featinv_diffusion.backbones.names import list_backbones, resolve_backbone, same_backbone
-from featinv_diffusion.backbones.timm import TimmBackbone, create_timm, wrapper_settings
+from featinv_diffusion.backbones.module import make_by_factory, wrap_module
+from featinv_diffusion.backbones.names import (
+    FACTORY,
+    list_backbones,
+    resolve_backbone,
+    same_backbone,
+)
+from featinv_diffusion.backbones.timm import (
+    TimmBackbone,
+    create_timm,
+    load_weights,
+    wrapper_settings,
+)
 from featinv_diffusion.backbones.transformers import TransformersBackbone, load_transformers
 
 # ---- From a name, or a model in memory, to a `Backbone` ------------------------------------------
@@ -21,25 +32,49 @@ def load_backbone(
     *,
     pretrained: bool = True,
     input_size: int | tuple[int, int] | None = None,
+    trust_code: bool = False,
     **model_kwargs: Any,
 ) -> Backbone:
     """Loads a frozen backbone; weights are downloaded once, to the cache of the Hugging Face Hub.
 
     Args:
         name: see `list_backbones`; the backbone's own name is the canonical one, so `convnext`
-            gives `tiny/convnext`.
+            gives `tiny/convnext`. `ID@FILE` is a timm model with the weights of a file, and
+            `FILE.py:FUNCTION` or `MODULE:FUNCTION` calls a function of yours, which runs its code.
         layer: `last` (before pooling) or a dotted module path, see `Backbone.layers`.
         pretrained: False leaves the weights random and, except for `hf/`, needs no network.
         input_size: (height, width) or side in pixels; default is the model's evaluation size.
+        trust_code: whether a module that is found by its import name may be run; a file that is
+            named by its path always may.
         **model_kwargs: for `timm.create_model`, or for `from_pretrained` of transformers.
 
     Raises:
-        InputError: unknown name or layer, weights that cannot be loaded, size that does not fit.
+        InputError: unknown name or layer, weights that cannot be loaded, size that does not fit,
+            or a module that is not trusted.
     """
+    if FACTORY.fullmatch(name):
+        return make_by_factory(name, layer, trust_code=trust_code)
+    return load_named_backbone(
+        name, layer, pretrained=pretrained, input_size=input_size, **model_kwargs
+    )
+
+
+def load_named_backbone(
+    name: str,
+    layer: str = LAST,
+    *,
+    pretrained: bool = True,
+    input_size: int | tuple[int, int] | None = None,
+    **model_kwargs: Any,
+) -> Backbone:
+    """As `load_backbone`, of a name that may come from a file: runs no code of others."""
     found = resolve_backbone(name)
     processor = None
     with without_progress_bars():
-        if found.source == "timm":
+        if found.checkpoint is not None:
+            model = create_timm(found.target, pretrained=False, **model_kwargs)
+            load_weights(model, found.checkpoint)
+        elif found.source == "timm":
             model = create_timm(found.target, pretrained=pretrained, **model_kwargs)
         else:
             loaded = load_transformers(found.target, pretrained=pretrained, **model_kwargs)
@@ -99,7 +134,9 @@ __all__ = [
     "Backbone",
     "list_backbones",
     "load_backbone",
+    "load_named_backbone",
     "resolve_backbone",
     "same_backbone",
     "wrap_model",
+    "wrap_module",
 ]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from diffusers.utils import logging as diffusers_logging
@@ -20,6 +21,8 @@ from transformers.utils import logging as transformers_logging
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.images import Pictures, read_batch
 from featinv_diffusion.types import FeatureMaps, Features, FeatureSpec, Images, Source
+
+logger = logging.getLogger(__name__)
 
 # ---- Differentiable preprocessing of images by the statistics that a model was trained with ----
 
@@ -78,6 +81,10 @@ def _check_images(images: Tensor) -> None:
 
 LAST = "last"
 """The layer name of the last spatial map before pooling."""
+
+
+LayerEdit: TypeAlias = Callable[[Tensor], Tensor]
+"""A function of a layer's own output that returns a tensor of the same shape."""
 
 
 class Backbone(nn.Module, ABC):
@@ -144,6 +151,57 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def layers(self) -> list[FeatureSpec]:
         """Returns every layer that holds a map, in the model's order."""
+
+    def layout(self, layer: str = LAST) -> Any:
+        """Returns the `Layout` of a layer's output, whose `to_map` and `from_map` convert it.
+
+        Raises:
+            InputError: no such layer, one without a map, or a model whose layers are not known.
+        """
+        raise InputError(f"{self.name!r} does not tell how its layer {layer!r} holds a map.")
+
+    @contextmanager
+    def intervene(self, edits: Mapping[str, LayerEdit]) -> Iterator[Backbone]:
+        """Edits what layers put out, in every forward pass inside the block.
+
+            with backbone.intervene({"blocks.2": lambda tokens: 0.5 * tokens}):
+                features = backbone.features("a.jpg")
+
+        An edit sees what a forward hook of PyTorch would see: the layer's own output, tokens with
+        their prefix; `layout(layer)` converts it to a map and back. It must return a tensor of the
+        same shape. A layer behind the one that `features` reads is not reached by it.
+
+        Args:
+            edits: by dotted module path.
+
+        Raises:
+            InputError: no such layer, an edit that changes the shape, or a layer without a tensor.
+        """
+        modules = dict(self.model.named_modules())
+        if unknown := [path for path in edits if path not in modules or not path]:
+            raise InputError(
+                f"An edit must be of a module inside {self.name!r}, but {unknown[0]!r} is none; "
+                f"`featinv layers {self.name}` lists those that hold maps."
+            )
+        reached: set[str] = set()
+
+        def hook_of(path: str, edit: LayerEdit) -> Any:
+            def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+                reached.add(path)
+                return _with_first_tensor(output, edit, path)
+
+            return hook
+
+        handles = [
+            modules[path].register_forward_hook(hook_of(path, e)) for path, e in edits.items()
+        ]
+        try:
+            yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+        for path in edits.keys() - reached:
+            logger.warning("No forward pass reached %r, so its edit did nothing.", path)
 
     @abstractmethod
     def _run(self, pixels: Tensor) -> Any:
@@ -214,6 +272,27 @@ class Backbone(nn.Module, ABC):
     def __repr__(self) -> str:
         size = "×".join(map(str, self.input_size))
         return f"{type(self).__name__}({self.spec}, reads {size} pixels)"
+
+
+def _with_first_tensor(output: Any, edit: LayerEdit, path: str) -> Any:
+    """Returns a layer's output with its first tensor edited."""
+    if isinstance(output, Tensor):
+        edited = edit(output)
+        if not isinstance(edited, Tensor) or edited.shape != output.shape:
+            got = list(edited.shape) if isinstance(edited, Tensor) else type(edited).__name__
+            raise InputError(
+                f"The edit of {path!r} must return a tensor of the shape {list(output.shape)}, "
+                f"but gives {got}."
+            )
+        return edited
+    if isinstance(output, dict) and output:
+        first = next(iter(output))
+        copy = type(output)(**output)
+        copy[first] = _with_first_tensor(output[first], edit, path)
+        return copy
+    if isinstance(output, list | tuple) and output:
+        return type(output)([_with_first_tensor(output[0], edit, path), *output[1:]])
+    raise InputError(f"The layer {path!r} must put out a tensor to be edited, but does not.")
 
 
 def weights_sha256(modules: Mapping[str, nn.Module]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -13,6 +14,7 @@ from typing import Any, Literal
 import timm
 
 from featinv_diffusion.errors import InputError
+from featinv_diffusion.files import expand_path
 from featinv_diffusion.types import FeatureSpec
 
 logger = logging.getLogger(__name__)
@@ -20,6 +22,8 @@ logger = logging.getLogger(__name__)
 ASSETS = Path(__file__).parents[1] / "assets"
 FAMILY = "tiny/"
 """What the names of the bundled models begin with."""
+FACTORY = re.compile(r"(?P<place>.+\.py|[A-Za-z_][\w.]*):(?P<function>[A-Za-z_]\w*)")
+"""A function that makes a backbone: of a file, or of a module that can be imported."""
 PUBLISHED = {
     "convnext": "convnext_base.fb_in22k_ft_in1k",
     "resnet": "resnet50.tv_in1k",
@@ -37,18 +41,21 @@ class ResolvedName:
         name: the canonical name, such as `tiny/convnext`, a timm id without `timm/`, or `hf/…`.
         source: what it is loaded by; bundled models are folders of transformers.
         target: a timm id, or a folder or Hub repository of transformers.
+        checkpoint: file of weights for a timm id; None for those that timm publishes.
     """
 
     name: str
     source: Literal["bundled", "timm", "transformers"]
     target: str
+    checkpoint: Path | None = None
 
 
 def list_backbones() -> list[str]:
     """Returns the names of the bundled backbones, such as `tiny/convnext`.
 
     `load_backbone` also takes their short names (`convnext`), any timm id with or without `timm/`,
-    and `hf/` followed by a folder or Hub repository of transformers.
+    alone or as `ID@FILE` with a file of weights, `hf/` followed by a folder or Hub repository of
+    transformers, and `FILE.py:FUNCTION` with a function that returns a backbone.
     """
     found = ASSETS.glob(f"{FAMILY}*/backbone")
     return sorted(path.parent.relative_to(ASSETS).as_posix() for path in found)
@@ -69,6 +76,21 @@ def resolve_backbone(name: str) -> ResolvedName:
         return ResolvedName(full, "bundled", str(ASSETS / full / "backbone"))
     if full.startswith("hf/"):
         return ResolvedName(full, "transformers", full.removeprefix("hf/"))
+    timm_id, at, file = full.partition("@")
+    if at:
+        _check_timm_id(timm_id)
+        path = expand_path(file).absolute()
+        if not path.is_file():
+            raise InputError(
+                f"{full!r} names the weights of the timm model {timm_id!r} after the @, but no "
+                f"file is at {path}."
+            )
+        return ResolvedName(f"{timm_id}@{path}", "timm", timm_id, path)
+    if FACTORY.fullmatch(full):
+        raise InputError(
+            f"The backbone {full!r} is made by code, which runs only where a user names it: give "
+            "it as --backbone, or to load_backbone and load_inverter(backbone=…)."
+        )
     _check_timm_id(full)
     return ResolvedName(full, "timm", full)
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping
 from dataclasses import replace
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
 from timm.layers import AttentionPool2d, AttentionPoolLatent, AttentionPoolPrr, RotAttentionPool2d
 from timm.models.vision_transformer_sam import VisionTransformerSAM
@@ -54,6 +58,46 @@ def _check_has_weights(timm_id: str) -> None:
 ATTENTION_POOLS = (AttentionPool2d, AttentionPoolLatent, AttentionPoolPrr, RotAttentionPool2d)
 PATCH_POOLS = ("avg", "max", "avgmax")
 """timm's names of pools over tokens that leave out the prefix, unless `pool_include_prefix`."""
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Loads all weights of a model from a file; nothing in the file is run.
+
+    Args:
+        path: safetensors, or what `torch.save` wrote of tensors alone, plain or as `state_dict`,
+            `model` or `state_dict_ema` in a checkpoint of timm.
+
+    Raises:
+        InputError: another kind of file, or weights that are missing, left over or of other shapes.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            found: Any = load_file(path)
+        else:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError) as error:
+        raise InputError(
+            f"{path} must hold weights and nothing else, as safetensors or a file of torch.save, "
+            f"but cannot be read: {str(error).splitlines()[0]}"
+        ) from None
+    for key in ("state_dict_ema", "state_dict", "model"):
+        if isinstance(found, dict) and isinstance(found.get(key), dict):
+            found = found[key]
+            break
+    if not isinstance(found, dict) or not all(isinstance(v, torch.Tensor) for v in found.values()):
+        raise InputError(f"{path} must hold a dict of tensors, but holds something else.")
+    weights = {str(key).removeprefix("module."): value for key, value in found.items()}
+    own = model.state_dict()
+    wrong = sorted(own.keys() ^ weights.keys()) or [
+        name for name in own if own[name].shape != weights[name].shape
+    ]
+    if wrong:
+        raise InputError(
+            f"{path} must hold the weights of the model, but {len(wrong)} tensors are missing, "
+            f"left over or of other shapes, such as {', '.join(wrong[:3])}. Name the timm model "
+            "that it was saved from."
+        )
+    model.load_state_dict(weights)
 
 
 class TimmBackbone(TracedBackbone):

@@ -347,6 +347,19 @@ class TracedBackbone(Backbone):
             scores = self._run(pixels)
         return self._layout.to_map(outputs[0]), scores
 
+    def layout(self, layer: str = LAST) -> Layout:
+        """As `Backbone.layout`."""
+        if layer == self.spec.layer:
+            return self._layout
+        if layer == LAST:
+            return self._last.layout
+        found = self._trace_layers(*self._on_meta())
+        if layer not in found:
+            known = layer in dict(self.model.named_modules())
+            problem = "does not hold a spatial map in" if known else "is not a layer of"
+            raise layer_error(self, layer, problem)
+        return found[layer][1]
+
     def layers(self) -> list[FeatureSpec]:
         """Returns `last` and every module whose output is a spatial map, in the model's order.
 
@@ -364,7 +377,7 @@ class TracedBackbone(Backbone):
 
     def _describe(self, layer: str) -> None:
         if layer != LAST and layer not in dict(self.model.named_modules()):
-            raise self._layer_error(layer, "is not a layer of")
+            raise layer_error(self, layer, "is not a layer of")
         ghost, pixels = self._on_meta()
         try:
             with torch.no_grad():
@@ -384,7 +397,7 @@ class TracedBackbone(Backbone):
     def _select(self, layer: str, ghost: TracedBackbone, pixels: Tensor) -> None:
         found = self._trace_layers(ghost, pixels)
         if layer not in found:
-            raise self._layer_error(layer, "does not hold a spatial map in")
+            raise layer_error(self, layer, "does not hold a spatial map in")
         self.spec, self._layout = found[layer]
 
     def _trace_layers(
@@ -414,11 +427,13 @@ class TracedBackbone(Backbone):
         channels, height, width = layout.to_map(torch.empty(shape, device="meta")).shape[1:]
         return FeatureSpec(self.name, layer, channels, (height, width))
 
-    def _layer_error(self, layer: str, problem: str) -> InputError:
-        paths = [path for path, _ in self.model.named_modules() if path]
-        near = get_close_matches(layer, [p for p in paths if p != layer], n=3, cutoff=0.4)
-        nearest = f" Nearest names: {', '.join(near)}." if near else ""
-        return InputError(
-            f"{layer!r} {problem} {self.name!r}.{nearest} "
-            f"The default is {LAST!r}; `featinv layers {self.name}` lists all that can be used."
-        )
+
+def layer_error(backbone: Backbone, layer: str, problem: str) -> InputError:
+    """Returns the error of a layer that cannot be read, with the nearest names."""
+    paths = [path for path, _ in backbone.model.named_modules() if path]
+    near = get_close_matches(layer, [p for p in paths if p != layer], n=3, cutoff=0.4)
+    nearest = f" Nearest names: {', '.join(near)}." if near else ""
+    return InputError(
+        f"{layer!r} {problem} {backbone.name!r}.{nearest} "
+        f"The default is {LAST!r}; `featinv layers {backbone.name}` lists all that can be used."
+    )

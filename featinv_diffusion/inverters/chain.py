@@ -11,7 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from featinv_diffusion.backbones.base import Backbone
+from featinv_diffusion.backbones import wrap_model
+from featinv_diffusion.backbones.base import LAST, Backbone
+from featinv_diffusion.backbones.traced import Layout
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.inverters.base import Generators, Inverter
 from featinv_diffusion.inverters.blocks import InverseModule
@@ -52,6 +54,10 @@ class StageBackbone(Backbone):
     def layers(self) -> list[FeatureSpec]:
         """Returns all stages as maps, without the image."""
         return [_as_map(spec) for spec in list(self.path.specs.values())[1:]]
+
+    def layout(self, layer: str = LAST) -> Layout:
+        """As `Backbone.layout`, of the model that the stages are of."""
+        return wrap_model(self.path.model, name=self.name, layer=LAST).layout(layer)
 
     def _to_map(self, embedding: Tensor) -> Features:
         return embedding if embedding.ndim == 4 else sequence_to_map(embedding)

@@ -11,7 +11,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from featinv_diffusion.backbones import Backbone, load_backbone
+from featinv_diffusion.backbones import Backbone, load_named_backbone
 from featinv_diffusion.backbones.names import recorded_name
 from featinv_diffusion.diffusion.folders import load_network
 from featinv_diffusion.errors import InputError, choices_hint
@@ -214,7 +214,7 @@ def load_path(info: PathInfo) -> ForwardPath:
     """
     if info.family == "detr":
         return _detr_path(info, info.model)
-    return vit_path(load_backbone(info.model))
+    return vit_path(load_named_backbone(info.model))
 
 
 def _detr_path(info: PathInfo, source: str) -> DetrPath:

@@ -10,8 +10,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from featinv_diffusion.backbones import load_backbone, resolve_backbone, same_backbone
+from featinv_diffusion.backbones import (
+    Backbone,
+    load_backbone,
+    load_named_backbone,
+    resolve_backbone,
+    same_backbone,
+)
 from featinv_diffusion.backbones.base import without_progress_bars
+from featinv_diffusion.backbones.names import FACTORY
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
 from featinv_diffusion.diffusion.folders import INDEX, class_name, list_bundled
 from featinv_diffusion.diffusion.hub import REPO, load_pipeline
@@ -44,6 +51,7 @@ def load_inverter(
     *,
     stage: str | None = None,
     pipeline: str | None = None,
+    backbone: Backbone | str | None = None,
     steps: int | None = None,
     scheduler: str | None = None,
     guidance_scale: float | None = None,
@@ -60,6 +68,8 @@ def load_inverter(
             reconstructor), or a Hub repository of a pipeline; default is `tiny/convnext`.
         stage: stage that a modular inverter (`detr`, `vit`) inverts; None is its default one.
         pipeline: for `rae`, the folder or Hub repository of its autoencoder.
+        backbone: the model that the features come from, for a pipeline that does not hold it, such
+            as one that was trained on a `wrap_module` of yours; default is found by name.
         steps, scheduler, guidance_scale, guidance: of a diffusion pipeline; None is its default.
         strength: factor on the residuals of the ControlNet.
         attention: `native` or `xformers`.
@@ -74,6 +84,7 @@ def load_inverter(
         inverter=DIFFUSION if name is None else str(name),
         stage=stage,
         pipeline=pipeline,
+        backbone=backbone if isinstance(backbone, str) else None,
         steps=steps,
         scheduler=scheduler,
         guidance_scale=guidance_scale,
@@ -83,11 +94,13 @@ def load_inverter(
         device=device,
         dtype=dtype,
     )
-    return open_inverter(settings)
+    return open_inverter(settings, backbone=None if isinstance(backbone, str) else backbone)
 
 
 def open_inverter(
-    settings: SampleSettings, on_progress: Callable[[float], None] | None = None
+    settings: SampleSettings,
+    on_progress: Callable[[float], None] | None = None,
+    backbone: Backbone | None = None,
 ) -> Inverter:
     """As `load_inverter`, of settings; those of the inverter are resolved.
 
@@ -101,7 +114,12 @@ def open_inverter(
     device = find_device(settings.device)
     with without_progress_bars():
         if settings.inverter == DIFFUSION:
-            inverter = _open_diffusion(settings, device)
+            inverter = _open_diffusion(settings, device, backbone)
+        elif backbone is not None:
+            raise InputError(
+                f"The inverter {settings.inverter!r} has its own backbone, but another was given. "
+                "Leave that out."
+            )
         else:
             inverter = _open_deterministic(settings, device)
     inverter.on_progress = on_progress
@@ -342,7 +360,9 @@ def _check_deterministic(settings: SampleSettings) -> None:
 # ---- Diffusion -----------------------------------------------------------------------------------
 
 
-def _open_diffusion(settings: SampleSettings, device: torch.device) -> DiffusionInverter:
+def _open_diffusion(
+    settings: SampleSettings, device: torch.device, backbone: Backbone | None
+) -> DiffusionInverter:
     name = settings.pipeline
     assert name is not None
     pipeline = load_pipeline(name)
@@ -351,7 +371,7 @@ def _open_diffusion(settings: SampleSettings, device: torch.device) -> Diffusion
     _prepare(pipeline, settings, device)
     inverter = DiffusionInverter(
         pipeline,
-        backbone=None if pipeline.backbone else load_backbone(spec.backbone, spec.layer).to(device),
+        backbone=_backbone_for(pipeline, spec, settings, backbone, device),
         num_inference_steps=settings.steps,
         guidance_scale=settings.guidance_scale,
         guidance=settings.guidance,
@@ -377,8 +397,28 @@ def _open_diffusion(settings: SampleSettings, device: torch.device) -> Diffusion
     return inverter
 
 
+def _backbone_for(
+    pipeline: FeatInvPipeline,
+    spec: FeatureSpec,
+    settings: SampleSettings,
+    given: Backbone | None,
+    device: torch.device,
+) -> Backbone | None:
+    """Returns the backbone that the user gives or names, else the pipeline's own (None)."""
+    if given is None and settings.backbone is not None and FACTORY.fullmatch(settings.backbone):
+        given = load_backbone(settings.backbone)
+    if given is not None:
+        spec.check_matches(given.spec)
+        return given.to(device)
+    if pipeline.backbone is not None:
+        return None
+    return load_named_backbone(spec.backbone, spec.layer).to(device)
+
+
 def _check_fits(name: str, spec: FeatureSpec, settings: SampleSettings) -> None:
     asked, has = settings.backbone, spec.backbone
+    if asked is not None and FACTORY.fullmatch(asked):
+        return  # its features are compared with the pipeline's once they are known
     if asked is not None and not same_backbone(asked, has):
         raise InputError(
             f"The pipeline {name} inverts the backbone {has!r}, but the backbone "

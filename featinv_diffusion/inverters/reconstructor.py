@@ -22,7 +22,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from featinv_diffusion.backbones import Backbone, load_backbone, wrap_model
+from featinv_diffusion.backbones import Backbone, load_named_backbone, wrap_model
 from featinv_diffusion.backbones.base import LAST
 from featinv_diffusion.backbones.names import canonical_name, read_spec
 from featinv_diffusion.diffusion.folders import CONFIG, class_name, first_line, load_network
@@ -277,7 +277,7 @@ def load_encoder(
         InputError: as `load_backbone`.
     """
     if weights is None:
-        return load_backbone(name, layer, input_size=input_size)
+        return load_named_backbone(name, layer, input_size=input_size)
     from featinv_diffusion.backbones.transformers import load_transformers
 
     if not Path(weights).is_dir():

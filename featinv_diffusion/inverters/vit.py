@@ -106,10 +106,15 @@ class VitPath(ForwardPath):
     def _encoder(self, tokens: Tensor) -> dict[str, Tensor]:
         states: dict[str, Tensor] = {}
         for i, block in enumerate(self._vit.blocks):
-            tokens = tokens + block.ls1(block.attn(block.norm1(tokens)))
-            states[f"blocks.{i}.attention"] = tokens
-            tokens = tokens + block.ls2(block.mlp(block.norm2(tokens)))
-            states[f"blocks.{i}"] = tokens
+            between: list[Tensor] = []
+            handle = block.norm2.register_forward_pre_hook(
+                lambda _module, inputs, seen=between: seen.append(inputs[0])
+            )
+            try:
+                tokens = block(tokens)  # the block itself, so that its own hooks run
+            finally:
+                handle.remove()
+            states[f"blocks.{i}.attention"], states[f"blocks.{i}"] = between[0], tokens
         return states | {"encoder": tokens}
 
     def _last(self, tokens: Tensor) -> dict[str, Tensor]:
