@@ -15,6 +15,8 @@ from featinv_diffusion.cli import exits
 
 COMMANDS = {
     "sample": "sample",
+    "encode": "maps",
+    "decode": "maps",
     "interpolate": "studies",
     "compose": "studies",
     "variability": "studies",

@@ -7,6 +7,7 @@ from pathlib import Path
 import typer
 
 from featinv_diffusion.cli import options
+from featinv_diffusion.errors import InputError
 from featinv_diffusion.settings import SampleSettings
 
 
@@ -27,13 +28,23 @@ def sample(
     RAE-mae-base-p16-ViTXL-n08 there.
     """
     from featinv_diffusion.cli.run import quiet_libraries, report, say_notes
+    from featinv_diffusion.cli.maps import decode_maps
     from featinv_diffusion.data.sets import open_pictures
+    from featinv_diffusion.features.maps import is_maps_file
     from featinv_diffusion.images import builtin_photo
     from featinv_diffusion.inverters.open import name_inverter
     from featinv_diffusion.runs.samples import run_jobs
     from featinv_diffusion.runs.sampling import make_jobs
 
     quiet_libraries()
+    if any(is_maps_file(name) for name in images or ()):
+        assert images is not None
+        if len(images) > 1:
+            raise InputError(
+                f"One file of feature maps, or pictures, can be sampled at a time, got "
+                f"{len(images)} names. Sample them one after the other."
+            )
+        return decode_maps(settings, Path(images[0]), output)
     found = open_pictures(images or [builtin_photo()], exclude=output)
     is_named = settings.pipeline is not None or settings.is_deterministic
     settings = name_inverter(settings)

@@ -21,9 +21,11 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from featinv_diffusion.backbones import Backbone
 from featinv_diffusion.data.crops import to_images
 from featinv_diffusion.data.sets import ImageSet, read_location
 from featinv_diffusion.errors import InputError
+from featinv_diffusion.features.maps import is_maps_file, load_maps
 from featinv_diffusion.images import center_square, to_pil, to_tensor
 from featinv_diffusion.inverters.base import Inverter
 from featinv_diffusion.metrics import feature_cosine, shuffled_cosine, top_k_match
@@ -300,7 +302,7 @@ def reconstruct(
         score: of each image's features.
     """
     readable = _read(jobs, max(inverter.require_backbone().input_size), on_failure)
-    encoded = _encode(inverter, readable, on_failure)
+    encoded = _encode(inverter.require_backbone(), readable, on_failure)
     return _join(inverter, encoded, batch_size, on_failure, score)
 
 
@@ -333,10 +335,9 @@ def _read(
 
 @torch.no_grad()
 def _encode(
-    inverter: Inverter, pictures: Iterable[tuple[Job, Image.Image]], on_failure: OnFailure
+    backbone: Backbone, pictures: Iterable[tuple[Job, Image.Image]], on_failure: OnFailure
 ) -> Iterator[_Encoded]:
     """Encodes one picture at a time, so that no bit depends on what stands beside it."""
-    backbone = inverter.require_backbone()
     for job, square in pictures:
         features, logits = backbone.features_and_logits(to_tensor(square).to(backbone.device))
         if features.isfinite().all():
@@ -344,6 +345,22 @@ def _encode(
             yield _Encoded(job, Source(job.name, square=square, logits=scores), features[0])
         else:
             on_failure(job, f"The features of {job.input} hold NaN or infinite values.")
+
+
+def encode_pictures(backbone: Backbone, images: ImageSet) -> FeatureMaps:
+    """Returns the maps that `featinv sample` would take from pictures, with their names.
+
+    Raises:
+        InputError: a picture that cannot be read, or features that are not finite.
+    """
+
+    def fail(job: Job, error: str) -> None:
+        raise InputError(error)
+
+    jobs = make_jobs(images, 0, 1)
+    found = list(_encode(backbone, _read(jobs, max(backbone.input_size), fail), fail))
+    sources = [replace(one.source, location=one.job.input) for one in found]
+    return FeatureMaps.of(torch.stack([one.features for one in found]), sources)
 
 
 def _join(
@@ -421,7 +438,8 @@ def read_maps(
 
     Args:
         features: `FeatureMaps`, a tensor or array of the shape of the inverter's features
-            (`[b, c, h, w]` or `[c, h, w]`), or anything that `Inverter.encode` takes.
+            (`[b, c, h, w]` or `[c, h, w]`), the path of a file of maps, or anything that
+            `Inverter.encode` takes.
         names: what the noise of each map depends on, as the file name does of a picture; maps
             without names share their noise.
 
@@ -442,6 +460,8 @@ def read_maps(
 
 
 def _as_maps(inverter: Inverter, given: object) -> FeatureMaps:
+    if is_maps_file(given):
+        return load_maps(given, inverter.spec)  # pyright: ignore[reportArgumentType]
     shape = getattr(given, "shape", None)
     if shape is not None and tuple(shape[-3:]) == (inverter.spec.channels, *inverter.spec.grid):
         tensor = torch.as_tensor(given)

@@ -1,0 +1,158 @@
+"""`featinv encode` and `featinv decode`: pictures to files of feature maps, and back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from featinv_diffusion.cli import options
+from featinv_diffusion.errors import InputError
+from featinv_diffusion.settings import SampleSettings
+
+STRIP, FILM = "strip.png", "film.gif"
+
+
+def encode(
+    images: options.Images = None,
+    backbone: Annotated[
+        str, typer.Option(help="Name of the backbone, as `featinv layers` takes it.")
+    ] = "tiny/convnext",
+    layer: Annotated[str, typer.Option(help="Layer of the backbone.")] = "last",
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="File to write: .safetensors, .npy or .parquet.",
+        ),
+    ] = Path("outputs/maps.safetensors"),
+    trust_code: Annotated[
+        bool, typer.Option("--trust-code", help="Run the module that --backbone names.")
+    ] = False,
+    device: options.Device = "auto",
+) -> None:
+    """Write the feature maps of pictures to a file that `featinv decode` reads.
+
+    The file holds the maps [b, c, h, w] in float32, the spec of the features and the names of the
+    pictures; numpy, safetensors and parquet read it without this package.
+    """
+    import torch
+
+    from featinv_diffusion.backbones import load_backbone
+    from featinv_diffusion.cli.run import quiet_libraries, say_notes
+    from featinv_diffusion.data.sets import open_pictures
+    from featinv_diffusion.features.maps import check_maps_path, write_maps
+    from featinv_diffusion.files import holding
+    from featinv_diffusion.images import builtin_photo
+    from featinv_diffusion.inverters.open import find_device
+    from featinv_diffusion.runs.sampling import encode_pictures
+
+    quiet_libraries()
+    options.check_file(output)
+    check_maps_path(output)
+    found = open_pictures(images or [builtin_photo()], exclude=output.parent / output.stem)
+    say_notes(found)
+    with holding(output), torch.no_grad():
+        model = load_backbone(backbone, layer, trust_code=trust_code).to(find_device(device))
+        maps = encode_pictures(model, found)
+        write_maps(output, maps, model.spec)
+    print(f"Wrote {output}: {len(maps)} maps, each a {model.spec}.")
+
+
+@options.with_settings(SampleSettings, n_samples=1)
+def decode(
+    maps: Annotated[
+        Path, typer.Argument(metavar="MAPS", help="A .safetensors, .npy, .npz or .parquet file.")
+    ],
+    film: Annotated[
+        bool, typer.Option("--film", help=f"Also write the maps in order as {FILM}.")
+    ] = False,
+    *,
+    settings: SampleSettings,
+    output: options.Output = Path("outputs/decode"),
+) -> None:
+    """Turn the feature maps of a file into pictures.
+
+    They are the very pictures that `featinv sample` makes of the pictures that were encoded, with
+    the same settings. Several maps also give strip.png, the first sample of each in their order.
+    """
+    from featinv_diffusion.features.maps import is_maps_file
+
+    options.check_folder(output)
+    if not is_maps_file(maps):
+        raise InputError(
+            f"{maps} must be a file of feature maps (.safetensors, .npy, .npz or .parquet). "
+            "`featinv encode` writes one."
+        )
+    decode_maps(settings, maps, output, film=film)
+
+
+def decode_maps(settings: SampleSettings, maps: Path, output: Path, *, film: bool = False) -> None:
+    """Samples the maps of a file as `featinv sample` samples pictures, and writes everything."""
+    from featinv_diffusion.cli.run import quiet_libraries, report
+    from featinv_diffusion.features.maps import load_maps
+    from featinv_diffusion.inverters.open import open_inverter
+    from featinv_diffusion.runs.record import reserved
+    from featinv_diffusion.runs.samples import sample
+
+    quiet_libraries()
+    with reserved(output):
+        inverter = open_inverter(named_by(settings, maps))
+        found = sample(
+            inverter,
+            load_maps(maps, inverter.spec),
+            n_samples=settings.n_samples,
+            seed=settings.seed,
+            batch_size=settings.batch_size,
+            progress=True,
+        )
+        found.save(output)
+        firsts = [done.samples[0] for done in found.reconstructions]
+        if len(firsts) > 1:
+            save_strip(firsts, output / STRIP)
+        if film:
+            save_film(firsts, output / FILM)
+    report(found.manifest, output)
+
+
+def named_by(settings: SampleSettings, maps: Path) -> SampleSettings:
+    """Returns settings with the backbone and layer of a file of maps, where nothing is named."""
+    from featinv_diffusion.features.maps import spec_of
+
+    named = (settings.pipeline, settings.backbone) != (None, None) or settings.is_deterministic
+    spec = None if named else spec_of(maps)
+    if spec is None:
+        return settings
+    return replace(settings, backbone=spec.backbone, layer=settings.layer or spec.layer)
+
+
+def save_strip(pictures: list, path: Path) -> None:
+    """Writes pictures side by side."""
+    from PIL import Image
+
+    from featinv_diffusion.images import write_png
+
+    width, height = pictures[0].size
+    strip = Image.new("RGB", (width * len(pictures), height))
+    for i, picture in enumerate(pictures):
+        strip.paste(picture, (i * width, 0))
+    write_png(strip, path)
+
+
+def save_film(pictures: list, path: Path, *, milliseconds: int = 200) -> None:
+    """Writes pictures as an animated GIF that repeats."""
+    from featinv_diffusion.files import replacing
+
+    with replacing(path) as partial:
+        pictures[0].save(
+            partial,
+            format="GIF",
+            save_all=True,
+            append_images=pictures[1:],
+            duration=milliseconds,
+            loop=0,
+        )
