@@ -27,8 +27,8 @@ def sample(
     nyu-visionx/RAE-dinov2-wReg-base-ViTXL-n08, RAE-siglip2-base-p16-i256-ViTXL-n08 or
     RAE-mae-base-p16-ViTXL-n08 there.
     """
-    from featinv_diffusion.cli.run import quiet_libraries, report, say_notes
     from featinv_diffusion.cli.maps import decode_maps
+    from featinv_diffusion.cli.run import quiet_libraries, report, say_notes
     from featinv_diffusion.data.sets import open_pictures
     from featinv_diffusion.features.maps import is_maps_file
     from featinv_diffusion.images import builtin_photo
