@@ -19,6 +19,8 @@ COMMANDS = {
     "decode": "maps",
     "interpolate": "studies",
     "compose": "studies",
+    "edit": "edit",
+    "patch": "edit",
     "variability": "studies",
     "concepts": "concepts",
     "viz": "studies",
