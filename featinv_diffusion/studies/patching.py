@@ -243,8 +243,8 @@ class Patching(Result):
         words = (
             f"One cell of B at {self.arguments['at']} changes the picture by {found['effect']:.3f} "
             f"in mean RGB (a random change as long: {found['null']:.3f}); all cells together by "
-            f"{found['effect_of_all']:.3f}. {found['share_beyond_null']:.0%} of the cells go beyond "
-            "19 in 20 random changes."
+            f"{found['effect_of_all']:.3f}. {found['share_beyond_null']:.0%} of the cells go "
+            "beyond 19 in 20 random changes."
         )
         if found["class_effect"] is not None:
             words += (
