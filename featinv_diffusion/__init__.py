@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from featinv_diffusion.runs.samples import Samples, sample
     from featinv_diffusion.studies.composition import Composition, compose
     from featinv_diffusion.studies.concepts import FoundConcepts, find_concepts
+    from featinv_diffusion.studies.differencing import compare_models
     from featinv_diffusion.studies.edit import Edited, edit
     from featinv_diffusion.studies.featinv_viz import ConceptViz, show_concept
     from featinv_diffusion.studies.interpolation import Interpolation, interpolate
@@ -63,6 +64,7 @@ _MODULES = {
     "Patching": "studies.patching",
     "TokenReading": "class_embedding.study",
     "Variability": "studies.variability",
+    "compare_models": "studies.differencing",
     "compose": "studies.composition",
     "edit": "studies.edit",
     "evaluate": "evaluation.run",
@@ -105,6 +107,7 @@ __all__ = [
     "TokenReading",
     "Variability",
     "__version__",
+    "compare_models",
     "compose",
     "edit",
     "evaluate",

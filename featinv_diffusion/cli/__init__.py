@@ -19,6 +19,7 @@ COMMANDS = {
     "decode": "maps",
     "interpolate": "studies",
     "compose": "studies",
+    "compare": "compare",
     "edit": "edit",
     "patch": "edit",
     "variability": "studies",
