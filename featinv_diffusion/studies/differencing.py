@@ -88,7 +88,7 @@ def compare_models(
         )
     fit_a = a[:split] if fit_on is None else inverter.encode(fit_on)
     kept = slice(split, None)
-    seeds = [derive_seed(seed, name, 0) for name in names[kept]]
+    seeds = [derive_seed(seed, name or str(j), 0) for j, name in enumerate(names[kept])]
     logits = [source.logits for source in a.sources[kept]]
     classes = None
     if all(row is not None for row in logits):

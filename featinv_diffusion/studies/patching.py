@@ -157,7 +157,7 @@ def adding(backbone: Backbone, at: str, change: Features) -> Callable[[Tensor], 
     return lambda output: output + layout.from_map(change).to(output)
 
 
-def _rgb(images: Images, before: Images) -> Float[Tensor, " b"]:
+def _rgb(images: Images, before: Float[Tensor, "_ 3 height width"]) -> Float[Tensor, " b"]:
     return (images - before).abs().double().mean(dim=(1, 2, 3))
 
 
