@@ -74,7 +74,8 @@ def convert(content: Any, kind: type[T] | Any, source: str, advice: str = "") ->
     try:
         return msgspec.convert(content, kind, strict=False)
     except (msgspec.ValidationError, RecursionError) as error:
-        reason = str(error).replace("$.", "").replace(" - at `$`", "")
+        reason = str(error).replace("$.", "").replace(" - at `$`", "").replace(". - at", " - at")
+        reason = reason.rstrip(".")
         raise InputError(_join(f"In {source}: {reason}.", advice)) from None
 
 

@@ -97,8 +97,8 @@ def _default_output(folder: Path) -> Path:
     """Returns a folder below the working folder, which the manifest's folder must not hold."""
     if any(place.is_relative_to(folder.resolve()) for place in (Path.cwd(), DEFAULT.resolve())):
         raise InputError(
-            f"A replay must not write into the folder of its manifest by itself, but {DEFAULT} lies "
-            f"in {folder}. Name a folder with --output."
+            f"A replay must not write into the folder of its manifest by itself, but {DEFAULT} "
+            f"lies in {folder}. Name a folder with --output."
         )
     return DEFAULT
 
@@ -171,6 +171,8 @@ def _replay_concepts(
 
     if content.get("n_concepts", "") is None and content.get("method") == "mcd":
         content["n_concepts"] = AUTO
+    elif type(content.get("n_concepts")) is int:
+        content["n_concepts"] = str(content["n_concepts"])
     if content.get("max_cells", "") is None:
         content["max_cells"] = 0
     kinds = {

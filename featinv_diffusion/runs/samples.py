@@ -296,7 +296,9 @@ def to_jobs(manifest: Manifest) -> list[Job]:
 
 
 @dataclass(frozen=True)
-class _Entry:
+class _Planned:
+    """The schema of what must be known of an image to make its samples again."""
+
     input: str
     outputs: Annotated[list[str], Meta(min_length=1, max_length=MAX_SAMPLES)]
     seed: Seeds
@@ -312,7 +314,26 @@ class _Entry:
 
 
 @dataclass(frozen=True)
+class Entry(_Planned):
+    """The schema of `to_entry`."""
+
+    cosine: list[float]
+    cosine_shuffled: list[float]
+    top1_match: list[bool | None]
+    top5_match: list[bool | None]
+    scope_p_value: float | None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in PER_SAMPLE:
+            if len(getattr(self, name)) != len(self.outputs):
+                raise InputError(f"{name} must have one value for each of the outputs")
+
+
+@dataclass(frozen=True)
 class _Failed:
+    """The schema of an image that could not be used."""
+
     input: str
     error: str
 
@@ -321,7 +342,7 @@ class _Failed:
 class _Content:
     """The schema of what a manifest holds besides the settings."""
 
-    images: Annotated[list[_Entry], Meta(min_length=1)]
+    images: Annotated[list[_Planned], Meta(min_length=1)]
     failures: list[_Failed] = field(default_factory=list)
     environment: Environment = field(default_factory=Environment)
     scope_basis: str | None = None
