@@ -1,7 +1,8 @@
 """Files that travel are data: read as JSON or YAML, held against a schema, and never evaluated.
 
 A schema is a dataclass, a `TypedDict` or any other type that msgspec converts to; limits stand in
-its annotations (`Annotated[int, Meta(ge=1)]`) or are checked by its `__post_init__`.
+its annotations (`Annotated[int, Meta(ge=1)]`) or are checked by its `__post_init__`. A union of a
+number with limits and a tuple of fixed length crashes msgspec 0.22; take a list with limits there.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def parse_yaml(text: str | bytes, source: str, advice: str = "") -> Any:
         for token in yaml.scan(text, Loader=yaml.SafeLoader):
             if isinstance(token, yaml.AliasToken):  # a few lines of them fill any memory
                 raise InputError(_join(f"{source} must hold YAML without aliases (*).", advice))
-        return yaml.load(text, Loader=yaml.SafeLoader)  # noqa: S506
+        return yaml.load(text, Loader=yaml.SafeLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         if isinstance(error, InputError):
             raise

@@ -88,6 +88,9 @@ def check(settings: Any) -> None:
     """Raises `InputError` where a value is none of its field's choices, or out of its range."""
     for field in dataclasses.fields(settings):
         value, rule = getattr(settings, field.name), field.metadata
+        if getattr(value, "ndim", None) == 0:  # a scalar of NumPy or torch
+            value = value.item()  # pyright: ignore[reportAttributeAccessIssue]
+            object.__setattr__(settings, field.name, value)
         if value is None or not rule:
             continue
         if rule["choices"] and value not in rule["choices"]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import timm
 
+from featinv_diffusion import schema
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.types import FeatureSpec
 
@@ -97,10 +98,10 @@ def read_spec(fields: Mapping[str, Any]) -> FeatureSpec:
     """Reads a `FeatureSpec` from the fields that a file holds.
 
     Raises:
-        TypeError, KeyError: fields that are missing, unknown or of another type.
+        InputError: fields that are missing or of another type.
     """
-    backbone = recorded_name(fields["backbone"])
-    return FeatureSpec(**{**fields, "backbone": backbone, "grid": tuple(fields["grid"])})
+    spec: FeatureSpec = schema.convert(fields, FeatureSpec, "the description of the features")
+    return replace(spec, backbone=recorded_name(spec.backbone))
 
 
 @cache

@@ -207,7 +207,14 @@ def to_png(figure: Figure | Image.Image) -> bytes:
 
 def to_json(content: Mapping[str, Any]) -> str:
     """Returns JSON text as all runs write it."""
-    return json.dumps(content, indent=2, allow_nan=False) + "\n"
+    return json.dumps(content, indent=2, allow_nan=False, default=_to_plain) + "\n"
+
+
+def _to_plain(value: Any) -> Any:
+    """Returns numbers of NumPy and torch as those of Python."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} is no JSON")
 
 
 def count(n: int, noun: str) -> str:
