@@ -454,8 +454,8 @@ def load_member(member: Path, torch_dtype: torch.dtype = torch.float32) -> FeatI
     """Loads the pipeline of a family that lies in a folder, see `load_bundled`."""
     base = member.parent / BASE
     defaults = read_json(member / DEFAULTS)
-    schema.convert(defaults, Index, str(member / DEFAULTS))
     backbone = member.parent / defaults.pop(BACKBONE, member.name) / BACKBONE
+    schema.convert(defaults, Index, str(member / DEFAULTS))
     for component in BASE_MODELS:
         check_component(base / component, read_index(base)[component][0])
     check_component(member / "controlnet", "diffusers")

@@ -295,7 +295,7 @@ def replace_class(path: Path) -> None:
     [
         ("model_index.json", Path.unlink, "model_index.json is missing"),
         ("model_index.json", lambda p: p.write_text("{"), "must hold JSON"),
-        ("model_index.json", lambda p: p.write_text("[]"), "a JSON object, but holds a list"),
+        ("model_index.json", lambda p: p.write_text("[]"), "Expected `object`, got `array`"),
         ("model_index.json", replace_class, "must hold a FeatInvPipeline, but .*StableDiffusion"),
         ("unet/config.json", Path.unlink, "unet/config.json is missing"),
         ("unet/diffusion_pytorch_model.safetensors", Path.unlink, "unet/diff.* is missing"),
@@ -317,7 +317,7 @@ def test_weights_of_another_size_are_refused(copied):
     tensors = load_file(path)
     tensors["feature_encoder.conv1.weight"] = tensors["feature_encoder.conv1.weight"][:, :5].clone()
     save_file(tensors, path)
-    with pytest.raises(InputError, match="has all its files, but does not load"):
+    with pytest.raises(InputError, match="must fit their config.json, but do not load"):
         load_pipeline(copied)
 
 
