@@ -11,6 +11,7 @@ import diffusers
 import torch
 import transformers
 from diffusers.models.modeling_utils import ModelMixin
+from huggingface_hub.errors import StrictDataclassError
 from msgspec import Meta
 from safetensors import SafetensorError, safe_open
 from transformers import (
@@ -661,6 +662,7 @@ UNREADABLE = (
     ArithmeticError,
     RuntimeError,
     SafetensorError,
+    StrictDataclassError,
 )
 """What the libraries raise for a file that is missing or damaged, or for impossible settings."""
 

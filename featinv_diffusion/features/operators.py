@@ -17,6 +17,7 @@ from jaxtyping import Complex, Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from featinv_diffusion import schema
 from featinv_diffusion.backbones.names import read_spec
 from featinv_diffusion.errors import InputError, choices_hint
 from featinv_diffusion.features.edits import FeatureEdit
@@ -185,8 +186,7 @@ class Operator:
         tensors, header = read_tensors(path, FORMAT, _ADVICE)
         try:
             spec = read_spec(header["spec"])
-            held = header["record"]
-            record = FitRecord(**{**held, "image_digests": tuple(held["image_digests"])})
+            record: FitRecord = schema.convert(header["record"], FitRecord, str(path), _ADVICE)
             return cls(tensors["matrix"], spec, record)
         except (KeyError, TypeError) as error:
             raise InputError(
