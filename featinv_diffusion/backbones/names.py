@@ -94,13 +94,15 @@ def recorded_name(name: str) -> str:
     return PUBLISHED.get(name, canonical_name(name))
 
 
-def read_spec(fields: Mapping[str, Any]) -> FeatureSpec:
+def read_spec(
+    fields: Mapping[str, Any], source: str = "the description of the features"
+) -> FeatureSpec:
     """Reads a `FeatureSpec` from the fields that a file holds.
 
     Raises:
         InputError: fields that are missing or of another type.
     """
-    spec: FeatureSpec = schema.convert(fields, FeatureSpec, "the description of the features")
+    spec: FeatureSpec = schema.convert(fields, FeatureSpec, source)
     return replace(spec, backbone=recorded_name(spec.backbone))
 
 

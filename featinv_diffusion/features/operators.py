@@ -185,7 +185,7 @@ class Operator:
             raise InputError(f"An operator must be a file, but none is at {path}. {_ADVICE}")
         tensors, header = read_tensors(path, FORMAT, _ADVICE)
         try:
-            spec = read_spec(header["spec"])
+            spec = read_spec(header["spec"], f"{path} (its header)")
             record: FitRecord = schema.convert(header["record"], FitRecord, str(path), _ADVICE)
             return cls(tensors["matrix"], spec, record)
         except (KeyError, TypeError) as error:
