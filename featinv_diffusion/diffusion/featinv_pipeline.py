@@ -1004,9 +1004,10 @@ def _without_paths(text: str) -> str:
 
 
 # Absolute ones and those that begin with ~ or .., but no addresses such as https://a/b.
+_PART = r"[^\s/\\'\"`,;:)<>\[\]]"
 OWN_PATH = re.compile(
-    r"(?<![\w.:/~\\<-])(?:[A-Za-z]:|~[\w.-]*|\.\.)?[/\\](?:[^\s/\\'\"`,;:)<>\[\]]+[/\\])"
-    r"+[^\s/\\'\"`,;:)<>\[\]]*"
+    r"(?<![\w.:/~\\<-])(?:(?:[A-Za-z]:|~[\w.-]*|\.\.)[/\\]|[/\\](?=" + _PART + r"+[/\\]))"
+    r"(?:" + _PART + r"+[/\\])*" + _PART + r"*"
 )
 
 
