@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
+from featinv_diffusion import schema
 from featinv_diffusion.errors import InputError
 
 if TYPE_CHECKING:
@@ -222,6 +223,8 @@ def read_tensors(
     Raises:
         InputError: no such file, a damaged one, or one that holds something else.
     """
+    if path.exists() and not path.is_file():  # a pipe would wait for ever
+        raise InputError(f"{path} must be a plain file, but is something else. {advice}")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -236,7 +239,8 @@ def read_tensors(
             f"{path} must be in the format {file_format!r}, but its header says "
             f"{metadata.get('format')!r}. {advice}"
         )
-    return tensors, json.loads(metadata["header"])
+    header = schema.parse_json(metadata["header"], dict[str, Any], f"{path} (its header)", advice)
+    return tensors, header
 
 
 def expand_path(name: str | Path) -> Path:

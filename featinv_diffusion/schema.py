@@ -1,7 +1,8 @@
 """Files that travel are data: read as JSON or YAML, held against a schema, and never evaluated.
 
 A schema is a dataclass, a `TypedDict` or any other type that msgspec converts to; limits stand in
-its annotations (`Annotated[int, Meta(ge=1)]`) or are checked by its `__post_init__`.
+its annotations (`Annotated[int, Meta(ge=1)]`) or are checked by its `__post_init__`. A union of a
+number with limits and a tuple of fixed length crashes msgspec 0.22; take a list with limits there.
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ def convert(content: Any, kind: type[T] | Any, source: str, advice: str = "") ->
     try:
         return msgspec.convert(content, kind, strict=False)
     except (msgspec.ValidationError, RecursionError) as error:
-        reason = str(error).replace("$.", "").replace(" - at `$`", "")
+        reason = str(error).replace("$.", "").replace(" - at `$`", "").replace(". - at", " - at")
+        reason = reason.rstrip(".")
         raise InputError(_join(f"In {source}: {reason}.", advice)) from None
 
 

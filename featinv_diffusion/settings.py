@@ -41,6 +41,9 @@ METHODS = ("mcd", "pca", "nmf", "kmeans", "directions")
 ENCODINGS = ("least_squares", "projection", "sparse")
 """Ways to split features over given directions."""
 AUTO = "auto"
+MAX_SAMPLES = 10_000
+"""Samples of one picture; each keeps its features until the picture is done."""
+MAX_BATCH = 65_536
 
 
 def option(
@@ -85,6 +88,9 @@ def check(settings: Any) -> None:
     """Raises `InputError` where a value is none of its field's choices, or out of its range."""
     for field in dataclasses.fields(settings):
         value, rule = getattr(settings, field.name), field.metadata
+        if getattr(value, "ndim", None) == 0:  # a scalar of NumPy or torch
+            value = value.item()  # pyright: ignore[reportAttributeAccessIssue]
+            object.__setattr__(settings, field.name, value)
         if value is None or not rule:
             continue
         if rule["choices"] and value not in rule["choices"]:
@@ -95,7 +101,8 @@ def check(settings: Any) -> None:
         for bound, words in (("least", "at least"), ("most", "at most")):
             limit = rule[bound]
             if limit is not None and (value < limit if bound == "least" else value > limit):
-                raise InputError(f"{field.name} must be {words} {limit:g}, got {value}.")
+                shown = limit if isinstance(limit, int) else f"{limit:g}"
+                raise InputError(f"{field.name} must be {words} {shown}, got {value}.")
 
 
 def flat_fields(kind: type) -> dict[str, dataclasses.Field[Any]]:
@@ -192,11 +199,11 @@ class SampleSettings:
     layer: str | None = option(
         None, "Layer that the features come from; must be the pipeline's.", shown=OF_PIPELINE
     )
-    n_samples: int = option(4, "Samples per picture.", least=1)
+    n_samples: int = option(4, "Samples per picture.", least=1, most=MAX_SAMPLES)
     seed: int = option(
         0, "Random seed; the noise also depends on the file name and the sample index."
     )
-    steps: int | None = option(None, "Denoising steps.", shown=OF_PIPELINE, least=1)
+    steps: int | None = option(None, "Denoising steps.", shown=OF_PIPELINE, least=1, most=100_000)
     scheduler: str | None = option(
         None,
         "Sampler: ddim, dpmsolver++, euler, heun, unipc …",
@@ -213,7 +220,7 @@ class SampleSettings:
         choices=GUIDANCE,
     )
     strength: float = option(1.0, "Factor on the residuals of the ControlNet.")
-    batch_size: int = option(8, "Samples per batch.", least=1)
+    batch_size: int = option(8, "Samples per batch.", least=1, most=MAX_BATCH)
     attention: str = option("native", "Attention kernels.", choices=ATTENTION)
     device: str = option("auto", "Device to compute on: auto, cpu, cuda, cuda:1, mps …")
     dtype: str = option(
@@ -323,7 +330,7 @@ class ConceptSettings:
         20_000, "Cells that mcd draws where there are more; 0 takes all.", least=0
     )
     seed: int = option(42, "Random seed of whatever the method draws.", least=0, most=2**32 - 1)
-    batch_size: int = option(32, "Pictures per batch of the backbone.", least=1)
+    batch_size: int = option(32, "Pictures per batch of the backbone.", least=1, most=MAX_BATCH)
     device: str = option("auto", "Device to compute on: auto, cpu, cuda, cuda:1, mps …")
 
     def __post_init__(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from timm.data import (
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from featinv_diffusion import schema
 from featinv_diffusion.backbones.base import LAST, Preprocessing
 from featinv_diffusion.backbones.timm import class_names
 from featinv_diffusion.backbones.traced import Axes, LastLayer, Layout, TracedBackbone
@@ -420,7 +420,7 @@ def _read_json(source: str, name: str) -> dict[str, Any]:
             return {}
         except EntryNotFoundError:
             return {}
-    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    content = schema.read_json(path) if path.is_file() else {}
     return _check_object(content, f"{name} of {source}")
 
 

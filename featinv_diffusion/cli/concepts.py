@@ -47,9 +47,9 @@ def concepts(
     from featinv_diffusion.data.places import list_pictures
 
     drawn = figure or f"{output.stem}.png"
-    own = {(output.parent / inner / drawn).resolve() for inner in ("", "replay")}
+    own = (output.parent / drawn).resolve()
     found = list_pictures(folder).names
-    names = [name for name in found if (folder / name).resolve() not in own]
+    names = [name for name in found if (folder / name).resolve() != own]
     settings = replace(settings, backbone=resolve_backbone(settings.backbone).name)
     run(settings, folder, names, output, drawn)
 

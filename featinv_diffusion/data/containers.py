@@ -269,7 +269,7 @@ def _index_tar(file: str, left_out: LeftOut) -> Iterator[tuple[str, tuple[int, i
 def _read_label(kind: str, content: bytes) -> object:
     try:
         value = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return content.decode(errors="replace") if kind == "cls" else None
     if isinstance(value, dict):
         return next((value[name] for name in LABEL_COLUMNS if name in value), None)

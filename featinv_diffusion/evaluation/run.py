@@ -48,6 +48,7 @@ from featinv_diffusion.runs.progress import advancing
 from featinv_diffusion.runs.record import RunFolder, read_environment
 from featinv_diffusion.runs.scope import sampling_of
 from featinv_diffusion.runs.units import (
+    FILES,
     Unit,
     begin_run,
     describe_inverter,
@@ -217,9 +218,8 @@ def _measure(
 
     def work(unit: Unit[Item]) -> Mapping[str, Any]:
         result = opened.evaluator.run(unit.items)
-        if settings.save_images:
-            _save_images(result, output)
-        return write_unit(result, unit)
+        saved = _save_images(result, output) if settings.save_images else []
+        return {**write_unit(result, unit), FILES: saved}
 
     mine = [item for unit in share(todo, processes) for item in unit.items]
     n_samples = len(mine) + 2 * sum(item.has_null for item in mine)
@@ -298,11 +298,13 @@ def _choose_device(asked: str, accelerator: Accelerator) -> str:
     return given
 
 
-def _save_images(result: Measured, output: Path) -> None:
+def _save_images(result: Measured, output: Path) -> list[Path]:
     if result.pixels is None:
-        return
-    for item, picture in zip(result.items, to_pil(to_images(result.pixels)), strict=True):
-        write_png(picture, output / IMAGES / f"{item.id.replace(':', '-')}.png")
+        return []
+    paths = [output / IMAGES / f"{item.id.replace(':', '-')}.png" for item in result.items]
+    for path, picture in zip(paths, to_pil(to_images(result.pixels)), strict=True):
+        write_png(picture, path)
+    return paths
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from jaxtyping import Complex, Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from featinv_diffusion import schema
 from featinv_diffusion.backbones.names import read_spec
 from featinv_diffusion.errors import InputError, choices_hint
 from featinv_diffusion.features.edits import FeatureEdit
@@ -184,9 +185,8 @@ class Operator:
             raise InputError(f"An operator must be a file, but none is at {path}. {_ADVICE}")
         tensors, header = read_tensors(path, FORMAT, _ADVICE)
         try:
-            spec = read_spec(header["spec"])
-            held = header["record"]
-            record = FitRecord(**{**held, "image_digests": tuple(held["image_digests"])})
+            spec = read_spec(header["spec"], f"{path} (its header)")
+            record: FitRecord = schema.convert(header["record"], FitRecord, str(path), _ADVICE)
             return cls(tensors["matrix"], spec, record)
         except (KeyError, TypeError) as error:
             raise InputError(

@@ -68,9 +68,11 @@ _UNDATED: dict[str, dict[str, Any]] = {
 
 def check_name(name: str) -> None:
     """Raises `InputError` unless a figure can be written under this name in the output folder."""
-    if PurePath(name).name != name or PurePath(name).suffix.lower() not in SUFFIXES:
+    fits = PurePath(name).name == name and PurePath(name).suffix.lower() in SUFFIXES
+    if not fits or name.startswith(".") or "\\" in name or not name.isprintable():
         raise InputError(
-            f"A figure must be a file name that ends in {', '.join(SUFFIXES)}, got {name!r}."
+            "A figure must be a printable file name that ends in "
+            f"{', '.join(SUFFIXES)}, got {name!r}."
         )
 
 
