@@ -11,13 +11,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, TypeVar
 
 import pyarrow as pa
 import torch
 from matplotlib.figure import Figure
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
 from pyarrow import parquet
 
@@ -26,6 +24,7 @@ from featinv_diffusion.errors import InputError
 from featinv_diffusion.figures.board import check_name, write_figure
 from featinv_diffusion.files import replacing, write_text
 from featinv_diffusion.images import write_png
+from featinv_diffusion.schema import convert
 from featinv_diffusion.settings import SampleSettings, to_flat
 
 T = TypeVar("T")
@@ -239,12 +238,7 @@ def from_values(kind: type[T], values: dict[str, Any], path: Path) -> T:
     Raises:
         InputError: a value of a wrong type.
     """
-    try:
-        config = OmegaConf.merge(OmegaConf.structured(kind), values)
-        return cast(T, OmegaConf.to_object(config))
-    except OmegaConfBaseException as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path} holds a setting of a wrong type: {reason}.") from error
+    return convert(values, kind, str(path))
 
 
 def read_environment(device: str) -> dict[str, Any]:

@@ -390,7 +390,7 @@ def test_tensorboard_is_used_where_it_is_installed(monkeypatch) -> None:
     monkeypatch.setattr(loop, "is_tensorboard_available", lambda: False)
     assert find_tracker(RunConfig()) is None
     with pytest.raises(InputError, match=r"pip install 'featinv-diffusion\[train\]'"):
-        make_accelerator(OptimConfig(), RunConfig(tracker="tensorboard", cpu=True), 0)
+        make_accelerator(OptimConfig(), RunConfig(tracker="tensorboard", cpu=True))
 
 
 def test_a_run_without_tensorboard_says_so(

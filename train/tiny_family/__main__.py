@@ -11,8 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
+from featinv_diffusion.config import read_setting
 from featinv_diffusion.errors import InputError
 from train.tiny_family.family import CONFIGS, STAGES, fit_operators, fit_scopes, pack_family
 
@@ -33,7 +32,7 @@ def main() -> None:
     overrides = [f"data.root={arguments.data}"] if arguments.data else []
     for script, name in () if arguments.pack_only else STAGES:
         config = CONFIGS / name
-        if (Path(OmegaConf.load(config).run.output) / "final").exists():
+        if (Path(read_setting("run.output", config)) / "final").exists():
             continue
         command = [sys.executable, *_program(script), "--config", str(config)]
         code = subprocess.run([*command, *overrides, *arguments.overrides], check=False).returncode
