@@ -22,6 +22,7 @@ from msgspec import Meta
 from rich import progress as rich_progress
 from rich.console import Console
 from safetensors import SafetensorError
+from torch import Tensor
 
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.files import expand_path, flush_one, flush_to_disk
@@ -164,6 +165,9 @@ def _removed_on_failure(folder: Path) -> Iterator[None]:
             f"{str(error).splitlines()[0]} Make room on the disk or set another run.output; the "
             "run then resumes from its newest checkpoint."
         ) from error
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def remove_partial(output: Path) -> None:
@@ -192,6 +196,22 @@ def replace_final(output: Path) -> Path:
     flush_one(output)
     remove_partial(output)
     return final
+
+
+def read_average(folder: Path) -> list[Tensor] | None:
+    """Returns the averaged weights of a checkpoint, in the order of the parameters; None without.
+
+    Raises:
+        InputError: a damaged file.
+    """
+    path = folder / AVERAGE
+    if not path.is_file():
+        return None
+    state = read_plain(path)
+    average = state.get("shadow_params") if isinstance(state, dict) else None
+    if not isinstance(average, list) or not all(isinstance(x, Tensor) for x in average):
+        raise InputError(f"{path} must hold averaged weights, but holds something else. {ADVICE}")
+    return average
 
 
 def list_checkpoints(output: Path) -> list[Path]:

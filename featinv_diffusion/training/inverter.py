@@ -46,7 +46,7 @@ from featinv_diffusion.inverters.vit import BlocksInverse, VitPath
 from featinv_diffusion.metrics.detection import best_query_scores
 from featinv_diffusion.metrics.features import psnr
 from featinv_diffusion.seeds import derive_seed
-from featinv_diffusion.settings import Depth, Pictures, Positive, Seed, Size, check
+from featinv_diffusion.settings import Depth, Pictures, Positive, Probability, Seed, Size, check
 from featinv_diffusion.training.config import OptimConfig, RunConfig
 from featinv_diffusion.training.entry import load_component, stack_items
 from featinv_diffusion.training.loop import fit, make_accelerator
@@ -408,14 +408,10 @@ class TuningConfig:
 
     inverter: str | None = None
     stage: str = "decoder"
-    reconstruction_weight: float = 0.9
+    reconstruction_weight: Probability = 0.9
 
     def __post_init__(self) -> None:
-        if not 0 <= self.reconstruction_weight <= 1:
-            raise InputError(
-                "tuning.reconstruction_weight (λ) must lie in [0, 1], "
-                f"got {self.reconstruction_weight}."
-            )
+        check(self)
 
 
 @dataclass(frozen=True)

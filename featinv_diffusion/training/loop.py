@@ -297,7 +297,7 @@ class _Run:
         while self.progress.step < self.n_steps:
             self.loader.set_epoch(self.progress.epoch)
             source.start = self.progress.samples
-            for batch in self.loader:
+            for batch in _read(self.loader):
                 self.progress.samples += self._samples_per_batch()
                 self.progress.micro_step += 1
                 yield batch
@@ -528,6 +528,21 @@ class _swapped_in:
     def __exit__(self, *_: object) -> None:
         if self.ema is not None:
             self.ema.restore(self.parameters)
+
+
+def _read(loader: Any) -> Iterator[dict[str, Any]]:
+    """Yields the batches; what a data worker says is one sentence, without its traceback."""
+    try:
+        yield from loader
+    except (InputError, OSError, MemoryError, RuntimeError) as error:
+        text = str(error).strip()
+        if "DataLoader worker" not in text:
+            raise
+        if isinstance(error, InputError):
+            raise InputError(text.rpartition("InputError: ")[2]) from None
+        raise InputError(
+            f"A data worker ended: {text.splitlines()[-1]} Lower data.num_workers; 0 needs none."
+        ) from None
 
 
 def _trainable(module: nn.Module) -> list[nn.Parameter]:

@@ -11,8 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from featinv_diffusion.cli import exits
 from featinv_diffusion.config import read_setting
-from featinv_diffusion.errors import InputError
 from train.tiny_family.family import CONFIGS, STAGES, fit_operators, fit_scopes, pack_family
 
 
@@ -38,17 +38,13 @@ def main() -> None:
         code = subprocess.run([*command, *overrides, *arguments.overrides], check=False).returncode
         if code:
             sys.exit(code)
-    try:
-        for member in pack_family(Path(arguments.output)):
-            print(member)
-        if not arguments.pack_only:
-            for fit in (fit_scopes, fit_operators):
-                for path in fit(Path(arguments.output), arguments.data):
-                    print(path)
-    except InputError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        sys.exit(2)
+    for member in pack_family(Path(arguments.output)):
+        print(member)
+    if not arguments.pack_only:
+        for fit in (fit_scopes, fit_operators):
+            for path in fit(Path(arguments.output), arguments.data):
+                print(path)
 
 
 if __name__ == "__main__":
-    main()
+    exits.run(main)
