@@ -235,9 +235,14 @@ def check_resumable(checkpoint: Path, config: str, n_processes: int, run: RunCon
             "run.resume=elastic, or use a new run.output."
         )
     path = checkpoint / "config.yaml"
-    before = _flatten(parse_yaml(read_text(path, ADVICE), str(path), ADVICE), Path(saved.folder))
-    after = _flatten(parse_yaml(config, "the config"), Path.cwd())
-    changed = sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
+    before = _flatten(parse_yaml(read_text(path, ADVICE), str(path), ADVICE))
+    after = _flatten(parse_yaml(config, "the config"))
+    changed = sorted(
+        key
+        for key in before.keys() | after.keys()
+        if before.get(key) != after.get(key)
+        and _resolved(before.get(key), Path(saved.folder)) != _resolved(after.get(key), Path.cwd())
+    )
     changed = [k for k in changed if not k.startswith(FREE_KEYS) or k in RUN_KEYS_THAT_MATTER]
     refused = [k for k in changed if not (elastic and k in ELASTIC_KEYS)]
     if refused and not run.allow_changed_config:
@@ -279,8 +284,8 @@ def _commit() -> str | None:
     return lines[1] if done.returncode == 0 and Path(lines[0]) == package.parent else None
 
 
-def _flatten(content: Any, folder: Path) -> dict[str, Any]:
-    """Returns values by dotted key, with paths from `folder` that exist resolved."""
+def _flatten(content: Any) -> dict[str, Any]:
+    """Returns values by dotted key."""
     flat: dict[str, Any] = {}
 
     def walk(node: Any, prefix: str) -> None:
@@ -288,18 +293,19 @@ def _flatten(content: Any, folder: Path) -> dict[str, Any]:
             for key, value in node.items():
                 walk(value, f"{prefix}.{key}" if prefix else str(key))
         else:
-            flat[prefix] = _resolved(node, folder) if isinstance(node, str) and node else node
+            flat[prefix] = node
 
     walk(content, "")
     return flat
 
 
-def _resolved(text: str, folder: Path) -> str:
+def _resolved(value: Any, folder: Path) -> Any:
+    """Returns the file or folder that a value names from `folder`, else the value."""
     try:
-        path = folder / expand_path(text)
-        return str(path.resolve()) if path.exists() else text
-    except (OSError, ValueError):  # too long for a path, or a character that none has
-        return text
+        path = folder / expand_path(value)
+        return path.resolve() if path.exists() else value
+    except (OSError, TypeError, ValueError):  # too long for a path, or no text
+        return value
 
 
 # ---- A progress bar with images per second and time left -----------------------------------------

@@ -336,7 +336,15 @@ class _Run:
             self.accelerator.backward(loss)
             if self.accelerator.sync_gradients:
                 self.accelerator.clip_grad_norm_(self.module.parameters(), self.optim.max_grad_norm)
-            self.optimizer.step()
+            try:
+                self.optimizer.step()
+            except RuntimeError as error:
+                if "without overflow" not in str(error):
+                    raise
+                raise InputError(
+                    f"Step {self.progress.step} is too large for the weights' number format. "
+                    "Lower optim.lr or optim.weight_decay."
+                ) from None
             self.optimizer.zero_grad()
         self._count_unreadable(batch, self.log.add(self.accelerator, loss, scalars, batch))
         if self.accelerator.sync_gradients:

@@ -162,6 +162,7 @@ def test_checkpoints_rotate_and_record_their_origin(base: Path, tmp_path: Path) 
     assert "Traceback" not in changed.stderr
 
 
+@pytest.mark.slow
 def test_elastic_resume_sees_the_rest_of_the_epoch_on_one_process(
     base: Path, tmp_path: Path
 ) -> None:
