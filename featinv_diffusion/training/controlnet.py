@@ -285,7 +285,7 @@ def load_frozen_parts(config: ControlNetModelConfig) -> FrozenParts:
         prompt_embeds = text_encoder(ids)[0]
     unet = _load_sub(UNet2DConditionModel, config.base, "unet").eval().requires_grad_(False)
     if config.attention == "xformers":
-        unet.enable_xformers_memory_efficient_attention()
+        _use_xformers(unet)
     return FrozenParts(
         backbone=load_training_backbone(config),
         vae=_load_sub(AutoencoderKL, config.base, "vae").eval().requires_grad_(False),
@@ -314,6 +314,17 @@ def _load_sub(component_class: Any, base: str, subfolder: str) -> Any:
         ) from error
 
 
+def _use_xformers(model: Any) -> None:
+    try:
+        model.enable_xformers_memory_efficient_attention()
+    except (ImportError, ValueError) as error:
+        raise InputError(
+            "model.attention=xformers needs a CUDA device and the package xformers "
+            f"(pip install 'featinv-diffusion[xformers]'): {str(error).splitlines()[0]} "
+            "Or leave it at native."
+        ) from None
+
+
 def make_controlnet(config: ControlNetModelConfig, parts: FrozenParts) -> FeatureControlNet:
     """Copies the UNet's encoder, or another backbone's ControlNet, behind a new feature encoder."""
     spec = parts.backbone.spec
@@ -340,7 +351,7 @@ def make_controlnet(config: ControlNetModelConfig, parts: FrozenParts) -> Featur
             )
         controlnet.load_state_dict(weights, strict=False)
     if config.attention == "xformers":
-        controlnet.enable_xformers_memory_efficient_attention()
+        _use_xformers(controlnet)
     return controlnet.train()
 
 

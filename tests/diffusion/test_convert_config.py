@@ -181,10 +181,10 @@ def test_what_diffusers_cannot_hold_is_refused(tmp_path, path, value, sentence):
 
 def test_unreadable_yaml(tmp_path):
     path = tmp_path / "cldm.yaml"
-    with pytest.raises(InputError, match="is not a file"):
+    with pytest.raises(InputError, match="must be a file"):
         read_original_config(path)
     for text, sentence in (
-        ("a: [1", "must be valid YAML"),
+        ("a: [1", "must hold YAML"),
         ("- 1\n- 2\n", "at its top level"),
         ("model: {params: {}}\n", "'unet_config' is missing in it"),
         ("other: 1\n", "'model' is missing in it"),
