@@ -13,6 +13,7 @@ from featinv_diffusion.settings import (
     Number,
     Pictures,
     Positive,
+    PositiveOrInfinite,
     Size,
     check,
 )
@@ -39,7 +40,7 @@ class OptimConfig:
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     batch_size: Size = 8
     gradient_accumulation_steps: Depth = 1
-    max_grad_norm: Positive = 1.0
+    max_grad_norm: PositiveOrInfinite = 1.0
     epochs: Count = 3
     max_steps: Count | None = None
     warmup_steps: Number = 0

@@ -76,7 +76,7 @@ def test_a_picture_that_is_gone_is_listed(featinv: Featinv, sampled: Path, photo
     ("change", "words"),
     [
         (lambda m: m.pop("steps"), "lacks steps"),
-        (lambda m: m.update(steps="many"), "wrong type"),
+        (lambda m: m.update(steps="many"), "steps must be a whole number"),
         (lambda m: m.update(scheduler="nonsense"), "'nonsense'"),
         (lambda m: m["images"][0].pop("seed"), "as many outputs as seeds"),
         (lambda m: m["images"][0]["seed"].pop(), "as many outputs as seeds"),
