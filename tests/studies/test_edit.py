@@ -163,7 +163,7 @@ def test_patching_one_cell_by_hand(vit_painting):
         return output
 
     with backbone.intervene({"blocks.0": keep}):
-        plain, scores = backbone.features_and_logits(a)
+        _, scores = backbone.features_and_logits(a)
         backbone.features(b)
     mixed = seen[0].clone()
     mixed[:, 1 + 5] = seen[1][:, 1 + 5]
