@@ -1,4 +1,4 @@
-"""What a command prints: its report, with `--quiet` where the result is, with `--json` all of it."""
+"""What a command prints: a report, with `--quiet` where the result is, with `--json` all of it."""
 
 from __future__ import annotations
 

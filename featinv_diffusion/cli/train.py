@@ -86,7 +86,7 @@ def run_training(
 
     extra = ["run.dry_run=true"] if dry_run else []
     output = train(load_config(config_class, config, [*(overrides or ()), *extra]))
-    terminal.finish({}, Path(str(output)))
+    terminal.finish({}, output if isinstance(output, Path) else None)
 
 
 def run_script(command: Callable[..., None]) -> None:
