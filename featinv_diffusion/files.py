@@ -243,7 +243,7 @@ def read_tensors(
 def what_is_at(place: str | Path) -> str:
     """Returns, in words for a message, what lies where something else was wanted."""
     if is_url(place):
-        return "a URL, which is not read here"
+        return "only a URL"
     path = Path(place)
     return "a folder" if path.is_dir() else "a file" if path.exists() else "nothing"
 

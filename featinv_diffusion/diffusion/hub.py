@@ -27,7 +27,7 @@ from featinv_diffusion.diffusion.folders import (
     write_model_card,
 )
 from featinv_diffusion.errors import InputError, choices_hint
-from featinv_diffusion.files import new_folder
+from featinv_diffusion.files import new_folder, what_is_at
 
 BUNDLED_FAMILIES = ("tiny",)
 REPO = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -177,7 +177,7 @@ def _find_folder(name: str) -> Path:
     if name.partition("/")[0] in BUNDLED_FAMILIES:
         raise InputError(f"No bundled pipeline is named {name!r}; {bundled}")
     if path.exists() or not REPO.fullmatch(name):
-        what = "a file" if path.exists() else "nothing"
+        what = what_is_at(name)
         raise InputError(
             "A pipeline must be a bundled name, a folder or a Hub repository user/name, but there "
             f"is {what} at {name!r}; {bundled}"
