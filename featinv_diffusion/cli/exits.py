@@ -16,7 +16,7 @@ from types import FrameType
 from typing import NoReturn
 
 from featinv_diffusion.cli.terminal import open_terminal
-from featinv_diffusion.errors import InputError
+from featinv_diffusion.errors import OFFLINE, InputError, is_unreachable
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 INTERRUPTED, TERMINATED = 130, 143
@@ -52,6 +52,10 @@ def run(program: Callable[[], object]) -> None:
         if (device := _out_of_memory(error)) is None:
             raise
         _stop(_memory_advice(device))
+    except Exception as error:
+        if not is_unreachable(error):
+            raise
+        _stop(f"{OFFLINE}.")
     except Stopped as stopped:
         _stop("The run was stopped; nothing is left half-written.", stopped.code)
 

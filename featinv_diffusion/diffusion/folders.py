@@ -26,7 +26,7 @@ from featinv_diffusion.backbones.transformers import load_transformers
 from featinv_diffusion.diffusion.featinv_controlnet import FeatureControlNet
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
 from featinv_diffusion.diffusion.objective import make_scheduler
-from featinv_diffusion.errors import InputError
+from featinv_diffusion.errors import InputError, reason_of
 from featinv_diffusion.files import what_is_at, write_text
 from featinv_diffusion.types import FeatureSpec
 
@@ -421,5 +421,4 @@ def load_network(network_class: type[Network], name: str | Path, *, wanted: str)
 
 def first_line(error: Exception) -> str:
     """Returns the first line of a library's message, or the error's name if it has no message."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return reason_of(error)

@@ -26,7 +26,7 @@ from featinv_diffusion.diffusion.folders import (
     read_card_info,
     write_model_card,
 )
-from featinv_diffusion.errors import InputError, choices_hint
+from featinv_diffusion.errors import InputError, choices_hint, reason_of
 from featinv_diffusion.files import new_folder, what_is_at
 
 BUNDLED_FAMILIES = ("tiny",)
@@ -228,8 +228,4 @@ def _explain(error: Exception, repo: str, purpose: str) -> str:
             f"The Hub repository {repo} could not {purpose}: the Hub refused (status {status}). "
             "Log in with `hf auth login`, or set HF_TOKEN to a token that may do this."
         )
-    reason = str(error).strip().splitlines()[0].rstrip(".")
-    return (
-        f"The Hub repository {repo} could not {purpose}: {reason}. Check the connection and "
-        "HF_HUB_OFFLINE."
-    )
+    return f"The Hub repository {repo} could not {purpose}: {reason_of(error)}."
