@@ -37,7 +37,8 @@ def is_unreachable(error: BaseException) -> bool:
     signs = ("couldn't connect to", "not fully cached locally", "outgoing traffic has been")
     named = {"OfflineModeIsEnabled", "LocalEntryNotFoundError", "ConnectError", "TimeoutException"}
     return bool(kinds & named) or any(
-        isinstance(one, ConnectionError) and not isinstance(one, BrokenPipeError)
+        isinstance(one, ConnectionError)
+        and not isinstance(one, BrokenPipeError)
         or any(sign in str(one).lower() for sign in signs)
         for one in seen
     )

@@ -80,9 +80,7 @@ def describe(error: OSError) -> str:
     if error.errno == errno.ENOENT and not _has_working_folder():
         return "The working folder was deleted. Change to one that exists."
     if error.errno == errno.ENAMETOOLONG:
-        return f"A name is too long for this file system{where}. Use a shorter one."
-    if error.errno == errno.ENOTDIR:
-        return f"A folder is wanted, but a part of the path is none{where}. Name another path."
+        return f"{error.strerror}{where}. Use a shorter name."
     if error.errno is None:
         return " ".join(str(error).split()) or type(error).__name__
     return f"{error.strerror}{where}. Use a path that exists and that you may read and write."
