@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import importlib.util
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields, replace
@@ -37,6 +38,8 @@ OF_DIFFUSION = (
     "dtype",
 )
 """Settings that only the diffusion inverter has."""
+
+logger = logging.getLogger(__name__)
 
 
 def load_inverter(
@@ -105,6 +108,7 @@ def open_inverter(
         else:
             inverter = _open_deterministic(settings, device)
     inverter.on_progress = on_progress
+    logger.info("Opened an inverter of the %s on %s.", inverter.spec, device)
     return inverter
 
 

@@ -105,7 +105,7 @@ def test_a_place_that_cannot_be_written_is_a_sentence(capsys, code):
     assert os.strerror(code) in said
 
 
-@pytest.mark.parametrize("error", [OSError("no route"), ValueError("bug"), RuntimeError("bug")])
+@pytest.mark.parametrize("error", [ValueError("bug"), RuntimeError("bug")])
 def test_a_bug_keeps_its_traceback(error):
     with pytest.raises(type(error)):
         exits.run(raising(error))
@@ -189,13 +189,13 @@ def test_quiet_prints_errors(featinv: Featinv):
     assert done.err.startswith("Error: ")
 
 
-def test_verbose_prints_what_libraries_note(featinv: Featinv, photos: Path):
+def test_verbose_prints_notes_for_one_run(featinv: Featinv, photos: Path):
     def run(*more: str) -> str:
         return featinv("sample", photos / "a.png", "--n-samples", 1, "-o", "out", *more).err
 
     before = logging.getLogger().level
     assert run() == ""
-    assert run("--verbose") != ""
+    assert "Info: Opened an inverter of the" in run("--verbose")
     assert run() == ""
     assert logging.getLogger().level == before
 
