@@ -210,7 +210,7 @@ class LayerTrace:
         """Whether an output is a matrix of each token with each other, such as of attention.
 
         Its sides are the number of cells of a map. Where a map may be that large as well, it is
-        one unless a linear layer of a model without such layers' axes made it.
+        one, unless a linear layer of a model of tokens made it.
         """
         layout, shape = self.found[path]
         height, width = layout.grid_of(shape)
@@ -218,7 +218,8 @@ class LayerTrace:
         if layout.axes == "NLC" or height != width or height not in cells:
             return False
         declared = {x.axes for x in self.declared}
-        return layout.axes not in declared or self.size[0] % height != 0
+        by_linear = "NLC" in declared and layout.axes not in declared
+        return by_linear or self.size[0] % height != 0
 
     def _hook(self, path: str) -> Callable[[nn.Module, Any, Any], None]:
         def note(module: nn.Module, inputs: Any, output: Any) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import importlib.util
+import logging
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
