@@ -11,3 +11,33 @@ def choices_hint(name: str, choices: list[str]) -> str:
 
     near = get_close_matches(name, choices, n=1)
     return (f"did you mean {near[0]!r}? " if near else "") + f"Choices: {', '.join(choices)}."
+
+
+OFFLINE = (
+    "The Hugging Face Hub cannot be reached. Check the network and HF_HUB_OFFLINE, or name a "
+    "folder or file of this machine"
+)
+
+
+def reason_of(error: BaseException) -> str:
+    """Returns why something could not be loaded, in one line without a full stop."""
+    if is_unreachable(error):
+        return OFFLINE
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__).rstrip(".")
+
+
+def is_unreachable(error: BaseException) -> bool:
+    """Whether an error, or one that caused it, says that a server cannot be reached."""
+    seen: list[BaseException] = []
+    while error not in seen:
+        seen.append(error)
+        error = error.__cause__ or error.__context__ or error
+    kinds = {kind.__name__ for one in seen for kind in type(one).__mro__}
+    signs = ("couldn't connect to", "not fully cached locally", "outgoing traffic has been")
+    named = {"OfflineModeIsEnabled", "LocalEntryNotFoundError", "ConnectError", "TimeoutException"}
+    return bool(kinds & named) or any(
+        (isinstance(one, ConnectionError) and not isinstance(one, BrokenPipeError))
+        or any(sign in str(one).lower() for sign in signs)
+        for one in seen
+    )

@@ -16,6 +16,7 @@ import msgspec
 import yaml
 
 from featinv_diffusion.errors import InputError
+from featinv_diffusion.files import what_is_at
 
 T = TypeVar("T")
 
@@ -147,8 +148,8 @@ def read_text(path: Path, advice: str = "") -> str:
     """
     try:
         if not path.is_file():
-            there = "something else" if path.exists() else "nothing"
-            raise InputError(_join(f"{path} must be a file, but {there} is there.", advice))
+            found = what_is_at(path)
+            raise InputError(_join(f"{path} must be a file, but {found} is there.", advice))
         if path.stat().st_size > MAX_TEXT:
             raise InputError(_join(f"{path} must be a text file, but has over 64 MiB.", advice))
         return path.read_text(encoding="utf-8")

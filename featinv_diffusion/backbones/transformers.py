@@ -27,7 +27,7 @@ from featinv_diffusion import schema
 from featinv_diffusion.backbones.base import LAST, Preprocessing
 from featinv_diffusion.backbones.timm import class_names
 from featinv_diffusion.backbones.traced import Axes, LastLayer, Layout, TracedBackbone
-from featinv_diffusion.errors import InputError
+from featinv_diffusion.errors import InputError, reason_of
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 IMAGENET: Statistics = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
@@ -338,7 +338,7 @@ def load_transformers(
     except (OSError, ValueError, TypeError, LookupError, RuntimeError, SafetensorError) as error:
         raise InputError(
             f"{source!r} must be a folder or Hub repository of a vision model of transformers, "
-            f"but loading it failed: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+            f"but loading it failed: {reason_of(error)}."
         ) from error
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from featinv_diffusion.cli import options
+from featinv_diffusion.cli import options, terminal
 from featinv_diffusion.errors import InputError, choices_hint
 from featinv_diffusion.settings import SampleSettings
 
@@ -91,3 +91,4 @@ def compare(
     result.save(output, command=command_line())
     print(result.summary())
     print(f"Wrote {output / 'metrics.json'} and compare.png.")
+    terminal.finish(output / "metrics.json", output)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from featinv_diffusion.cli import terminal
 from featinv_diffusion.cli.command_line import command_line
 
 # ---- `featinv convert`: checkpoints of the original code to pipeline folders, and back -----------
@@ -125,14 +126,18 @@ def convert(
         f"Wrote {out}{without}. It inverts layer {spec['layer']!r} of {spec['backbone']}, "
         f"{spec['channels']}×{grid}."
     )
+    terminal.finish({"feature_spec": dict(spec), "absent": absent}, out)
 
 
 def _to_checkpoint(source: str, out: Path) -> None:
     from featinv_diffusion.diffusion.convert.folder import write_original
     from featinv_diffusion.diffusion.hub import load_pipeline
+    from featinv_diffusion.runs.record import reserved
 
-    config_path = write_original(load_pipeline(source), out)
+    with reserved(out, is_file=True):
+        config_path = write_original(load_pipeline(source), out)
     typer.echo(f"Wrote {out} and {config_path}.")
+    terminal.finish({"config": str(config_path)}, out)
 
 
 def export(
@@ -185,9 +190,13 @@ def export(
     check_target(out)
     loaded, info, scope = _load(pipeline, backbone, controlnet, base, weights)
     export_pipeline(loaded, out, info, scope)
-    files = [path for path in out.rglob("*") if path.is_file()]
-    size = sum(path.stat().st_size for path in files) / 1e6
-    typer.echo(f"Wrote {out}: {len(files)} files, {size:.1f} MB.")
+    sizes = {
+        path.relative_to(out).as_posix(): path.stat().st_size
+        for path in sorted(out.rglob("*"))
+        if path.is_file()
+    }
+    typer.echo(f"Wrote {out}: {len(sizes)} files, {sum(sizes.values()) / 1e6:.1f} MB.")
+    terminal.finish({"files": sizes}, out)
 
 
 def _load(
@@ -280,3 +289,4 @@ def push(
     total = sum(size for _, size in files) / 1e6
     verb = "Would upload" if dry_run else "Uploaded"
     typer.echo(f"{verb} {len(files)} files, {total:.1f} MB, to {repo}.")
+    terminal.finish({"repository": repo, "uploaded": not dry_run, "files": dict(files)})

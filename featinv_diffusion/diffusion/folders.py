@@ -30,8 +30,8 @@ from featinv_diffusion.backbones.transformers import load_transformers
 from featinv_diffusion.diffusion.featinv_controlnet import FeatureControlNet
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
 from featinv_diffusion.diffusion.objective import make_scheduler
-from featinv_diffusion.errors import InputError
-from featinv_diffusion.files import write_text
+from featinv_diffusion.errors import InputError, reason_of
+from featinv_diffusion.files import what_is_at, write_text
 from featinv_diffusion.types import FeatureSpec
 
 # ---- Model cards ----
@@ -227,7 +227,9 @@ _CONFIGS: dict[str, Any] = {
 def check_pipeline_folder(folder: Path) -> None:
     """Raises `InputError` unless the folder holds a FeatInv pipeline with all its files whole."""
     if not folder.is_dir():
-        raise InputError(f"A pipeline must be a folder, but there is none at {folder}.")
+        raise InputError(
+            f"A pipeline must be a folder, but there is {what_is_at(folder)} at {folder}."
+        )
     index = read_index(folder)
     name = index.get("_class_name")
     name = name[-1] if isinstance(name, list) else name
@@ -556,7 +558,9 @@ def load_controlnet(folder: Path, torch_dtype: torch.dtype = torch.float32) -> F
         InputError: no such folder, a file missing or truncated, a ControlNet of another kind.
     """
     if not folder.is_dir():
-        raise InputError(f"A ControlNet must be a folder, but there is none at {folder}.")
+        raise InputError(
+            f"A ControlNet must be a folder, but there is {what_is_at(folder)} at {folder}."
+        )
     if not (folder / "config.json").is_file() and (folder / "controlnet").is_dir():
         folder = folder / "controlnet"
     check_component(folder, "diffusers", "controlnet")
@@ -711,5 +715,4 @@ def load_network(network_class: type[Network], name: str | Path, *, wanted: str)
 
 def first_line(error: Exception) -> str:
     """Returns the first line of a library's message, or the error's name if it has no message."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return reason_of(error)

@@ -28,8 +28,8 @@ from featinv_diffusion.diffusion.folders import (
     read_card_info,
     write_model_card,
 )
-from featinv_diffusion.errors import InputError, choices_hint
-from featinv_diffusion.files import new_folder
+from featinv_diffusion.errors import InputError, choices_hint, reason_of
+from featinv_diffusion.files import new_folder, what_is_at
 from featinv_diffusion.schema import read_text
 
 BUNDLED_FAMILIES = ("tiny",)
@@ -175,7 +175,7 @@ def _find_folder(name: str) -> Path:
     if name.partition("/")[0] in BUNDLED_FAMILIES:
         raise InputError(f"No bundled pipeline is named {name!r}; {bundled}")
     if path.exists() or not REPO.fullmatch(name):
-        what = "a file" if path.exists() else "nothing"
+        what = what_is_at(name)
         raise InputError(
             "A pipeline must be a bundled name, a folder or a Hub repository user/name, but there "
             f"is {what} at {name!r}; {bundled}"
@@ -242,8 +242,4 @@ def _explain(error: Exception, repo: str, purpose: str) -> str:
             f"The Hub repository {repo} could not {purpose}: the Hub refused (status {status}). "
             "Log in with `hf auth login`, or set HF_TOKEN to a token that may do this."
         )
-    reason = str(error).strip().splitlines()[0].rstrip(".")
-    return (
-        f"The Hub repository {repo} could not {purpose}: {reason}. Check the connection and "
-        "HF_HUB_OFFLINE."
-    )
+    return f"The Hub repository {repo} could not {purpose}: {reason_of(error)}."

@@ -21,7 +21,7 @@ from featinv_diffusion import schema
 from featinv_diffusion.backbones.names import read_spec
 from featinv_diffusion.errors import InputError, choices_hint
 from featinv_diffusion.features.edits import FeatureEdit
-from featinv_diffusion.files import read_tensors, write_tensors
+from featinv_diffusion.files import read_tensors, what_is_at, write_tensors
 from featinv_diffusion.types import Features, FeatureSpec
 
 FORMAT = "featinv-operator/1"
@@ -182,7 +182,9 @@ class Operator:
             InputError: no such file, or one that is damaged or holds something else.
         """
         if not path.is_file():
-            raise InputError(f"An operator must be a file, but none is at {path}. {_ADVICE}")
+            raise InputError(
+                f"An operator must be a file, but there is {what_is_at(path)} at {path}. {_ADVICE}"
+            )
         tensors, header = read_tensors(path, FORMAT, _ADVICE)
         try:
             spec = read_spec(header["spec"], f"{path} (its header)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -44,6 +45,8 @@ OF_DIFFUSION = (
     "dtype",
 )
 """Settings that only the diffusion inverter has."""
+
+logger = logging.getLogger(__name__)
 
 
 def load_inverter(
@@ -123,6 +126,7 @@ def open_inverter(
         else:
             inverter = _open_deterministic(settings, device)
     inverter.on_progress = on_progress
+    logger.info("Opened an inverter of the %s on %s.", inverter.spec, device)
     return inverter
 
 

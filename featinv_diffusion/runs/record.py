@@ -9,7 +9,7 @@ import platform
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
@@ -25,7 +25,7 @@ from pyarrow import parquet
 from featinv_diffusion import __version__, schema
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.figures.board import check_name, write_figure
-from featinv_diffusion.files import replacing, write_text
+from featinv_diffusion.files import holding, replacing, write_text
 from featinv_diffusion.images import write_png
 from featinv_diffusion.settings import MAX_SAMPLES, SampleSettings, to_flat
 
@@ -180,18 +180,26 @@ class Result(ABC):
 
 
 @contextmanager
-def reserved(folder: Path) -> Iterator[None]:
-    """Makes the folder, so that a place that refuses is found before the work.
+def reserved(output: Path, *, is_file: bool = False) -> Iterator[None]:
+    """Makes the folder to write to, or that of a file, and holds what is to be written.
 
-    Where the block refuses its input, a folder that was new is removed again.
+    So a place that refuses is found before the work, and no other process writes there meanwhile.
+    Where the block fails or is stopped, folders that are new and empty are removed again.
+
+    Raises:
+        InputError: another process is writing there.
+        OSError: a place where nothing can be written.
     """
-    is_new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = output.parent if is_file else output
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        yield
-    except InputError:
-        if is_new:
-            folder.rmdir()
+        folder.mkdir(parents=True, exist_ok=True)
+        with holding(output):
+            yield
+    except BaseException:
+        with suppress(OSError):
+            for path in new:
+                path.rmdir()
         raise
 
 

@@ -31,6 +31,7 @@ from featinv_diffusion.runs.record import (
     path_of,
     read_content,
     read_environment,
+    reserved,
     to_png,
 )
 from featinv_diffusion.runs.sampling import (
@@ -381,6 +382,11 @@ def run_jobs(settings: SampleSettings, jobs: Sequence[Job], output: Path) -> Man
     Raises:
         InputError: bad settings, or no image that could be reconstructed.
     """
+    with reserved(output):
+        return _run_jobs(settings, jobs, output)
+
+
+def _run_jobs(settings: SampleSettings, jobs: Sequence[Job], output: Path) -> Manifest:
     inverter = open_inverter(settings)
     resolved = inverter.settings
     assert resolved is not None
@@ -389,7 +395,6 @@ def run_jobs(settings: SampleSettings, jobs: Sequence[Job], output: Path) -> Man
         resolved, environment=read_environment(resolved.device), scope_basis=scope.basis
     )
     folder = SampleFolder(output, manifest)
-    folder.run.begin()
     with advancing(inverter, sum(len(job.seeds) for job in jobs), progress=True):
         for done in reconstruct(inverter, jobs, resolved.batch_size, manifest.fail, scope.p_value):
             folder.write(done)
