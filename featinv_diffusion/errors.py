@@ -1,5 +1,8 @@
 """The one error a user can cause; the command line turns it into a sentence and exit code 2."""
 
+import re
+from pathlib import Path
+
 
 class InputError(ValueError):
     """Says what must hold, what was given, and what to do."""
@@ -41,3 +44,16 @@ def is_unreachable(error: BaseException) -> bool:
         or any(sign in str(one).lower() for sign in signs)
         for one in seen
     )
+
+
+def what_is_at(place: str | Path) -> str:
+    """Returns, in words for a message, what lies where something else was wanted."""
+    if is_url(place):
+        return "only a URL"
+    path = Path(place)
+    return "a folder" if path.is_dir() else "a file" if path.exists() else "nothing"
+
+
+def is_url(place: str | Path) -> bool:
+    """Whether this is a URL, also where a `Path` has taken a slash from it."""
+    return re.match(r"[a-z][a-z0-9+.-]+:/", str(place)) is not None

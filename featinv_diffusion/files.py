@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import platform
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -243,19 +242,6 @@ def read_tensors(
         )
     header = schema.parse_json(metadata["header"], dict[str, Any], f"{path} (its header)", advice)
     return tensors, header
-
-
-def what_is_at(place: str | Path) -> str:
-    """Returns, in words for a message, what lies where something else was wanted."""
-    if is_url(place):
-        return "only a URL"
-    path = Path(place)
-    return "a folder" if path.is_dir() else "a file" if path.exists() else "nothing"
-
-
-def is_url(place: str | Path) -> bool:
-    """Whether this is a URL, also where a `Path` has taken a slash from it."""
-    return re.match(r"[a-z][a-z0-9+.-]+:/", str(place)) is not None
 
 
 def expand_path(name: str | Path) -> Path:

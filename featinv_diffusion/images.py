@@ -20,8 +20,8 @@ from jaxtyping import Float
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from featinv_diffusion.errors import InputError
-from featinv_diffusion.files import replacing, what_is_at
+from featinv_diffusion.errors import InputError, what_is_at
+from featinv_diffusion.files import replacing
 from featinv_diffusion.types import Images, Source
 
 logger = logging.getLogger(__name__)

@@ -15,8 +15,7 @@ from typing import Any, TypeVar
 import msgspec
 import yaml
 
-from featinv_diffusion.errors import InputError
-from featinv_diffusion.files import what_is_at
+from featinv_diffusion.errors import InputError, what_is_at
 
 T = TypeVar("T")
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from featinv_diffusion.backbones.names import read_spec
 from featinv_diffusion.concepts.heads import PooledHead
-from featinv_diffusion.errors import InputError, choices_hint
-from featinv_diffusion.files import read_tensors, what_is_at, write_tensors
+from featinv_diffusion.errors import InputError, choices_hint, what_is_at
+from featinv_diffusion.files import read_tensors, write_tensors
 from featinv_diffusion.types import Features, FeatureSpec
 
 # ---- Files of concepts and of directions ---------------------------------------------------------

@@ -18,8 +18,7 @@ from typing import Any
 import fsspec
 from PIL import Image
 
-from featinv_diffusion.errors import InputError
-from featinv_diffusion.files import what_is_at
+from featinv_diffusion.errors import InputError, what_is_at
 from featinv_diffusion.images import SUFFIXES, decode_image, read_image
 from featinv_diffusion.schema import MAX_TEXT
 

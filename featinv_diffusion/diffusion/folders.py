@@ -30,8 +30,8 @@ from featinv_diffusion.backbones.transformers import load_transformers
 from featinv_diffusion.diffusion.featinv_controlnet import FeatureControlNet
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
 from featinv_diffusion.diffusion.objective import make_scheduler
-from featinv_diffusion.errors import InputError, reason_of
-from featinv_diffusion.files import what_is_at, write_text
+from featinv_diffusion.errors import InputError, reason_of, what_is_at
+from featinv_diffusion.files import write_text
 from featinv_diffusion.types import FeatureSpec
 
 # ---- Model cards ----

@@ -28,8 +28,8 @@ from featinv_diffusion.diffusion.folders import (
     read_card_info,
     write_model_card,
 )
-from featinv_diffusion.errors import InputError, choices_hint, reason_of
-from featinv_diffusion.files import new_folder, what_is_at
+from featinv_diffusion.errors import InputError, choices_hint, reason_of, what_is_at
+from featinv_diffusion.files import new_folder
 from featinv_diffusion.schema import read_text
 
 BUNDLED_FAMILIES = ("tiny",)

@@ -19,9 +19,9 @@ from torch.nn import functional as F
 
 from featinv_diffusion import schema
 from featinv_diffusion.backbones.names import read_spec
-from featinv_diffusion.errors import InputError, choices_hint
+from featinv_diffusion.errors import InputError, choices_hint, what_is_at
 from featinv_diffusion.features.edits import FeatureEdit
-from featinv_diffusion.files import read_tensors, what_is_at, write_tensors
+from featinv_diffusion.files import read_tensors, write_tensors
 from featinv_diffusion.types import Features, FeatureSpec
 
 FORMAT = "featinv-operator/1"
