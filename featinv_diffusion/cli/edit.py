@@ -14,7 +14,7 @@ from featinv_diffusion.settings import SampleSettings
 _GIVEN = "featinv edits"
 
 
-def _collect(context: typer.Context, param: typer.CallbackParam, values: list[str]) -> list[str]:
+def _collect(context: Any, param: Any, values: list[str] | None) -> list[str] | None:
     """Notes the edits of an option; click calls this in the order of the command line."""
     kind = str(param.name).replace("_", "-")
     context.meta.setdefault(_GIVEN, []).extend(f"{kind} {value}" for value in values or ())

@@ -21,6 +21,10 @@ def encode(
         str, typer.Option(help="Name of the backbone, as `featinv layers` takes it.")
     ] = "tiny/convnext",
     layer: Annotated[str, typer.Option(help="Layer of the backbone.")] = "last",
+    inverter: Annotated[
+        str | None,
+        typer.Option(help="Take backbone and layer of an inverter or pipeline instead."),
+    ] = None,
     output: Annotated[
         Path,
         typer.Option(
@@ -47,7 +51,7 @@ def encode(
     from featinv_diffusion.data.sets import open_pictures
     from featinv_diffusion.features.maps import check_maps_path, write_maps
     from featinv_diffusion.images import builtin_photo
-    from featinv_diffusion.inverters.open import find_device
+    from featinv_diffusion.inverters.open import find_device, load_inverter
     from featinv_diffusion.runs.record import reserved
     from featinv_diffusion.runs.sampling import encode_pictures
 
@@ -57,7 +61,10 @@ def encode(
     found = open_pictures(images or [builtin_photo()], exclude=output.parent / output.stem)
     say_notes(found)
     with reserved(output, is_file=True), torch.no_grad():
-        model = load_backbone(backbone, layer, trust_code=trust_code).to(find_device(device))
+        if inverter is None:
+            model = load_backbone(backbone, layer, trust_code=trust_code).to(find_device(device))
+        else:
+            model = load_inverter(inverter, device=device).require_backbone()
         maps = encode_pictures(model, found)
         write_maps(output, maps, model.spec)
     print(f"Wrote {output}: {len(maps)} maps, each a {model.spec}.")

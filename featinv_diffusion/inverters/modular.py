@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,7 +177,7 @@ class _Index:
     input_size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        if odd := [name for name in self.stages if not name.isidentifier()]:
+        if odd := [name for name in self.stages if not re.fullmatch(r"\w+(\.\w+)*", name)]:
             raise InputError(f"stages must be names of folders, got {odd[0]!r}")
 
 

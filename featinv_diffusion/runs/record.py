@@ -6,6 +6,7 @@ import io
 import json
 import os
 import platform
+import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -272,7 +273,8 @@ def check_output_name(name: str, suffixes: Collection[str]) -> None:
     Names may lie in folders below, with forward slashes.
     """
     parts = name.split("/")
-    if any(p.strip() in ("", "..") or p.startswith(".") or "\\" in p or ":" in p for p in parts):
+    has_drive = re.match(r"[A-Za-z]:(?!\d)", name)  # rows of a table are called `table:0`
+    if has_drive or any(p.strip() in ("", "..") or p.startswith(".") or "\\" in p for p in parts):
         raise InputError(
             f"An output must lie inside of the output folder and not be hidden, got {name!r}."
         )

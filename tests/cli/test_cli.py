@@ -29,9 +29,10 @@ ROOT = Path(featinv_diffusion.__file__).parents[1]
 def test_help_lists_every_command(featinv: Featinv):
     done = featinv("--help")
     assert done.code == 0
-    samples = ("sample", "interpolate", "compose", "variability", "concepts", "viz", "replay")
-    others = ("evaluate", "classemb", "analyze", "layers", "scope", "export", "push", "convert")
-    assert (*samples, *others) == tuple(cli.COMMANDS)
+    samples = ("sample", "encode", "decode", "interpolate", "compose", "compare", "edit", "patch")
+    studies = ("variability", "concepts", "viz", "replay", "evaluate", "classemb", "analyze")
+    others = ("layers", "scope", "export", "push", "convert")
+    assert (*samples, *studies, *others) == tuple(cli.COMMANDS)
     for name in (*cli.COMMANDS, *cli.GROUPS):
         assert f" {name} " in done.out
 

@@ -246,7 +246,7 @@ def test_replay_uses_the_recorded_seeds_also_under_another_name(featinv: Featinv
     ("change", "words"),
     [
         (lambda m: m.pop("weights"), "featinv interpolate; it lacks weights"),
-        (lambda m: m.update(weights="many"), "`weights`"),
+        (lambda m: m.update(weights="many"), "weights must be a list"),
         (lambda m: m.update(weights=[1.0, 1.0]), "each given once"),
         (lambda m: m.update(command="dance"), "'dance'"),
         (lambda m: m.update(command=["dance"]), "dance"),
@@ -255,7 +255,7 @@ def test_replay_uses_the_recorded_seeds_also_under_another_name(featinv: Featinv
         (lambda m: m.update(b=None), "names no file as 'b', for it was given in memory"),
         (lambda m: m.update(seeds=[]), "seed"),
         (lambda m: m.pop("environment"), "environment"),
-        (lambda m: m.update(steps="many"), "`steps`"),
+        (lambda m: m.update(steps="many"), "steps must be a whole number"),
     ],
 )
 def test_a_manifest_that_makes_no_sense(featinv: Featinv, photos: Path, change, words):

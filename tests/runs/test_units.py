@@ -152,7 +152,7 @@ def test_a_run_that_gave_nothing_leaves_nothing_of_its_own(tmp_path: Path):
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda folder: (folder / DONE).write_text("[]"), "`object`"),
+        (lambda folder: (folder / DONE).write_text("[]"), "group of named values"),
         (lambda folder: (folder / DONE).write_text(""), "JSON"),
         (lambda folder: (folder / DONE).write_text('{"id": "x", "fi'), "JSON"),
         (lambda folder: (folder / DONE).write_text('{"id": 5, "failures": [1]}'), DONE),
