@@ -27,7 +27,7 @@ from featinv_diffusion.studies.study import Analysis
 from featinv_diffusion.types import FeatureMaps, Features, Images
 
 LEVEL = 0.05
-MAX_SHOWN = 6
+MAX_SHOWN, MAX_BOOTSTRAP = 6, 1000
 MIN_PICTURES = 8
 """A paired test of fewer pictures cannot reach the level for any of the attributes."""
 DIRECT = 0.5
@@ -76,6 +76,8 @@ def compare_models(
         InputError: too few pictures, maps of another shape without a map, or pictures that cannot
             be read.
     """
+    if not 0 <= n_bootstrap <= MAX_BOOTSTRAP:
+        raise InputError(f"n_bootstrap must be from 0 to {MAX_BOOTSTRAP}, got {n_bootstrap}.")
     own = inverter.require_backbone()
     a = inverter.encode(pictures)
     names = [source.name for source in a.sources]

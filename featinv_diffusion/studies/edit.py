@@ -34,7 +34,7 @@ from featinv_diffusion.seeds import make_generator
 from featinv_diffusion.studies.study import choose_seeds, draw_original, settings_line, settings_of
 from featinv_diffusion.types import FeatureMaps, Features, Images, Source
 
-MAX_ROWS = 4
+MAX_ROWS, MAX_NULL = 4, 1000
 KINDS = (
     "steer",
     "ablate-channels",
@@ -86,8 +86,8 @@ def edit(
         InputError: an edit that is not one, gives another shape or values that are not finite, a
             picture that cannot be read, no such layer, samples that are not finite.
     """
-    if n_null < 1:
-        raise InputError(f"n_null must be at least 1, got {n_null}.")
+    if not 1 <= n_null <= MAX_NULL:
+        raise InputError(f"n_null must be from 1 to {MAX_NULL}, got {n_null}.")
     given = [edits] if isinstance(edits, str) or callable(edits) else list(edits)
     if not given:
         raise InputError("At least one edit must be given, got none.")

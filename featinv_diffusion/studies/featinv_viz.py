@@ -42,6 +42,7 @@ from featinv_diffusion.types import Features, Images, Source
 
 THRESHOLD = 0.33
 """Of the normalised map, as published: pixels below count as unaffected."""
+MAX_DIRECTIONS = 1000
 _CURVE = 1.0  # inches
 _FADED = 0.8  # towards white
 _CLIPPED = 0.99  # of a map's pixels lie on the scale, so that single ones do not darken the rest
@@ -88,8 +89,8 @@ def show_concept(
             not finite.
     """
     factors = check_factors(factor, film)
-    if n_directions < 1:
-        raise InputError(f"n_directions must be at least 1, got {n_directions}.")
+    if not 1 <= n_directions <= MAX_DIRECTIONS:
+        raise InputError(f"n_directions must be from 1 to {MAX_DIRECTIONS}, got {n_directions}.")
     backbone = inverter.require_backbone()
     path = concepts if isinstance(concepts, str | Path) else None
     dictionary = check_concepts(concepts, backbone)

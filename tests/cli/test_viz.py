@@ -157,7 +157,7 @@ def test_concepts_of_another_backbone(featinv: Featinv, photos: Path, concepts: 
         (["--concept", 2], "0 … 1, got 2"),
         (["--film", "0,half"], "'0,half'"),
         (["--factor", "nan"], "finite"),
-        (["--n-directions", 0], "n_directions must be at least 1"),
+        (["--n-directions", 0], "n_directions must be from 1"),
         (["--figure", "f.jpg"], "'f.jpg'"),
         (["--concepts", "none.safetensors"], "file of concepts at none.safetensors"),
     ],

@@ -188,7 +188,7 @@ def test_a_deterministic_inverter_has_no_null_of_other_noise(inverter):
     ("arguments", "words"),
     [
         ({"seeds": [1]}, "n_samples must be at least 2 here"),
-        ({"n_directions": 0}, "n_directions must be at least 1, got 0"),
+        ({"n_directions": 0}, "n_directions must be from 1 to 1000, got 0"),
         ({"factor": math.nan}, "finite"),
         ({"film": [math.inf]}, "finite"),
         ({"film": [0.25 + 1e-15]}, "rounding errors"),
