@@ -196,7 +196,7 @@ class SampleSettings:
     )
     backbone: str | None = option(
         None,
-        "Backbone whose features to invert; must be the pipeline's, or any for optimise and guided.",
+        "Backbone whose features to invert; must be the pipeline's; any for optimise and guided.",
         shown="tiny/convnext",
     )
     layer: str | None = option(

@@ -167,23 +167,15 @@ def load_guided(backbone: Backbone, prior: str, *, n_steps: int = STEPS) -> Guid
     Raises:
         InputError: nothing there, files that cannot be read, or more steps than it has.
     """
-    place, options = find_part(prior, "scheduler")
-    text, text_options = find_part(prior, "tokenizer")
-    try:
-        scheduler: Any = DDIMScheduler.from_pretrained(place, **options)
-        tokenizer: Any = CLIPTokenizer.from_pretrained(text, **text_options)
-    except UNREADABLE as error:
-        raise InputError(
-            f"{prior} must be a Stable Diffusion folder or Hub repository, but its scheduler or "
-            f"tokenizer could not be read: {first_line(error)}"
-        ) from error
+    scheduler = _load(DDIMScheduler, prior, "scheduler")
+    tokenizer = _load(CLIPTokenizer, prior, "tokenizer")
+    encoder = _load(CLIPTextModel, prior, "text_encoder").float().eval()
     n_train = scheduler.config["num_train_timesteps"]
     if n_steps > n_train:
         raise InputError(
             f"There can be at most {n_train} steps, as many as {prior} was trained with, got "
             f"{n_steps}."
         )
-    encoder = load_part(CLIPTextModel, prior, "text_encoder").eval()
     tokens = tokenizer(
         PUBLISHED_PROMPT,
         padding="max_length",
@@ -201,3 +193,14 @@ def load_guided(backbone: Backbone, prior: str, *, n_steps: int = STEPS) -> Guid
         prompt,
         n_steps=n_steps,
     )
+
+
+def _load(kind: Any, prior: str, part: str) -> Any:
+    place, options = find_part(prior, part)
+    try:
+        return kind.from_pretrained(place, **options)
+    except UNREADABLE as error:
+        raise InputError(
+            f"{prior} must be a Stable Diffusion folder or Hub repository, but its {part} could "
+            f"not be read: {first_line(error)}"
+        ) from error

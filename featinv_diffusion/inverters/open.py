@@ -250,6 +250,11 @@ def name_inverter(settings: SampleSettings) -> SampleSettings:
     if settings.inverter == DIFFUSION:
         if settings.stage is not None:
             raise InputError(_stage_of_diffusion(settings, "the inverter is a diffusion pipeline"))
+        if settings.parametrise == "pixels":
+            raise InputError(
+                "Only the inverter optimise changes pixels, but the inverter is a diffusion "
+                "pipeline, got --parametrise pixels. Leave that out."
+            )
         return replace(settings, pipeline=pipeline_name(settings))
     if (pipeline := _as_pipeline(settings.inverter)) is not None:
         if settings.stage is not None:
@@ -260,7 +265,7 @@ def name_inverter(settings: SampleSettings) -> SampleSettings:
                 f"One pipeline must be named, got --inverter {settings.inverter} and --pipeline "
                 f"{settings.pipeline}. Leave one of them out."
             )
-        return replace(settings, inverter=DIFFUSION, pipeline=pipeline)
+        return name_inverter(replace(settings, inverter=DIFFUSION, pipeline=pipeline))
     settings = replace(settings, inverter=_bare_name(settings.inverter))
     kind = find_kind(settings.inverter)
     if not kind.takes_backbone:

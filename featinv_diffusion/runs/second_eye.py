@@ -7,6 +7,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from featinv_diffusion.backbones import Backbone, load_backbone, same_backbone
 from featinv_diffusion.images import builtin_photo, center_square, read_image, to_tensor
@@ -14,7 +15,6 @@ from featinv_diffusion.inverters.base import Inverter
 from featinv_diffusion.inverters.optimise import GradientInverter
 from featinv_diffusion.metrics import feature_cosine
 from featinv_diffusion.runs.sampling import Reconstruction
-from featinv_diffusion.types import Images
 
 SECOND, OTHERWISE = "tiny/convnext", "tiny/resnet"
 """The backbone that looks too, and the one that does where the former made the pictures."""
@@ -32,7 +32,7 @@ class Eye:
     cosine: list[float] = field(default_factory=list)
     other_image: list[float] = field(default_factory=list)
 
-    def look(self, original: Images, others: list[Images], samples: Images) -> None:
+    def look(self, original: Tensor, others: list[Tensor], samples: Tensor) -> None:
         """Compares the samples of one picture."""
         seen = self._see(samples)
         self.cosine += self._compare(original, seen)
@@ -49,10 +49,10 @@ class Eye:
             "other_image": fmean(self.other_image),
         }
 
-    def _see(self, images: Images) -> torch.Tensor:
+    def _see(self, images: Tensor) -> Tensor:
         return self.backbone.features(images.to(self.backbone.device))
 
-    def _compare(self, image: Images, seen: torch.Tensor) -> list[float]:
+    def _compare(self, image: Tensor, seen: Tensor) -> list[float]:
         return feature_cosine(self._see(image).expand_as(seen), seen).tolist()
 
 

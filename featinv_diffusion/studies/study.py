@@ -133,8 +133,8 @@ def settings_line(settings: SampleSettings | None) -> str:
         name = PurePosixPath(settings.inverter).name
         return f"{settings.backbone}, layer {settings.layer} · inverter {name}"
     if settings.inverter in BY_GRADIENT:
-        where = f"{settings.backbone}, layer {settings.layer}"
-        return f"{where} · inverter {settings.inverter} · {settings.steps} steps · seed {settings.seed}"
+        made = f"inverter {settings.inverter} · {settings.steps} steps · seed {settings.seed}"
+        return f"{settings.backbone}, layer {settings.layer} · {made}"
     pipeline = PurePosixPath(settings.pipeline or "")
     name = pipeline.name if pipeline.is_absolute() else str(pipeline)
     parts = [
