@@ -71,7 +71,7 @@ def pull(
     """
     moved = latents.detach().clone().requires_grad_()
     adam = torch.optim.Adam([moved], lr=learning_rate)
-    target = target.detach().float()
+    target = target.detach().to(moved.device, torch.float32)
     for _ in range(n_steps):
         with torch.enable_grad():
             images = shift(decode(moved), max_shift, generator).clamp(0, 1)

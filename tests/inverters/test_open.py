@@ -80,7 +80,7 @@ def test_a_pipeline_without_backbone_loads_the_one_it_declares(tmp_path, monkeyp
         asked.append((name, layer))
         return wrap_model(tiny.make_backbone(), name=name, layer=layer)
 
-    monkeypatch.setattr(sampling, "load_backbone", load)
+    monkeypatch.setattr(sampling, "load_named_backbone", load)
     inverter = open_saved(tmp_path / "bare")
     assert asked == [("tiny/convnext", "last")]
     assert inverter.backbone.input_size == (64, 64)
