@@ -58,7 +58,7 @@ def cell(cosine: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--data", required=True)
     parser.add_argument("--n-images", type=int, default=100)
     parser.add_argument("--figure", type=Path, default=Path("any-model.png"))

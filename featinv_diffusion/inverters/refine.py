@@ -126,7 +126,7 @@ class Latents:
     """
 
     def __init__(self, vae: AutoencoderKL, size: tuple[int, int]):
-        self.vae = vae.eval().requires_grad_(False)
+        self.vae: Any = vae.eval().requires_grad_(False)
         self.config: Any = vae.config
         factor = 2 ** (len(self.config.block_out_channels) - 1)
         grid = [math.ceil(side / factor) for side in size]
