@@ -90,7 +90,7 @@ def main() -> None:
         print(f"{name}: {sum(p.numel() for p in network.parameters()) / 1e6:.1f} M parameters")
 
     task = _Timed(controlnet, parts, config)
-    accelerator = make_accelerator(config.optim, config.run, config.seed)
+    accelerator = make_accelerator(config.optim, config.run)
     fit(task, train, accelerator, config.optim, config.run, "run: {}")
     print(f"one optimizer step, batch 1: {task.starts[1] - task.starts[0]:.1f} s")
 

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -35,10 +34,11 @@ from featinv_diffusion.diffusion.convert.config import (
 )
 from featinv_diffusion.diffusion.convert.weights import Parts, from_original, to_original
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
+from featinv_diffusion.schema import dump_yaml, parse_yaml
 
 PROMPT = "a high-quality, detailed, and professional image"
 YAML = "code/models/cldm_featinv_convnext.yaml"
-SMALL = ["model_channels=32", "context_dim=128", "hint_channels=48"]
+SMALL = {"model_channels": 32, "context_dim": 128, "hint_channels": 48}
 
 
 def main() -> None:
@@ -169,10 +169,10 @@ def compare_written_back(
     print(f"written back: {len(back)} tensors, {len(only)} names and {len(unequal)} values differ")
     for name in [*only, *unequal]:
         print(f"  {name}")
-    tree: Any = OmegaConf.create(to_original_config(config))
-    clip = OmegaConf.load(config_path).model.params.cond_stage_config
-    tree.model.params.cond_stage_config = clip
-    OmegaConf.save(tree, config_path)
+    tree = to_original_config(config)
+    written = parse_yaml(config_path.read_text(), str(config_path))
+    tree["model"]["params"]["cond_stage_config"] = written["model"]["params"]["cond_stage_config"]
+    config_path.write_text(dump_yaml(tree))
     again = create(config_path)
     installed = dict(zip(published_names(again.state_dict()), again.state_dict(), strict=True))
     again.load_state_dict({installed[name]: tensor for name, tensor in back.items()}, strict=True)
@@ -208,30 +208,27 @@ def make_importable(code: Path) -> None:
 
 def write_config(published: Path, folder: Path, full_size: bool) -> Path:
     """Writes the published YAML, reduced unless `full_size`, and a random CLIP beside it."""
-    config: Any = OmegaConf.load(published)
-    params = config.model.params
+    config = parse_yaml(published.read_text(), str(published))
+    params = config["model"]["params"]
     if not full_size:
-        for part in (params.control_stage_config, params.unet_config):
-            shrink(part.params, SMALL)
-        shrink(params.first_stage_config.params.ddconfig, ["ch=32"])
-    width = params.unet_config.params.context_dim
+        for part in ("control_stage_config", "unet_config"):
+            shrink(params[part]["params"], SMALL)
+        shrink(params["first_stage_config"]["params"]["ddconfig"], {"ch": 32})
+    width = params["unet_config"]["params"]["context_dim"]
     text_config: dict[str, Any] = sd15_config().text_encoder | {"vocab_size": 514}
     if not full_size:
         sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2}
         text_config |= {**sizes, "num_attention_heads": width // 64}
     CLIPTextModel(CLIPTextConfig(**text_config)).save_pretrained(folder / "clip")
     byte_tokenizer().save_pretrained(folder / "clip")
-    params.cond_stage_config.params = {"version": str(folder / "clip"), "device": "cpu"}
+    params["cond_stage_config"]["params"] = {"version": str(folder / "clip"), "device": "cpu"}
     path = folder / "cldm.yaml"
-    OmegaConf.save(config, path)
+    path.write_text(dump_yaml(config))
     return path
 
 
-def shrink(params: DictConfig, sizes: list[str]) -> None:
-    for size in sizes:
-        name, value = size.split("=")
-        if name in params:
-            params[name] = int(value)
+def shrink(params: dict[str, Any], sizes: dict[str, int]) -> None:
+    params.update({name: value for name, value in sizes.items() if name in params})
 
 
 def byte_tokenizer() -> CLIPTokenizer:

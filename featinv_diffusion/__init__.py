@@ -31,9 +31,12 @@ if TYPE_CHECKING:
     from featinv_diffusion.runs.samples import Samples, sample
     from featinv_diffusion.studies.composition import Composition, compose
     from featinv_diffusion.studies.concepts import FoundConcepts, find_concepts
+    from featinv_diffusion.studies.differencing import compare_models
+    from featinv_diffusion.studies.edit import Edited, edit
     from featinv_diffusion.studies.featinv_viz import ConceptViz, show_concept
     from featinv_diffusion.studies.interpolation import Interpolation, interpolate
     from featinv_diffusion.studies.operators import fit_operator
+    from featinv_diffusion.studies.patching import Patching, patch_tokens
     from featinv_diffusion.studies.variability import Variability, variability
     from featinv_diffusion.types import FeatureMaps, FeatureSpec
 
@@ -46,6 +49,7 @@ _MODULES = {
     "ConceptDictionary": "concepts",
     "ConceptViz": "studies.featinv_viz",
     "DiffusionInverter": "inverters.diffusion",
+    "Edited": "studies.edit",
     "Evaluation": "evaluation.run",
     "FeatInvPipeline": "diffusion.featinv_pipeline",
     "FeatureControlNet": "diffusion.featinv_controlnet",
@@ -57,9 +61,12 @@ _MODULES = {
     "Inverter": "inverters.base",
     "Operator": "features.operators",
     "Samples": "runs.samples",
+    "Patching": "studies.patching",
     "TokenReading": "class_embedding.study",
     "Variability": "studies.variability",
+    "compare_models": "studies.differencing",
     "compose": "studies.composition",
+    "edit": "studies.edit",
     "evaluate": "evaluation.run",
     "find_concepts": "studies.concepts",
     "fit_operator": "studies.operators",
@@ -69,6 +76,7 @@ _MODULES = {
     "load_backbone": "backbones",
     "load_inverter": "inverters.open",
     "load_pipeline": "diffusion.hub",
+    "patch_tokens": "studies.patching",
     "read_tokens": "class_embedding.study",
     "sample": "runs.samples",
     "show_concept": "studies.featinv_viz",
@@ -83,6 +91,7 @@ __all__ = [
     "ConceptDictionary",
     "ConceptViz",
     "DiffusionInverter",
+    "Edited",
     "Evaluation",
     "FeatInvPipeline",
     "FeatureControlNet",
@@ -93,11 +102,14 @@ __all__ = [
     "Interpolation",
     "Inverter",
     "Operator",
+    "Patching",
     "Samples",
     "TokenReading",
     "Variability",
     "__version__",
+    "compare_models",
     "compose",
+    "edit",
     "evaluate",
     "find_concepts",
     "fit_operator",
@@ -107,6 +119,7 @@ __all__ = [
     "load_backbone",
     "load_inverter",
     "load_pipeline",
+    "patch_tokens",
     "read_tokens",
     "sample",
     "show_concept",

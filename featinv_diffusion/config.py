@@ -6,14 +6,12 @@ Unknown keys and wrong types are refused.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import is_dataclass
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
-
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from featinv_diffusion.errors import InputError, choices_hint
+from featinv_diffusion.schema import convert, dump_yaml, parse_yaml, read_text
 from featinv_diffusion.settings import flat_fields
 
 T = TypeVar("T")
@@ -59,20 +57,21 @@ def load_config(cls: type[T], name: str | Path | None = None, overrides: Sequenc
         name: a file or a name, see `find_config`.
 
     Raises:
-        InputError: unknown key (the nearest is named), wrong type, unreadable file.
+        InputError: unknown key (the nearest is named), wrong type, a value out of range, unreadable
+            file.
     """
-    config = OmegaConf.structured(cls)
+    content: dict[str, Any] = {}
     if name is not None:
         path = find_config(name)
-        config = _merge(config, _read_yaml(path), f"config file {path}")
+        content = _read_yaml(path)
+        _check_keys(cls, content, f"config file {path}")
     for override in overrides:
         if "=" not in override:
             raise InputError(f"An override must read key=value, got {override!r}.")
-        config = _merge(config, _read_override(override), f"override {override!r}")
-    try:
-        return OmegaConf.to_object(config)  # pyright: ignore[reportReturnType]
-    except OmegaConfBaseException as error:
-        raise InputError(f"The configuration is incomplete: {_first_line(error)}") from error
+        update = _read_override(override)
+        _check_keys(cls, update, f"override {override!r}")
+        content = _merge(content, update)
+    return convert(_fitted(cls, content), cls, "the settings")
 
 
 def load_flat(cls: type[T], name: str | Path | None, values: Mapping[str, Any]) -> T:
@@ -84,16 +83,9 @@ def load_flat(cls: type[T], name: str | Path | None, values: Mapping[str, Any]) 
     Raises:
         InputError: unknown key, wrong type, unreadable file, or values that the class refuses.
     """
-    config = OmegaConf.structured(cls)
-    if name is not None:
-        path = find_config(name)
-        content = OmegaConf.to_container(_read_yaml(path), resolve=False)
-        config = _merge(config, _nested(cls, content), f"config file {path}")
-    config = _merge(config, _nested(cls, values), "options")
-    try:
-        return OmegaConf.to_object(config)  # pyright: ignore[reportReturnType]
-    except OmegaConfBaseException as error:
-        raise InputError(f"The settings are incomplete: {_first_line(error)}") from error
+    content = {} if name is None else _nested(cls, _read_yaml(find_config(name)))
+    content = _merge(content, _nested(cls, values))
+    return convert(_fitted(cls, content), cls, "the settings")
 
 
 def _nested(cls: type, values: Any) -> dict[str, Any]:
@@ -116,50 +108,78 @@ def read_setting(key: str, name: str | Path | None = None, overrides: Sequence[s
     """Returns one value of what `load_config` reads, before a class checks it; None where unset.
 
     Raises:
-        InputError: unreadable file, override or value.
+        InputError: unreadable file or override.
     """
-    config = OmegaConf.create() if name is None else _read_yaml(find_config(name))
+    content: Any = {} if name is None else _read_yaml(find_config(name))
     for override in overrides:
         if "=" in override:  # `load_config` refuses what has none
-            config = _merge(config, _read_override(override), f"override {override!r}")
-    try:
-        return OmegaConf.select(config, key)
-    except OmegaConfBaseException as error:
-        raise InputError(f"The setting {key} cannot be read: {_first_line(error)}") from error
+            content = _merge(content, _read_override(override))
+    for part in key.split("."):
+        content = content.get(part) if isinstance(content, dict) else None
+    return content
 
 
 def to_yaml(config: Any) -> str:
     """Returns the YAML that `load_config` reads back to an equal object."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return dump_yaml(asdict(config))
 
 
-def _read_yaml(path: Path) -> Any:
-    try:
-        loaded = OmegaConf.load(path)
-    except Exception as error:
-        raise InputError(f"{path} must be valid YAML: {_first_line(error)}") from error
-    if not OmegaConf.is_dict(loaded):
+def _read_yaml(path: Path) -> dict[str, Any]:
+    loaded = parse_yaml(read_text(path), str(path))
+    if not isinstance(loaded, dict):
         raise InputError(f"{path} must hold `key: value` lines at its top level.")
     return loaded
 
 
-def _read_override(override: str) -> Any:
-    try:
-        return OmegaConf.from_dotlist([override])
-    except Exception as error:  # whatever the YAML of the value can raise
-        raise InputError(
-            f"The value of an override must be YAML, but {override!r} is not: {_first_line(error)}"
-        ) from error
+def _read_override(override: str) -> dict[str, Any]:
+    key, _, text = override.partition("=")
+    value = parse_yaml(text, f"The value of the override {override!r}")
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
 
 
-def _merge(config: Any, update: Any, source: str) -> Any:
-    try:
-        return OmegaConf.merge(config, update)
-    except OmegaConfBaseException as error:
-        raise InputError(f"In the {source}: {_first_line(error)}") from error
+def _merge(content: Any, update: Any) -> Any:
+    """Puts values into those that are there; whole lists are replaced."""
+    if not (isinstance(content, dict) and isinstance(update, dict)):
+        return update
+    return content | {key: _merge(content.get(key), value) for key, value in update.items()}
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).splitlines()
-    key = next((line.split(":", 1)[1].strip() for line in lines if "full_key" in line), None)
-    return lines[0] + (f" (key: {key})" if key else "")
+def _check_keys(cls: type, content: Mapping[Any, Any], source: str, above: str = "") -> None:
+    """Raises `InputError` for a key that no class has, and names the nearest."""
+    hints = get_type_hints(cls)
+    for key, value in content.items():
+        if key not in hints:
+            hint = choices_hint(str(key), list(hints))
+            raise InputError(f"In the {source}: no setting is named {above + str(key)!r}; {hint}")
+        parts = {f"{above}{key}": value}
+        if get_origin(hints[key]) is dict and isinstance(value, dict):
+            parts = {f"{above}{key}.{name}": part for name, part in value.items()}
+        for kind in (hints[key], *get_args(hints[key])):
+            for path, part in parts.items():
+                if is_dataclass(kind) and isinstance(part, dict):
+                    _check_keys(kind, part, source, f"{path}.")  # pyright: ignore[reportArgumentType]
+
+
+def _fitted(cls: type, content: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Returns the values with text where text is wanted, although YAML reads 12 as a number.
+
+    Raises:
+        InputError: a value that is none of a field's choices.
+    """
+    hints, values = get_type_hints(cls), dict(content)
+    for key, value in content.items():
+        hint, path = hints[key], f"{above}{key}"
+        if is_dataclass(hint) and isinstance(value, dict):
+            values[key] = _fitted(hint, value, f"{path}.")  # pyright: ignore[reportArgumentType]
+        elif hint in (str, str | None) and type(value) in (int, float):
+            values[key] = str(value)
+        choices = [c for part in (hint, *get_args(hint)) for c in _choices(part)]
+        if choices and isinstance(value, str) and value not in choices:
+            raise InputError(f"No {path} is named {value!r}; {choices_hint(value, choices)}")
+    return values
+
+
+def _choices(hint: Any) -> tuple[str, ...]:
+    return get_args(hint) if get_origin(hint) is Literal else ()

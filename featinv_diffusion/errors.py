@@ -1,5 +1,8 @@
 """The one error a user can cause; the command line turns it into a sentence and exit code 2."""
 
+import re
+from pathlib import Path
+
 
 class InputError(ValueError):
     """Says what must hold, what was given, and what to do."""
@@ -11,3 +14,46 @@ def choices_hint(name: str, choices: list[str]) -> str:
 
     near = get_close_matches(name, choices, n=1)
     return (f"did you mean {near[0]!r}? " if near else "") + f"Choices: {', '.join(choices)}."
+
+
+OFFLINE = (
+    "The Hugging Face Hub cannot be reached. Check the network and HF_HUB_OFFLINE, or name a "
+    "folder or file of this machine"
+)
+
+
+def reason_of(error: BaseException) -> str:
+    """Returns why something could not be loaded, in one line without a full stop."""
+    if is_unreachable(error):
+        return OFFLINE
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__).rstrip(".")
+
+
+def is_unreachable(error: BaseException) -> bool:
+    """Whether an error, or one that caused it, says that a server cannot be reached."""
+    seen: list[BaseException] = []
+    while error not in seen:
+        seen.append(error)
+        error = error.__cause__ or error.__context__ or error
+    kinds = {kind.__name__ for one in seen for kind in type(one).__mro__}
+    signs = ("couldn't connect to", "not fully cached locally", "outgoing traffic has been")
+    named = {"OfflineModeIsEnabled", "LocalEntryNotFoundError", "ConnectError", "TimeoutException"}
+    return bool(kinds & named) or any(
+        (isinstance(one, ConnectionError) and not isinstance(one, BrokenPipeError))
+        or any(sign in str(one).lower() for sign in signs)
+        for one in seen
+    )
+
+
+def what_is_at(place: str | Path) -> str:
+    """Returns, in words for a message, what lies where something else was wanted."""
+    if is_url(place):
+        return "only a URL"
+    path = Path(place)
+    return "a folder" if path.is_dir() else "a file" if path.exists() else "nothing"
+
+
+def is_url(place: str | Path) -> bool:
+    """Whether this is a URL, also where a `Path` has taken a slash from it."""
+    return re.match(r"[a-z][a-z0-9+.-]+:/", str(place)) is not None

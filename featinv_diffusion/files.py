@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
+from featinv_diffusion import schema
 from featinv_diffusion.errors import InputError
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def replacing(path: Path) -> Iterator[Path]:
         yield partial
         flush_to_disk(partial)
         os.replace(partial, path)
-        flush_to_disk(path.parent)
+        flush_one(path.parent)
     except OSError as error:
         if error.filename is None or str(error.filename) == str(partial):
             error.filename, error.filename2 = str(path), None
@@ -75,14 +76,15 @@ def flush_to_disk(path: Path) -> None:
     """Waits until a file or folder is on the disk, with everything below a folder."""
     for inner in path.rglob("*") if path.is_dir() else ():
         if inner.is_file() and not inner.is_symlink():
-            _fsync(inner)
+            flush_one(inner)
     for inner in path.rglob("*") if path.is_dir() else ():
         if inner.is_dir() and not inner.is_symlink():
-            _fsync(inner)
-    _fsync(path)
+            flush_one(inner)
+    flush_one(path)
 
 
-def _fsync(path: Path) -> None:
+def flush_one(path: Path) -> None:
+    """Waits until a file, or which names a folder holds, is on the disk."""
     if path.is_dir() and os.name == "nt":
         return  # Windows has no handle of a folder to flush
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
@@ -121,7 +123,7 @@ def new_folder(target: Path) -> Iterator[Path]:
             yield inner
             flush_to_disk(inner)
             os.replace(inner, target)
-            _fsync(target.parent)
+            flush_one(target.parent)
             staging.rmdir()
     except (OSError, SafetensorError) as error:
         raise InputError(f"{target} could not be written: {error}.") from error
@@ -222,6 +224,8 @@ def read_tensors(
     Raises:
         InputError: no such file, a damaged one, or one that holds something else.
     """
+    if path.exists() and not path.is_file():  # a pipe would wait for ever
+        raise InputError(f"{path} must be a plain file, but is something else. {advice}")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -236,7 +240,8 @@ def read_tensors(
             f"{path} must be in the format {file_format!r}, but its header says "
             f"{metadata.get('format')!r}. {advice}"
         )
-    return tensors, json.loads(metadata["header"])
+    header = schema.parse_json(metadata["header"], dict[str, Any], f"{path} (its header)", advice)
+    return tensors, header
 
 
 def expand_path(name: str | Path) -> Path:

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from featinv_diffusion.errors import InputError
+from featinv_diffusion.errors import InputError, what_is_at
 from featinv_diffusion.files import replacing
 from featinv_diffusion.types import Images, Source
 
@@ -61,7 +61,7 @@ def read_image(path: str | Path) -> Image.Image:
     """
     path = Path(path)
     if not path.is_file():
-        what = "a folder" if path.is_dir() else "nothing" if not path.exists() else "no plain file"
+        what = "no plain file" if path.exists() and not path.is_dir() else what_is_at(path)
         raise InputError(f"A picture must be a file, but there is {what} at {path}.")
     return _decode(path, str(path))
 

@@ -9,14 +9,40 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar, get_type_hints
+from functools import cache
+from numbers import Real
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
+
+from msgspec import Meta
 
 from featinv_diffusion.errors import InputError, choices_hint
 from featinv_diffusion.files import expand_path
 
 T = TypeVar("T")
+
+_LARGEST = 1e38  # of float32, about
+Finite = Annotated[float, Meta(ge=-_LARGEST, le=_LARGEST)]
+NotNegative = Annotated[float, Meta(ge=0, le=_LARGEST)]
+Positive = Annotated[float, Meta(gt=0, le=_LARGEST)]
+PositiveOrInfinite = Annotated[float, Meta(gt=0)]
+Probability = Annotated[float, Meta(ge=0, le=1)]
+Beta = Annotated[float, Meta(ge=0, lt=1)]
+"""A share of what is kept at each step."""
+Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+Count = Annotated[int, Meta(ge=1, le=10**9)]
+"""A number of times, or of what lies on the disk."""
+Number = Annotated[int, Meta(ge=0, le=10**9)]
+Pictures = Annotated[int, Meta(ge=1, le=10**6)]
+"""Pictures that are in memory at once."""
+Size = Annotated[int, Meta(ge=1, le=16_384)]
+"""Pixels of a side, or what a layer or batch holds."""
+Depth = Annotated[int, Meta(ge=1, le=1000)]
+"""Layers of a network, or steps of a sampler."""
+Workers = Annotated[int, Meta(ge=0, le=64)]
+"""Each is a process."""
 
 DIFFUSION = "diffusion"
 BY_GRADIENT = ("guided", "optimise")
@@ -45,6 +71,10 @@ METHODS = ("mcd", "pca", "nmf", "kmeans", "directions")
 ENCODINGS = ("least_squares", "projection", "sparse")
 """Ways to split features over given directions."""
 AUTO = "auto"
+MAX_SAMPLES = 10_000
+"""Samples of one picture; each keeps its features until the picture is done."""
+MAX_BATCH, MAX_IMAGES = 4096, 10_000_000
+"""Limits of what is in memory at once, and of what is drawn from a data set."""
 
 
 def option(
@@ -87,8 +117,16 @@ def nested(kind: type[T]) -> Any:
 
 def check(settings: Any) -> None:
     """Raises `InputError` where a value is none of its field's choices, or out of its range."""
+    for name, limits in _limits(type(settings)).items():
+        value = getattr(settings, name)
+        for number in value if isinstance(value, tuple | list) else (value,):
+            if number is not None:
+                _check_limits(name, number, limits)
     for field in dataclasses.fields(settings):
         value, rule = getattr(settings, field.name), field.metadata
+        if getattr(value, "ndim", None) == 0:  # a scalar of NumPy or torch
+            value = value.item()  # pyright: ignore[reportAttributeAccessIssue]
+            object.__setattr__(settings, field.name, value)
         if value is None or not rule:
             continue
         if rule["choices"] and value not in rule["choices"]:
@@ -99,7 +137,34 @@ def check(settings: Any) -> None:
         for bound, words in (("least", "at least"), ("most", "at most")):
             limit = rule[bound]
             if limit is not None and (value < limit if bound == "least" else value > limit):
-                raise InputError(f"{field.name} must be {words} {limit:g}, got {value}.")
+                shown = limit if isinstance(limit, int) else f"{limit:g}"
+                raise InputError(f"{field.name} must be {words} {shown}, got {value}.")
+
+
+@cache
+def _limits(kind: type) -> dict[str, Meta]:
+    """Returns the limits in the annotations of a class, by field."""
+    found: dict[str, Meta] = {}
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        parts = (hint, *get_args(hint))
+        for part in (*parts, *(inner for p in parts for inner in get_args(p))):
+            if isinstance(part, Meta):
+                found[name] = part
+    return found
+
+
+def _check_limits(name: str, number: Any, limits: Meta) -> None:
+    bounds = (
+        (limits.ge, operator.ge, "at least"),
+        (limits.gt, operator.gt, "more than"),
+        (limits.le, operator.le, "at most"),
+        (limits.lt, operator.lt, "less than"),
+    )
+    if not isinstance(number, Real):
+        raise InputError(f"{name} must be a number, got {number!r}.")
+    for limit, holds, words in bounds:
+        if limit is not None and not holds(number, limit):
+            raise InputError(f"{name} must be {words} {limit:g}, got {number}.")
 
 
 def flat_fields(kind: type) -> dict[str, dataclasses.Field[Any]]:
@@ -202,12 +267,12 @@ class SampleSettings:
     layer: str | None = option(
         None, "Layer that the features come from; must be the pipeline's.", shown=OF_PIPELINE
     )
-    n_samples: int = option(4, "Samples per picture.", least=1)
-    seed: int = option(
+    n_samples: int = option(4, "Samples per picture.", least=1, most=MAX_SAMPLES)
+    seed: Seed = option(
         0, "Random seed; the noise also depends on the file name and the sample index."
     )
     steps: int | None = option(
-        None, "Denoising steps, or those of optimise.", shown=OF_PIPELINE, least=1
+        None, "Denoising steps, or those of optimise.", shown=OF_PIPELINE, least=1, most=1000
     )
     scheduler: str | None = option(
         None,
@@ -225,7 +290,7 @@ class SampleSettings:
         choices=GUIDANCE,
     )
     strength: float = option(1.0, "Factor on the residuals of the ControlNet.")
-    batch_size: int = option(8, "Samples per batch.", least=1)
+    batch_size: int = option(8, "Samples per batch.", least=1, most=MAX_BATCH)
     attention: str = option("native", "Attention kernels.", choices=ATTENTION)
     device: str = option("auto", "Device to compute on: auto, cpu, cuda, cuda:1, mps …")
     dtype: str = option(
@@ -275,18 +340,29 @@ class Selection:
     """
 
     n_images: int | None = option(
-        None, "Number of images, drawn evenly over classes.", shown="all", least=1
+        None,
+        "Number of images, drawn evenly over classes.",
+        shown="all",
+        least=1,
+        most=MAX_IMAGES,
     )
-    per_class: int | None = option(None, "Maximum number of images of each class.", least=1)
+    per_class: int | None = option(
+        None, "Maximum number of images of each class.", least=1, most=MAX_IMAGES
+    )
     selection: str = option(
         "random",
         "Which images of a class: drawn with a fixed seed, or the first when sorted.",
         choices=("random", "first"),
     )
     held_back_per_class: int = option(
-        0, "Use only the last k images of each class, which training holds back.", least=0
+        0,
+        "Use only the last k images of each class, which training holds back.",
+        least=0,
+        most=MAX_IMAGES,
     )
-    n_null_images: int = option(256, "Images for the nulls that cost a sample each.", least=0)
+    n_null_images: int = option(
+        256, "Images for the nulls that cost a sample each.", least=0, most=MAX_IMAGES
+    )
 
     def __post_init__(self) -> None:
         check(self)
@@ -334,10 +410,10 @@ class ConceptSettings:
         "least_squares", "How features split over the directions of a file.", choices=ENCODINGS
     )
     max_cells: int = option(
-        20_000, "Cells that mcd draws where there are more; 0 takes all.", least=0
+        20_000, "Cells that mcd draws where there are more; 0 takes all.", least=0, most=10**9
     )
     seed: int = option(42, "Random seed of whatever the method draws.", least=0, most=2**32 - 1)
-    batch_size: int = option(32, "Pictures per batch of the backbone.", least=1)
+    batch_size: int = option(32, "Pictures per batch of the backbone.", least=1, most=MAX_BATCH)
     device: str = option("auto", "Device to compute on: auto, cpu, cuda, cuda:1, mps …")
 
     def __post_init__(self) -> None:
@@ -352,8 +428,8 @@ class ConceptSettings:
             raise InputError(
                 f"{self.resolved_method} must be told the number of concepts; only mcd chooses it."
             )
-        if number is not None and number < 1:
-            raise InputError(f"n_concepts must be at least 1, got {number}.")
+        if number is not None and not 1 <= number <= MAX_BATCH:
+            raise InputError(f"n_concepts must be from 1 to {MAX_BATCH}, got {number}.")
 
     @property
     def resolved_method(self) -> str:

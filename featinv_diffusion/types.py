@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from jaxtyping import Float
+from msgspec import Meta
 from torch import Tensor
 
 from featinv_diffusion.errors import InputError
@@ -20,6 +21,9 @@ Images = Float[Tensor, "b 3 height width"]
 
 Features = Float[Tensor, "b c h w"]
 """What a layer holds, kind `map`: channels first, prefix tokens dropped."""
+
+
+_Length = Annotated[int, Meta(ge=1, le=65_536)]  # of what a file may declare
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,8 @@ class FeatureSpec:
 
     backbone: str
     layer: str
-    channels: int
-    grid: tuple[int, int]
+    channels: _Length
+    grid: tuple[_Length, _Length]
     kind: Literal["map", "tokens", "queries"] = "map"
 
     def __str__(self) -> str:

@@ -9,6 +9,7 @@ The same command again finishes what was interrupted and tries again what failed
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,7 +28,7 @@ from featinv_diffusion.inverters.base import Inverter
 from featinv_diffusion.inverters.open import name_inverter, open_inverter
 from featinv_diffusion.processes import device_name, make_accelerator
 from featinv_diffusion.runs.progress import advancing
-from featinv_diffusion.runs.record import read_environment
+from featinv_diffusion.runs.record import read_environment, reserved
 from featinv_diffusion.runs.samples import Manifest, SampleFolder, to_captions, to_jobs
 from featinv_diffusion.runs.sampling import Job, make_jobs, reconstruct
 from featinv_diffusion.runs.scope import open_scope
@@ -78,6 +79,17 @@ def reconstruct_all(
     output: Path,
 ) -> Manifest | None:
     """Does this process's share; returns the manifest of all on the main process, else None."""
+    with reserved(output) if accelerator.is_main_process else nullcontext():
+        return _reconstruct_all(accelerator, settings, images, shard_size, output)
+
+
+def _reconstruct_all(
+    accelerator: Accelerator,
+    settings: SampleSettings,
+    images: ImageSet,
+    shard_size: int,
+    output: Path,
+) -> Manifest | None:
     with accelerator.main_process_first():  # one downloads, the others find it there
         inverter = open_inverter(settings)
         scope = open_scope(inverter)

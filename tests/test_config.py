@@ -1,10 +1,12 @@
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
 
 import pytest
 
 from featinv_diffusion.backbones.names import PUBLISHED
+from featinv_diffusion.class_embedding.settings import TokenSettings
 from featinv_diffusion.config import (
     CONFIGS,
     find_config,
@@ -14,7 +16,23 @@ from featinv_diffusion.config import (
     to_yaml,
 )
 from featinv_diffusion.errors import InputError
+from featinv_diffusion.evaluation.settings import EvaluationSettings
+from featinv_diffusion.settings import ConceptSettings
+from featinv_diffusion.studies.settings import (
+    EncoderSettings,
+    FitSettings,
+    OperatorStudySettings,
+    ScopeSettings,
+)
+from featinv_diffusion.training.config import OptimConfig
 from featinv_diffusion.training.controlnet import ControlNetConfig
+from featinv_diffusion.training.inverter import InverterConfig
+from featinv_diffusion.training.reconstructor import ReconstructorConfig
+from train.tiny_family.autoencoder import AutoencoderConfig
+from train.tiny_family.classifier import ClassifierConfig
+from train.tiny_family.contrastive import ContrastiveConfig
+from train.tiny_family.detector import DetectorConfig
+from train.tiny_family.text_to_image import TextToImageConfig
 
 
 @dataclass(frozen=True)
@@ -42,7 +60,7 @@ def test_overrides_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) 
     [
         ("inner.lrr=1", "lr"),
         ("inner.lr=fast", "fast"),
-        ("inner.kind=c", "'a', 'b'"),
+        ("inner.kind=c", "Choices: a, b."),
         ("inner.lr", "key=value"),
         ("inner={lr:[1}", "YAML"),
     ],
@@ -54,10 +72,101 @@ def test_bad_override_is_one_sentence_that_names_it(override: str, said: str) ->
     assert "\n" not in str(caught.value)
 
 
-def test_one_setting_that_cannot_be_read() -> None:
-    with pytest.raises(InputError, match=r"inner\.kind cannot be read: .*nope"):
-        read_setting("inner.kind", None, ["inner.kind=${nope}"])
+def test_values_are_data_and_nothing_is_looked_up(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("SECRET", "hunter2")
+    text = "${oc.env:SECRET}"
+    (tmp_path / "c.yaml").write_text(f"name: {text}\n")
+    assert load_config(Outer, tmp_path / "c.yaml").name == text
+    assert load_config(Outer, None, [f"name={text}"]).name == text
+    assert read_setting("name", tmp_path / "c.yaml") == text
     assert read_setting("inner.kind", None, ["inner=3"]) is None  # which `load_config` refuses
+
+
+def test_scalars_become_what_the_field_is(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("name: 12\ninner:\n  lr: 1e-4\n")
+    assert load_config(Outer, tmp_path / "c.yaml") == Outer(Inner(1e-4), "12")
+    assert load_config(Outer, tmp_path / "c.yaml", ["name=null"]).name is None
+    assert load_config(Outer, tmp_path / "c.yaml", ["name=2026-01-01"]).name == "2026-01-01"
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "optim.max_steps=-5",
+        "optim.lr=inf",
+        "optim.max_grad_norm=nan",
+        "optim.betas=[2,2]",
+        "optim.batch_size=1000000",
+        "optim.ema_decay=2",
+        "seed=nan",
+        "seed=9223372036854775808",
+        "data.num_workers=1000",
+        "data.size=0",
+        "data.scale=[1,0.1]",
+        "model.dropout=2",
+        "model.statistics_images=0",
+        "cache.n_crops=0",
+        "validation.num_inference_steps=100000",
+        "validation.guidance_scale=.nan",
+        "run.checkpoint_every=0",
+        "run.resume=maybe",
+    ],
+)
+def test_numbers_out_of_range_are_refused_by_their_dotted_name(override: str) -> None:
+    key = override.partition("=")[0]
+    with pytest.raises(InputError, match=f"{key.replace('.', '[.]')}(.0.)? (must be|is named)"):
+        load_config(ControlNetConfig, None, [override])
+
+
+def test_the_same_limits_hold_for_values_given_in_python() -> None:
+    for values, words in (
+        ({"max_steps": -5}, "max_steps must be at least 1, got -5"),
+        ({"lr": float("inf")}, "lr must be at most 1e[+]38, got inf"),
+        ({"max_grad_norm": float("nan")}, "max_grad_norm must be more than 0, got nan"),
+        ({"betas": (0.9, 1.0)}, "betas must be less than 1, got 1.0"),
+        ({"batch_size": 2**70}, "batch_size must be at most"),
+    ):
+        with pytest.raises(InputError, match=words):
+            OptimConfig(**values)
+
+
+def every_class(kind: type) -> Iterator[type]:
+    """Yields a class of settings and those that it holds, also in dicts and beside None."""
+    yield kind
+    for hint in get_type_hints(kind).values():
+        for part in (hint, *get_args(hint)):
+            if is_dataclass(part):
+                yield from every_class(part)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ControlNetConfig,
+        InverterConfig,
+        ReconstructorConfig,
+        AutoencoderConfig,
+        ClassifierConfig,
+        ContrastiveConfig,
+        DetectorConfig,
+        TextToImageConfig,
+        EvaluationSettings,
+        TokenSettings,
+        ConceptSettings,
+        FitSettings,
+        OperatorStudySettings,
+        ScopeSettings,
+        EncoderSettings,
+    ],
+)
+def test_every_number_of_every_config_has_limits(config: type) -> None:
+    for kind in every_class(config):
+        for name, hint in get_type_hints(kind, include_extras=True).items():
+            option = kind.__dataclass_fields__[name].metadata
+            has_limits = "Meta(" in str(hint) or option.get("most") is not None
+            is_float = float in (hint, *get_args(hint))  # `check` refuses what is not finite
+            is_number = int in (hint, *get_args(hint)) or is_float
+            assert not is_number or has_limits or (is_float and option), f"{kind.__name__}.{name}"
 
 
 def test_missing_and_broken_files_are_refused(tmp_path: Path) -> None:
@@ -65,7 +174,7 @@ def test_missing_and_broken_files_are_refused(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="there is no file at"):
             read(tmp_path / "absent.yaml")
     (tmp_path / "broken.yaml").write_text("a: [1")
-    with pytest.raises(InputError, match="valid YAML"):
+    with pytest.raises(InputError, match="must hold YAML"):
         load_config(Outer, tmp_path / "broken.yaml")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import timm
 
+from featinv_diffusion import schema
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.files import expand_path
 from featinv_diffusion.types import FeatureSpec
@@ -115,14 +116,16 @@ def recorded_name(name: str) -> str:
     return PUBLISHED.get(name, canonical_name(name))
 
 
-def read_spec(fields: Mapping[str, Any]) -> FeatureSpec:
+def read_spec(
+    fields: Mapping[str, Any], source: str = "the description of the features"
+) -> FeatureSpec:
     """Reads a `FeatureSpec` from the fields that a file holds.
 
     Raises:
-        TypeError, KeyError: fields that are missing, unknown or of another type.
+        InputError: fields that are missing or of another type.
     """
-    backbone = recorded_name(fields["backbone"])
-    return FeatureSpec(**{**fields, "backbone": backbone, "grid": tuple(fields["grid"])})
+    spec: FeatureSpec = schema.convert(fields, FeatureSpec, source)
+    return replace(spec, backbone=recorded_name(spec.backbone))
 
 
 @cache

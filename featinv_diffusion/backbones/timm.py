@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from featinv_diffusion.backbones.base import LAST, Preprocessing
 from featinv_diffusion.backbones.traced import Axes, LastLayer, Layout, TracedBackbone
-from featinv_diffusion.errors import InputError
+from featinv_diffusion.errors import InputError, reason_of
 
 # ---- timm models by name -------------------------------------------------------------------------
 
@@ -41,7 +41,7 @@ def create_timm(timm_id: str, *, pretrained: bool, **model_kwargs: Any) -> nn.Mo
             raise
         raise InputError(
             f"The weights of {timm_id!r} must be in the Hugging Face cache or be downloadable, "
-            f"but loading them failed: {str(error).strip().splitlines()[0]}"
+            f"but loading them failed: {reason_of(error)}."
         ) from error
 
 

@@ -49,6 +49,12 @@ class Layout:
         height, width = shape[2:] if self.axes == "NCHW" else shape[1:3]
         return abs(height * size[1] - width * size[0]) < max(size)
 
+    def grid_of(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """Returns (h, w) of the map in an output of this shape."""
+        if self.axes == "NLC":
+            return self.grid
+        return (shape[2], shape[3]) if self.axes == "NCHW" else (shape[1], shape[2])
+
     def to_map(self, output: Tensor) -> Features:
         """Returns the map `[b, c, h, w]` without its prefix tokens."""
         if self.axes == "NCHW":
@@ -197,7 +203,23 @@ class LayerTrace:
         finally:
             for handle in handles:
                 handle.remove()
-        return {p: self.found[p] for p, _ in self.model.named_modules() if p in self.found}
+        paths = (path for path, _ in self.model.named_modules())
+        return {p: self.found[p] for p in paths if p in self.found and not self._is_matrix(p)}
+
+    def _is_matrix(self, path: str) -> bool:
+        """Whether an output is a matrix of each token with each other, such as of attention.
+
+        Its sides are the number of cells of a map. Where a map may be that large as well, it is
+        one, unless a linear layer of a model of tokens made it.
+        """
+        layout, shape = self.found[path]
+        height, width = layout.grid_of(shape)
+        cells = [h * w for h, w in (x.grid_of(s) for x, s in self.found.values()) if h * w > 1]
+        if layout.axes == "NLC" or height != width or height not in cells:
+            return False
+        declared = {x.axes for x in self.declared}
+        by_linear = "NLC" in declared and layout.axes not in declared
+        return by_linear or self.size[0] % height != 0
 
     def _hook(self, path: str) -> Callable[[nn.Module, Any, Any], None]:
         def note(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -385,6 +407,8 @@ class TracedBackbone(Backbone):
         except InputError:
             raise
         except (AssertionError, RuntimeError, ValueError) as error:
+            if "channel" in str(error):
+                self._check_channels()
             raise InputError(
                 f"{self.name!r} must accept images of {self.input_size[0]}×{self.input_size[1]} "
                 f"pixels, but refuses: {error}"
@@ -393,6 +417,17 @@ class TracedBackbone(Backbone):
         self.spec = self._last_spec = self._make_spec(LAST, self._layout, self._last.shape)
         if layer != LAST:
             self._select(layer, ghost, pixels)
+
+    def _check_channels(self) -> None:
+        """Raises `InputError` where the model reads other images than RGB."""
+        convolutions = (m for m in self.model.modules() if isinstance(m, nn.Conv2d))
+        first = next(convolutions, None)
+        if first is not None and first.in_channels != 3:
+            raise InputError(
+                f"{self.name!r} must read RGB images, which have 3 channels, but its first layer "
+                f"reads {first.in_channels}. Load it with 3 (in_chans=3 in timm, num_channels=3 in "
+                "transformers)."
+            )
 
     def _select(self, layer: str, ghost: TracedBackbone, pixels: Tensor) -> None:
         found = self._trace_layers(ghost, pixels)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,10 +23,11 @@ from timm.data import (
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from featinv_diffusion import schema
 from featinv_diffusion.backbones.base import LAST, Preprocessing
 from featinv_diffusion.backbones.timm import class_names
 from featinv_diffusion.backbones.traced import Axes, LastLayer, Layout, TracedBackbone
-from featinv_diffusion.errors import InputError
+from featinv_diffusion.errors import InputError, reason_of
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 IMAGENET: Statistics = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
@@ -338,7 +338,7 @@ def load_transformers(
     except (OSError, ValueError, TypeError, LookupError, RuntimeError, SafetensorError) as error:
         raise InputError(
             f"{source!r} must be a folder or Hub repository of a vision model of transformers, "
-            f"but loading it failed: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+            f"but loading it failed: {reason_of(error)}."
         ) from error
 
 
@@ -420,7 +420,7 @@ def _read_json(source: str, name: str) -> dict[str, Any]:
             return {}
         except EntryNotFoundError:
             return {}
-    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    content = schema.read_json(path) if path.is_file() else {}
     return _check_object(content, f"{name} of {source}")
 
 

@@ -18,7 +18,7 @@ from featinv_diffusion.backbones.base import Backbone
 from featinv_diffusion.class_embedding.settings import ImageChoice
 from featinv_diffusion.data.selection import select_items
 from featinv_diffusion.data.sets import ImageSet, open_images
-from featinv_diffusion.errors import InputError
+from featinv_diffusion.errors import InputError, what_is_at
 from featinv_diffusion.evaluation.run import match_labels
 from featinv_diffusion.features.edits import CellMask
 from featinv_diffusion.images import (
@@ -231,7 +231,9 @@ def find_masks(folder: Path, images: TokenImages, grid: tuple[int, int]) -> Find
         InputError: no such folder, or no mask in it.
     """
     if not folder.is_dir():
-        raise InputError(f"A folder of masks must exist at {folder}, but there is none.")
+        raise InputError(
+            f"A folder of masks must exist at {folder}, but there is {what_is_at(folder)}."
+        )
     paths = [folder / PurePosixPath(name).with_suffix(".png") for name in images.ids]
     if len(set(paths)) < len(paths) or not any(path.is_file() for path in paths):
         raise InputError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from featinv_diffusion.settings import check, nested, option
+from featinv_diffusion.settings import MAX_BATCH, MAX_IMAGES, Seed, check, nested, option
 
 INTERPOLATIONS = ("bilinear", "bicubic")
 
@@ -21,9 +21,15 @@ class ImageChoice:
     classes: str | None = option(
         None, "Text file with the class folders to read, one per line.", metavar="FILE"
     )
-    per_class: int | None = option(None, "Number of images of each class.", shown="all", least=1)
+    per_class: int | None = option(
+        None, "Number of images of each class.", shown="all", least=1, most=MAX_IMAGES
+    )
     n_images: int | None = option(
-        None, "Number of images, drawn evenly over the classes.", shown="all", least=1
+        None,
+        "Number of images, drawn evenly over the classes.",
+        shown="all",
+        least=1,
+        most=MAX_IMAGES,
     )
 
     def __post_init__(self) -> None:
@@ -45,15 +51,21 @@ class TokenMeasures:
         InputError: a number below 1.
     """
 
-    batch_size: int = option(16, "Images per batch.", least=1)
+    batch_size: int = option(16, "Images per batch.", least=1, most=MAX_BATCH)
     ablations: bool = option(False, "Also read the tokens with attention ablated: two more passes.")
     null: bool = option(False, "Also read a model with random weights: one more pass.")
     perturbation: bool = option(False, "Also run the perturbation test: many more passes.")
     n_points: int | None = option(
-        None, "How many numbers of kept patches the perturbation test tries.", shown="all"
+        None,
+        "How many numbers of kept patches the perturbation test tries.",
+        shown="all",
+        least=1,
+        most=MAX_IMAGES,
     )
-    n_random: int = option(3, "Random orders of the patches in the perturbation test.", least=1)
-    seed: int = option(0, "Random seed of the reconstructions, random weights and random orders.")
+    n_random: int = option(
+        3, "Random orders of the patches in the perturbation test.", least=1, most=1000
+    )
+    seed: Seed = option(0, "Random seed of the reconstructions, random weights and random orders.")
 
     def __post_init__(self) -> None:
         check(self)
@@ -94,7 +106,7 @@ class TokenSettings:
         metavar="FOLDER",
     )
     choice: ImageChoice = nested(ImageChoice)
-    n_figures: int = option(4, "Number of images that get a figure.")
+    n_figures: int = option(4, "Number of images that get a figure.", least=0, most=MAX_IMAGES)
     interpolation: str | None = option(
         None,
         "How pictures are scaled to the input size; bilinear is the published way.",

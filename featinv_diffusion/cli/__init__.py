@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from featinv_diffusion import __version__
-from featinv_diffusion.cli import exits
+from featinv_diffusion.cli import exits, terminal
 
 COMMANDS = {
     "sample": "sample",
@@ -19,6 +19,9 @@ COMMANDS = {
     "decode": "maps",
     "interpolate": "studies",
     "compose": "studies",
+    "compare": "compare",
+    "edit": "edit",
+    "patch": "edit",
     "variability": "studies",
     "concepts": "concepts",
     "viz": "studies",
@@ -37,9 +40,9 @@ GROUPS = ("operator", "train")
 """Commands that have commands of their own."""
 
 app = typer.Typer(
+    cls=terminal.Commands,
     help="Turn the feature maps of frozen vision models back into images.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -70,5 +73,8 @@ def _options(
             "--version", is_eager=True, callback=_print_version, help="Print the version and stop."
         ),
     ] = False,
+    quiet: terminal.Quiet = False,
+    verbose: terminal.Verbose = False,
+    json: terminal.Json = False,
 ) -> None:
     pass

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from featinv_diffusion.cli import options
+from featinv_diffusion.cli import options, terminal
 from featinv_diffusion.cli.command_line import command_line
 from featinv_diffusion.errors import InputError, choices_hint
 from featinv_diffusion.studies.settings import EncoderSettings
@@ -47,16 +47,19 @@ def analyze(
     and per_image.parquet, with paired tests of every two encoders.
     """
     from featinv_diffusion.cli.run import quiet_libraries
+    from featinv_diffusion.runs.record import reserved
 
     quiet_libraries()
     if name not in NAMES:
         raise InputError(f"No analysis is named {name!r}; {choices_hint(name, list(NAMES))}")
     if inverter is not None:
         settings = replace(settings, inverters=options.to_names(inverter, "--inverter"))
-    if name == ENCODERS:
-        _compare(settings, output)
-    else:
-        _study(name, settings, output)
+    with reserved(output):
+        if name == ENCODERS:
+            _compare(settings, output)
+        else:
+            _study(name, settings, output)
+    terminal.finish(output / "metrics.json", output)
 
 
 def _compare(settings: EncoderSettings, output: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from featinv_diffusion.class_embedding.settings import TokenSettings
-from featinv_diffusion.cli import options
+from featinv_diffusion.cli import options, terminal
 from featinv_diffusion.settings import changed
 
 
@@ -46,10 +46,14 @@ def classemb(
     """
     from featinv_diffusion.class_embedding.study import METRICS, read_tokens_of
     from featinv_diffusion.cli.run import quiet_libraries
+    from featinv_diffusion.runs.record import reserved
 
     quiet_libraries()
     named = {"pipelines": tuple(pipeline or ()), "stages": tuple(stage or ())}
-    found = read_tokens_of(changed(settings, data=data, **named), exclude=output, progress=True)
-    found.save(output)
+    asked = changed(settings, data=data, **named)
+    with reserved(output):
+        found = read_tokens_of(asked, exclude=output, progress=True)
+        found.save(output)
     print(found.summary())
     print(f"Wrote {output / METRICS}, identifiability.png and the figures of images.")
+    terminal.finish(output / METRICS, output)

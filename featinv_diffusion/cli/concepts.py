@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from featinv_diffusion.cli import options
+from featinv_diffusion.cli import options, terminal
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.settings import ConceptSettings
 
@@ -47,9 +47,9 @@ def concepts(
     from featinv_diffusion.data.places import list_pictures
 
     drawn = figure or f"{output.stem}.png"
-    own = {(output.parent / inner / drawn).resolve() for inner in ("", "replay")}
+    own = (output.parent / drawn).resolve()
     found = list_pictures(folder).names
-    names = [name for name in found if (folder / name).resolve() not in own]
+    names = [name for name in found if (folder / name).resolve() != own]
     settings = replace(settings, backbone=resolve_backbone(settings.backbone).name)
     run(settings, folder, names, output, drawn)
 
@@ -65,31 +65,34 @@ def run(
     from featinv_diffusion.cli.run import quiet_libraries
     from featinv_diffusion.figures.board import check_name
     from featinv_diffusion.inverters.open import find_device
-    from featinv_diffusion.studies.concepts import SUFFIX, find_concepts
+    from featinv_diffusion.runs.record import reserved
+    from featinv_diffusion.studies.concepts import MANIFEST_SUFFIX, SUFFIX, find_concepts
 
     quiet_libraries()
     check_name(figure)
     if output.suffix != SUFFIX:
         raise InputError(f"Concepts must go to a file that ends in {SUFFIX}, got {output.name!r}.")
     device = find_device(settings.device)
-    with without_progress_bars():
-        backbone = load_backbone(settings.backbone, settings.layer).to(device)
-    found = find_concepts(
-        backbone,
-        images,
-        folder=folder,
-        target=settings.target,
-        method=settings.method,
-        n_concepts=settings.n_concepts,
-        directions=settings.directions,
-        encoding=settings.encoding,
-        max_cells=settings.max_cells,
-        seed=settings.seed,
-        batch_size=settings.batch_size,
-        progress=sys.stderr.isatty(),
-    )
-    found.save(output, figure)
+    with reserved(output, is_file=True):
+        with without_progress_bars():
+            backbone = load_backbone(settings.backbone, settings.layer).to(device)
+        found = find_concepts(
+            backbone,
+            images,
+            folder=folder,
+            target=settings.target,
+            method=settings.method,
+            n_concepts=settings.n_concepts,
+            directions=settings.directions,
+            encoding=settings.encoding,
+            max_cells=settings.max_cells,
+            seed=settings.seed,
+            batch_size=settings.batch_size,
+            progress=sys.stderr.isatty() and not terminal.is_quiet(),
+        )
+        found.save(output, figure)
     print(found.summary())
     beside = [figure, *(output.stem + end for end in (".json", ".parquet", ".manifest.json"))]
     print(f"Wrote {output}; beside it {', '.join(beside)}.")
+    terminal.finish(output.with_name(f"{output.stem}{MANIFEST_SUFFIX}"), output)
     return found

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import typer
 
-from featinv_diffusion.cli import options
+from featinv_diffusion.cli import options, terminal
 from featinv_diffusion.cli.command_line import command_line
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.evaluation.settings import EvaluationSettings
@@ -44,5 +44,6 @@ def evaluate(
         print(f"Failed: {failure['error']}", file=sys.stderr)
     print(result.summary())
     print(f"Wrote {output / TABLE}, {output / METRICS} and {PER_IMAGE}.")
+    terminal.finish(output / METRICS, output)
     if failures:
         raise typer.Exit(1)

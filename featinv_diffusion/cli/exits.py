@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import signal
 import sys
@@ -16,7 +15,8 @@ from contextlib import suppress
 from types import FrameType
 from typing import NoReturn
 
-from featinv_diffusion.errors import InputError
+from featinv_diffusion.cli.terminal import open_terminal
+from featinv_diffusion.errors import OFFLINE, InputError, is_unreachable
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 INTERRUPTED, TERMINATED = 130, 143
@@ -32,13 +32,12 @@ class Stopped(BaseException):
 
 def run(program: Callable[[], object]) -> None:
     """Runs a command or script; what a user can cause becomes a sentence on stderr and exit 2."""
-    notes = _NoteHandler()
-    logging.getLogger("featinv_diffusion").addHandler(notes)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # for users of the libraries, not of this command
     _catch_signals()
     try:
-        program()
+        with open_terminal():
+            program()
     except InputError as error:
         _stop(str(error))
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
@@ -53,10 +52,12 @@ def run(program: Callable[[], object]) -> None:
         if (device := _out_of_memory(error)) is None:
             raise
         _stop(_memory_advice(device))
+    except Exception as error:
+        if not is_unreachable(error):
+            raise
+        _stop(f"{OFFLINE}.")
     except Stopped as stopped:
         _stop("The run was stopped; nothing is left half-written.", stopped.code)
-    finally:
-        logging.getLogger("featinv_diffusion").removeHandler(notes)
 
 
 def _stop(sentence: str, code: int = 2) -> NoReturn:
@@ -78,6 +79,8 @@ def describe(error: OSError) -> str:
         return _memory_advice("This machine")
     if error.errno == errno.ENOENT and not _has_working_folder():
         return "The working folder was deleted. Change to one that exists."
+    if error.errno == errno.ENAMETOOLONG:
+        return f"{error.strerror}{where}. Use a shorter name."
     if error.errno is None:
         return " ".join(str(error).split()) or type(error).__name__
     return f"{error.strerror}{where}. Use a path that exists and that you may read and write."
@@ -123,10 +126,3 @@ def _catch_signals() -> None:
     with suppress(ValueError):  # outside the main thread nothing can be caught
         signal.signal(signal.SIGTERM, stop)
         signal.signal(signal.SIGINT, stop)
-
-
-class _NoteHandler(logging.Handler):
-    """Prints the package's warnings; looks stderr up each time, for a progress bar replaces it."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        print(f"Note: {record.getMessage()}", file=sys.stderr)

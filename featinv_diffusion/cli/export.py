@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from featinv_diffusion.cli import terminal
 from featinv_diffusion.cli.command_line import command_line
 
 # ---- `featinv convert`: checkpoints of the original code to pipeline folders, and back -----------
@@ -125,14 +126,18 @@ def convert(
         f"Wrote {out}{without}. It inverts layer {spec['layer']!r} of {spec['backbone']}, "
         f"{spec['channels']}×{grid}."
     )
+    terminal.finish({"feature_spec": dict(spec), "absent": absent}, out)
 
 
 def _to_checkpoint(source: str, out: Path) -> None:
     from featinv_diffusion.diffusion.convert.folder import write_original
     from featinv_diffusion.diffusion.hub import load_pipeline
+    from featinv_diffusion.runs.record import reserved
 
-    config_path = write_original(load_pipeline(source), out)
+    with reserved(out, is_file=True):
+        config_path = write_original(load_pipeline(source), out)
     typer.echo(f"Wrote {out} and {config_path}.")
+    terminal.finish({"config": str(config_path)}, out)
 
 
 def export(
@@ -153,13 +158,25 @@ def export(
     ] = None,
     controlnet: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="Trained FeatureControlNet to build a pipeline from."),
+        typer.Option(
+            metavar="FOLDER",
+            help="Trained FeatureControlNet, or a checkpoint of its training, to build a pipeline "
+            "from.",
+        ),
     ] = None,
     base: Annotated[
         str | None,
         typer.Option(
             metavar="SD_FOLDER_OR_REPO",
             help="Stable Diffusion model that the ControlNet was trained on.",
+        ),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="raw|average",
+            help="Weights of a checkpoint: those of its last step, or their moving average. "
+            "[default: the average, where the training keeps one]",
         ),
     ] = None,
 ) -> None:
@@ -171,15 +188,23 @@ def export(
     from featinv_diffusion.diffusion.hub import check_target, export_pipeline
 
     check_target(out)
-    loaded, info, scope = _load(pipeline, backbone, controlnet, base)
+    loaded, info, scope = _load(pipeline, backbone, controlnet, base, weights)
     export_pipeline(loaded, out, info, scope)
-    files = [path for path in out.rglob("*") if path.is_file()]
-    size = sum(path.stat().st_size for path in files) / 1e6
-    typer.echo(f"Wrote {out}: {len(files)} files, {size:.1f} MB.")
+    sizes = {
+        path.relative_to(out).as_posix(): path.stat().st_size
+        for path in sorted(out.rglob("*"))
+        if path.is_file()
+    }
+    typer.echo(f"Wrote {out}: {len(sizes)} files, {sum(sizes.values()) / 1e6:.1f} MB.")
+    terminal.finish({"files": sizes}, out)
 
 
 def _load(
-    pipeline: str | None, backbone: str | None, controlnet: Path | None, base: str | None
+    pipeline: str | None,
+    backbone: str | None,
+    controlnet: Path | None,
+    base: str | None,
+    weights: str | None,
 ) -> tuple[Any, Any, Path | None]:
     """Returns the pipeline that the options mean, its origin for the model card, and the file of
     its statistics of natural maps."""
@@ -197,12 +222,44 @@ def _load(
         raise InputError(
             "--pipeline names a whole pipeline; leave --backbone, --controlnet and --base out."
         )
+    if weights is not None and controlnet is None:
+        raise InputError("--weights chooses weights of a checkpoint: name it with --controlnet.")
     if controlnet is not None and base is not None:
         loaded = assemble(controlnet, base, backbone)
+        choose_weights(loaded.controlnet, controlnet, weights)
         return loaded, replace(origin_of(base, command, loaded), notes=""), None
     name = pipeline or pipeline_name(SampleSettings(backbone=backbone))
     loaded = load_pipeline(name)
     return loaded, origin_of(name, command, loaded), find_scope_file(name)
+
+
+def choose_weights(model: Any, folder: Path, weights: str | None) -> None:
+    """Gives a ControlNet the average that its training checkpoint holds, unless `raw` is asked."""
+    import torch
+
+    from featinv_diffusion.errors import InputError, choices_hint
+    from featinv_diffusion.training.checkpoint import read_average
+
+    if weights not in (None, "raw", "average"):
+        hint = choices_hint(weights, ["raw", "average"])
+        raise InputError(f"No --weights are named {weights!r}; {hint}")
+    average = read_average(folder) or read_average(folder.parent)
+    if average is None:
+        if weights == "average":
+            raise InputError(
+                f"{folder} must be a checkpoint of a training that keeps an average "
+                "(optim.ema_decay), but none is there. Leave --weights out."
+            )
+        return
+    if weights == "raw":
+        return
+    parameters = list(model.parameters())
+    if [p.shape for p in parameters] != [a.shape for a in average]:
+        raise InputError(f"The average in {folder} is of another network. Use --weights raw.")
+    with torch.no_grad():
+        for parameter, averaged in zip(parameters, average, strict=True):
+            parameter.copy_(averaged)
+    typer.echo("The weights are the average that the training keeps; --weights raw takes the last.")
 
 
 # ---- `featinv push`: a pipeline folder to the Hugging Face Hub -----------------------------------
@@ -232,3 +289,4 @@ def push(
     total = sum(size for _, size in files) / 1e6
     verb = "Would upload" if dry_run else "Uploaded"
     typer.echo(f"{verb} {len(files)} files, {total:.1f} MB, to {repo}.")
+    terminal.finish({"repository": repo, "uploaded": not dry_run, "files": dict(files)})

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from featinv_diffusion.cli import options
+from featinv_diffusion.cli import options, terminal
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.settings import SampleSettings
 
@@ -21,6 +21,10 @@ def encode(
         str, typer.Option(help="Name of the backbone, as `featinv layers` takes it.")
     ] = "tiny/convnext",
     layer: Annotated[str, typer.Option(help="Layer of the backbone.")] = "last",
+    inverter: Annotated[
+        str | None,
+        typer.Option(help="Take backbone and layer of an inverter or pipeline instead."),
+    ] = None,
     output: Annotated[
         Path,
         typer.Option(
@@ -46,9 +50,9 @@ def encode(
     from featinv_diffusion.cli.run import quiet_libraries, say_notes
     from featinv_diffusion.data.sets import open_pictures
     from featinv_diffusion.features.maps import check_maps_path, write_maps
-    from featinv_diffusion.files import holding
     from featinv_diffusion.images import builtin_photo
-    from featinv_diffusion.inverters.open import find_device
+    from featinv_diffusion.inverters.open import find_device, load_inverter
+    from featinv_diffusion.runs.record import reserved
     from featinv_diffusion.runs.sampling import encode_pictures
 
     quiet_libraries()
@@ -56,11 +60,15 @@ def encode(
     check_maps_path(output)
     found = open_pictures(images or [builtin_photo()], exclude=output.parent / output.stem)
     say_notes(found)
-    with holding(output), torch.no_grad():
-        model = load_backbone(backbone, layer, trust_code=trust_code).to(find_device(device))
+    with reserved(output, is_file=True), torch.no_grad():
+        if inverter is None:
+            model = load_backbone(backbone, layer, trust_code=trust_code).to(find_device(device))
+        else:
+            model = load_inverter(inverter, device=device).require_backbone()
         maps = encode_pictures(model, found)
         write_maps(output, maps, model.spec)
     print(f"Wrote {output}: {len(maps)} maps, each a {model.spec}.")
+    terminal.finish({"n_maps": len(maps), "spec": asdict(model.spec)}, output)
 
 
 @options.with_settings(SampleSettings, n_samples=1)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from featinv_diffusion.cli import options
+from featinv_diffusion.cli import options, terminal
 from featinv_diffusion.cli.command_line import command_line
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.settings import SampleSettings, to_flat
@@ -59,18 +59,21 @@ def fit(
     from featinv_diffusion.cli.run import quiet_libraries
     from featinv_diffusion.features.operator_methods import check_method
     from featinv_diffusion.inverters.open import find_device
+    from featinv_diffusion.runs.record import reserved
     from featinv_diffusion.studies.operators import fit_operator, to_operation
 
     quiet_libraries()
     check_method(settings.method, settings.ridge)
     options.check_file(output)
     to_operation(operation, settings.alpha, settings.channel)
-    with without_progress_bars():
-        model = load_backbone(backbone, layer).to(find_device(device))
-    fitted = fit_operator(model, operation=operation, **to_flat(settings), progress=True)
-    fitted.save(output)
+    with reserved(output, is_file=True):
+        with without_progress_bars():
+            model = load_backbone(backbone, layer).to(find_device(device))
+        fitted = fit_operator(model, operation=operation, **to_flat(settings), progress=True)
+        fitted.save(output)
     print(fitted.summary())
     print(f"Wrote {output}.")
+    terminal.finish(asdict(fitted.record), output)
 
 
 @operator.command()
@@ -102,7 +105,7 @@ def apply(
     from featinv_diffusion.images import builtin_photo
     from featinv_diffusion.inverters.diffusion import DiffusionInverter
     from featinv_diffusion.inverters.open import open_inverter
-    from featinv_diffusion.runs.record import MANIFEST
+    from featinv_diffusion.runs.record import MANIFEST, reserved
     from featinv_diffusion.runs.samples import GRID
     from featinv_diffusion.runs.sampling import make_jobs
     from featinv_diffusion.runs.scope import scope_line
@@ -114,15 +117,17 @@ def apply(
     opened = open_operator(operator)
     found = open_pictures(images or [builtin_photo()], exclude=output)
     jobs = make_jobs(found, settings.seed, 1)
-    inverter = open_inverter(settings)
-    applied = apply_operator(opened, inverter, jobs, powers, name=operator, progress=True)
-    applied.save(output)
+    with reserved(output):
+        inverter = open_inverter(settings)
+        applied = apply_operator(opened, inverter, jobs, powers, name=operator, progress=True)
+        applied.save(output)
     for failure in applied.failures:
         print(f"Failed: {failure['error']}", file=sys.stderr)
     p_values = [p for done in applied.images for p in done.scope_p_value or []]
     of_pipeline = isinstance(inverter, DiffusionInverter)
     print(scope_line(p_values or None, applied.scope_basis, of_pipeline=of_pipeline))
     print(f"Wrote {output / GRID} and {output / MANIFEST}.")
+    terminal.finish(output / MANIFEST, output)
     if applied.failures:
         raise typer.Exit(1)
 
@@ -195,23 +200,24 @@ def analyze(
             batch_size=sampling.batch_size,
             progress=True,
         )
-    resolved = None if chosen is None else chosen.settings
-    made_by = {
-        "operator": operator,
-        "backbone": model.spec.backbone,
-        "layer": model.spec.layer,
-        "device": str(model.device),
-        "inverter": None,
-        **({} if resolved is None else to_flat(resolved)),
-        **to_flat(choice),
-        "n_images": settings.n_images,
-        "powers": list(powers),
-        "seed": sampling.seed,
-        "batch_size": sampling.batch_size,
-    }
-    found.save(output, analysis="operator", command=command_line(), settings=made_by)
+        resolved = None if chosen is None else chosen.settings
+        made_by = {
+            "operator": operator,
+            "backbone": model.spec.backbone,
+            "layer": model.spec.layer,
+            "device": str(model.device),
+            "inverter": None,
+            **({} if resolved is None else to_flat(resolved)),
+            **to_flat(choice),
+            "n_images": settings.n_images,
+            "powers": list(powers),
+            "seed": sampling.seed,
+            "batch_size": sampling.batch_size,
+        }
+        found.save(output, analysis="operator", command=command_line(), settings=made_by)
     print(found.summary())
     print(f"Wrote {output / 'metrics.json'} and figures.")
+    terminal.finish(output / "metrics.json", output)
 
 
 def _check_options(inverter: str | None, backbone: str | None, sampling: SampleSettings) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, make_dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from msgspec import Meta
 
 from featinv_diffusion.errors import InputError
 
@@ -32,20 +33,25 @@ class Verb:
     arguments: Mapping[str, Any]
 
 
+Numbers = Annotated[list[float], Meta(max_length=10_000)]
+
 VERBS = {
-    "interpolate": Verb("interpolation", "interpolate", ("a", "b"), {"weights": list[float]}),
+    "interpolate": Verb("interpolation", "interpolate", ("a", "b"), {"weights": Numbers}),
     "compose": Verb(
-        "composition", "compose", ("a", "b"), {"box": list[float] | None, "mask": str | None}
+        "composition", "compose", ("a", "b"), {"box": Numbers | None, "mask": str | None}
     ),
     "variability": Verb("variability", "variability", ("image",), {}),
     "viz": Verb(
         "featinv_viz",
         "show_concept",
         ("image", "concepts"),
-        {"concept": int, "factor": float, "film": list[float], "n_directions": int},
+        {"concept": int, "factor": float, "film": Numbers, "n_directions": int},
     ),
 }
 """By command; those of samples and of concepts have manifests of their own."""
+
+
+DEFAULT = Path("outputs/replay")
 
 
 def replay(
@@ -54,7 +60,7 @@ def replay(
     ],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Folder to write to.", show_default="replay beside it"),
+        typer.Option("--output", "-o", help="Folder to write to.", show_default=str(DEFAULT)),
     ] = None,
     device: Annotated[
         str | None,
@@ -66,15 +72,17 @@ def replay(
 ) -> None:
     """Make the pictures (or concepts) of a manifest again, from the seeds and settings in it.
 
-    On the same machine and libraries they are identical; says how many are.
+    On the same machine and libraries they are identical; says how many are. The manifest may be
+    somebody else's: it is read as data, writes inside of the output folder alone, and replaces
+    nothing there but what an earlier run made.
     """
     from featinv_diffusion.runs.record import path_of, read_content
 
     path = path_of(manifest)
     content = read_content(path)
     folder = manifest if manifest.is_dir() else manifest.parent
-    target = output or folder / "replay"
-    command = content.get("command") if isinstance(content, dict) else None
+    target = output or _default_output(folder)
+    command = content.get("command")
     if command is None:
         _replay_samples(path, folder, target, device)
     elif command == "concepts":
@@ -85,12 +93,25 @@ def replay(
         raise InputError(f"{path} is of the command {command!r}, which has no replay.")
 
 
+def _default_output(folder: Path) -> Path:
+    """Returns a folder below the working folder, which the manifest's folder must not hold."""
+    if any(place.is_relative_to(folder.resolve()) for place in (Path.cwd(), DEFAULT.resolve())):
+        raise InputError(
+            f"A replay must not write into the folder of its manifest by itself, but {DEFAULT} "
+            f"lies in {folder}. Name a folder with --output."
+        )
+    return DEFAULT
+
+
 def _replay_samples(path: Path, folder: Path, target: Path, device: str | None) -> None:
     from featinv_diffusion.cli.run import quiet_libraries, report
-    from featinv_diffusion.runs.samples import read_manifest, run_jobs, to_jobs
+    from featinv_diffusion.runs.record import check_targets
+    from featinv_diffusion.runs.samples import GRID, read_manifest, run_jobs, to_jobs
 
     before = read_manifest(path)
-    digests = _digests(folder, [name for entry in before.images for name in entry["outputs"]])
+    names = [name for entry in before.images for name in entry["outputs"]]
+    check_targets(target, names, [GRID])
+    digests = _digests(folder, names)
     _use_threads(before.environment)
     quiet_libraries()
     assert before.settings is not None
@@ -107,17 +128,30 @@ def _replay_study(
     from importlib import import_module
 
     from featinv_diffusion.cli.run import run_study
+    from featinv_diffusion.figures.board import check_name
+    from featinv_diffusion.runs.record import Environment, Seeds, check_output_name, check_targets
     from featinv_diffusion.settings import SampleSettings
 
-    verb = VERBS[content["command"]]
-    outputs = content.get("outputs")
-    if not (isinstance(outputs, list) and all(map(_is_plain, outputs))):
-        raise InputError(f"{path} must list file names as its outputs, but holds {outputs!r}.")
-    kinds = {"seeds": list[int], "figure": str, **dict.fromkeys(verb.files, str), **verb.arguments}
+    command = content["command"]
+    verb = VERBS[command]
+    kinds = {
+        "seeds": Seeds,
+        "figure": str,
+        **dict.fromkeys(verb.files, str),
+        **verb.arguments,
+        "outputs": list[str],
+        "environment": Environment,
+    }
     given = vars(_read(path, content, make_dataclass("Arguments", kinds.items())))
     settings = _read(path, content, SampleSettings)
+    outputs, environment = given.pop("outputs"), given.pop("environment")
+    for name in outputs:
+        check_output_name(name, [".png"])
+    check_name(given["figure"])
+    made_too = [given["figure"], f"{command}.json", f"{command}.parquet"]
+    check_targets(target, outputs, made_too)
     digests = _digests(folder, outputs)
-    _use_threads(_environment(path, content))
+    _use_threads(vars(environment))
     study = getattr(import_module(f"featinv_diffusion.studies.{verb.module}"), verb.name)
     files, figure = [given.pop(name) for name in verb.files], given.pop("figure")
     after = run_study(study, _on(settings, device), target, figure, *files, **given)
@@ -130,20 +164,33 @@ def _replay_concepts(
     """Concepts are compared as numbers, for their file's header has no fixed order."""
     from featinv_diffusion.cli import concepts
     from featinv_diffusion.concepts import ConceptDictionary
+    from featinv_diffusion.figures.board import check_name
+    from featinv_diffusion.runs.record import Environment, check_output_name, check_targets
     from featinv_diffusion.settings import AUTO, ConceptSettings
+    from featinv_diffusion.studies.concepts import MANIFEST_SUFFIX, SUFFIX
 
     if content.get("n_concepts", "") is None and content.get("method") == "mcd":
         content["n_concepts"] = AUTO
+    elif type(content.get("n_concepts")) is int:
+        content["n_concepts"] = str(content["n_concepts"])
     if content.get("max_cells", "") is None:
         content["max_cells"] = 0
-    kinds = {"folder": str, "images": list[str], "output": str, "figure": str}
+    kinds = {
+        "folder": str,
+        "images": list[str],
+        "output": str,
+        "figure": str,
+        "environment": Environment,
+    }
     given = vars(_read(path, content, make_dataclass("Arguments", kinds.items())))
     settings = _read(path, content, ConceptSettings)
-    if not _is_plain(given["output"]):
-        raise InputError(f"{path} must name a file as its output, but holds {given['output']!r}.")
-    before = folder / given["output"]
+    check_output_name(given["output"], [SUFFIX])
+    check_name(given["figure"])
+    before, stem = folder / given["output"], (target / given["output"]).stem
+    beside = [given["figure"], f"{stem}.json", f"{stem}.parquet"]
+    check_targets((target / given["output"]).parent, [before.name], beside, stem + MANIFEST_SUFFIX)
     earlier = ConceptDictionary.load(before).directions if before.is_file() else None
-    _use_threads(_environment(path, content))
+    _use_threads(vars(given["environment"]))
     after = concepts.run(
         settings if device is None else replace(settings, device=device),
         Path(given["folder"]),
@@ -180,17 +227,6 @@ def _read(path: Path, content: dict[str, Any], kind: type) -> Any:
                 "can be replayed."
             )
     return from_values(kind, {name: content[name] for name in names}, path)
-
-
-def _environment(path: Path, content: dict[str, Any]) -> dict[str, Any]:
-    environment = content.get("environment")
-    if not isinstance(environment, dict):
-        raise InputError(f"{path} must tell its environment, but holds {environment!r}.")
-    return environment
-
-
-def _is_plain(name: Any) -> bool:
-    return isinstance(name, str) and name == PurePosixPath(name).name
 
 
 def _on(settings: SampleSettings, device: str | None) -> SampleSettings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
+from featinv_diffusion.cli import terminal
 from featinv_diffusion.data.sets import ImageSet
 from featinv_diffusion.figures.board import check_name
 from featinv_diffusion.inverters.diffusion import DiffusionInverter
@@ -20,9 +22,13 @@ from featinv_diffusion.runs.scope import scope_line
 from featinv_diffusion.runs.second_eye import second_eye_line
 from featinv_diffusion.settings import SampleSettings
 
+logger = logging.getLogger(__name__)
+
 
 def quiet_libraries() -> None:
-    """Leaves the terminal to this package's own bar and notes."""
+    """Leaves the terminal to this package's own bar and notes, unless all notes are asked for."""
+    if terminal.is_verbose():
+        return
     diffusers_logging.set_verbosity_error()
     transformers_logging.set_verbosity_error()
 
@@ -54,18 +60,19 @@ def run_study(
             batch_size=settings.batch_size,
             progress=True,
         )
-    result.save(output, figure)
+        result.save(output, figure)
     print(result.summary())
     of_pipeline = isinstance(inverter, DiffusionInverter)
     print(scope_line(result.scope_p_value, result.scope_basis, of_pipeline=of_pipeline))
     print(f"Wrote {output / figure}, {result.command}.json, .parquet and manifest.json.")
+    terminal.finish(output / MANIFEST, output)
     return result
 
 
 def say_notes(images: ImageSet) -> None:
     """Prints what a user may not expect of the images."""
     for note in images.notes:
-        print(f"Note: {note}", file=sys.stderr)
+        logger.warning("%s", note)
 
 
 def report(manifest: Manifest, output: Path) -> None:
@@ -77,3 +84,4 @@ def report(manifest: Manifest, output: Path) -> None:
     if manifest.second_eye is not None:
         print(second_eye_line(manifest.second_eye))
     print(f"Wrote {output / GRID} and {output / MANIFEST}.")
+    terminal.finish(output / MANIFEST, output)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from featinv_diffusion.cli import options
+from featinv_diffusion.cli import options, terminal
 from featinv_diffusion.studies.settings import ScopeSettings
 
 
@@ -30,6 +30,7 @@ def scope(
     from featinv_diffusion.diffusion.folders import SCOPE_FILE, check_pipeline_folder
     from featinv_diffusion.inverters.open import load_inverter
     from featinv_diffusion.runs.progress import progress_bar
+    from featinv_diffusion.runs.record import reserved
     from featinv_diffusion.runs.scope import fit_scope, split_images
 
     quiet_libraries()
@@ -37,15 +38,22 @@ def scope(
     choice = settings.images
     images = open_images(choice.data, choice.split, choice.classes)
     parts = split_images(images, settings.held_back_per_class, settings.n_images)
-    inverter = load_inverter(pipeline, device=settings.device)
+    output = pipeline / SCOPE_FILE
     n_all = len(parts.fitted) + len(parts.held_out)
-    with progress_bar(n_all, doing="fitting", noun="images") as advance:
-        natural = fit_scope(
-            inverter, images, parts, settings.n_reconstructions, settings.batch_size, advance
-        )
-    natural.save(pipeline / SCOPE_FILE)
+    with reserved(output, is_file=True):
+        inverter = load_inverter(pipeline, device=settings.device)
+        with progress_bar(n_all, doing="fitting", noun="images") as advance:
+            natural = fit_scope(
+                inverter, images, parts, settings.n_reconstructions, settings.batch_size, advance
+            )
+        natural.save(output)
+    counts = {
+        "n_fitted": natural.n_fitted,
+        "n_calibrated": len(natural.calibration.distances),
+        "n_reconstructed": len(natural.calibration.cosines),
+    }
     print(
-        f"Wrote {pipeline / SCOPE_FILE}: natural maps of {natural.n_fitted} images, calibrated on "
-        f"{len(natural.calibration.distances)} others, "
-        f"{len(natural.calibration.cosines)} of them reconstructed."
+        f"Wrote {output}: natural maps of {counts['n_fitted']} images, calibrated on "
+        f"{counts['n_calibrated']} others, {counts['n_reconstructed']} of them reconstructed."
     )
+    terminal.finish(counts, output)

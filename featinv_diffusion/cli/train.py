@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
 
-from featinv_diffusion.cli import exits
+from featinv_diffusion.cli import exits, terminal
 
 Config = TypeVar("Config")
 
@@ -84,7 +85,8 @@ def run_training(
     from featinv_diffusion.config import load_config
 
     extra = ["run.dry_run=true"] if dry_run else []
-    train(load_config(config_class, config, [*(overrides or ()), *extra]))
+    output = train(load_config(config_class, config, [*(overrides or ()), *extra]))
+    terminal.finish({}, output if isinstance(output, Path) else None)
 
 
 def run_script(command: Callable[..., None]) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from featinv_diffusion.backbones.names import read_spec
 from featinv_diffusion.concepts.heads import PooledHead
-from featinv_diffusion.errors import InputError, choices_hint
+from featinv_diffusion.errors import InputError, choices_hint, what_is_at
 from featinv_diffusion.files import read_tensors, write_tensors
 from featinv_diffusion.types import Features, FeatureSpec
 
@@ -44,7 +44,8 @@ def read_concepts(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     if not path.is_file():
         raise InputError(
-            f"There must be a file of concepts at {path}. Write one with featinv concepts."
+            f"There must be a file of concepts at {path}, but there is {what_is_at(path)}. Write "
+            "one with featinv concepts."
         )
     return read_tensors(path, FORMAT, "Find the concepts again.")
 
@@ -62,7 +63,9 @@ def read_directions(path: str | Path) -> tuple[Tensor, Tensor | None]:
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"There must be a file of directions at {path}.")
+        raise InputError(
+            f"There must be a file of directions at {path}, but there is {what_is_at(path)}."
+        )
     tensors = _read_tensors(path)
     matrices = [name for name, tensor in tensors.items() if tensor.ndim == 2]
     name = "directions" if "directions" in matrices else matrices[0] if matrices else ""

@@ -7,14 +7,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from msgspec import Meta
 from PIL import Image
 from torch import Tensor
 
+from featinv_diffusion import schema
 from featinv_diffusion.data.crops import (
     Crop,
     CropDataset,
@@ -44,6 +46,36 @@ class Box:
     def area(self) -> float:
         """In square pixels."""
         return (self.right - self.left) * (self.bottom - self.top)
+
+
+@dataclass(frozen=True)
+class _Picture:
+    id: int
+    file_name: str
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class _Category:
+    id: int
+    name: str
+
+
+@dataclass(frozen=True)
+class _Instance:
+    image_id: int
+    category_id: int
+    bbox: tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class _Annotations:
+    """The schema of COCO's annotations."""
+
+    images: Annotated[list[_Picture], Meta(min_length=1)]
+    categories: Annotated[list[_Category], Meta(min_length=1)]
+    annotations: list[_Instance]
 
 
 @dataclass(frozen=True)
@@ -100,10 +132,12 @@ def _open_coco(root: Path, split: str) -> BoxedImages:
         split: such as `val2017`.
     """
     path = coco_annotations(root, split)
+    advice = "It must be COCO's annotations of instances."
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} must be COCO's annotations of instances: {error}") from None
+        content = json.loads(path.read_text())  # of more bytes than other files that travel
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read as JSON: {error}. {advice}") from None
+    schema.convert(content, _Annotations, str(path), advice)
     files: list[dict[str, Any]] = sorted(content["images"], key=lambda x: x["id"])
     titles = {category["id"]: category["name"] for category in content["categories"]}
     by_image: dict[int, list[dict[str, Any]]] = {file["id"]: [] for file in files}

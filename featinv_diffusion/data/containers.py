@@ -30,7 +30,7 @@ from featinv_diffusion.data.places import (
     read_bytes,
     suffix_of,
 )
-from featinv_diffusion.errors import InputError
+from featinv_diffusion.errors import InputError, reason_of
 
 PARQUET, TAR = (".parquet", ".pq"), (".tar",)
 IMAGE_COLUMNS, LABEL_COLUMNS = ("image", "jpg", "jpeg", "png", "webp"), ("label", "cls")
@@ -97,9 +97,8 @@ def _numbered(stem: str, n_rows: int) -> list[str]:
 
 
 def _cannot_open(what: str, error: Exception) -> InputError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return InputError(
-        f"{what} could not be opened as a data set: {reason} "
+        f"{what} could not be opened as a data set: {reason_of(error)}. "
         "Name a parquet file, a tar, a folder, or a Hub data set that is cached or can be reached."
     )
 
@@ -269,7 +268,7 @@ def _index_tar(file: str, left_out: LeftOut) -> Iterator[tuple[str, tuple[int, i
 def _read_label(kind: str, content: bytes) -> object:
     try:
         value = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return content.decode(errors="replace") if kind == "cls" else None
     if isinstance(value, dict):
         return next((value[name] for name in LABEL_COLUMNS if name in value), None)

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -25,6 +26,7 @@ from featinv_diffusion.data.sets import ImageSet, open_images
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.images import decode_image, without_notes
 from featinv_diffusion.seeds import derive_seed, make_generator
+from featinv_diffusion.settings import Number, Pictures, Probability, Size, Workers, check
 
 logger = logging.getLogger(__name__)
 
@@ -61,18 +63,26 @@ class DataConfig:
     root: str | None = None
     split: str = "train"
     classes: str | None = None
-    held_back_per_class: int = 0
-    size: int = 288
+    held_back_per_class: Number = 0
+    size: Size = 288
     crop: Literal["random_resized", "shift", "center", "squash"] = "random_resized"
-    scale: tuple[float, float] = (0.08, 1.0)
-    shift: int = 4
+    scale: tuple[Probability, Probability] = (0.08, 1.0)
+    shift: Number = 4
     hflip: bool = True
     vflip: bool = False
     in_memory: bool = False
     streaming: bool = False
-    shuffle_buffer: int = 1000
-    num_workers: int = 2
+    shuffle_buffer: Pictures = 1000
+    num_workers: Workers = 2
     on_bad_image: Literal["replace", "error"] = "replace"
+
+    def __post_init__(self) -> None:
+        check(self)
+        if not 0 < self.scale[0] <= self.scale[1]:
+            raise InputError(
+                "data.scale must be the smallest and the largest share of the area, more than 0 "
+                f"and in this order, got {list(self.scale)}."
+            )
 
 
 def open_training_images(config: DataConfig) -> ImageSet:
@@ -294,11 +304,12 @@ class StreamedCrops(IterableDataset):
     """The items of `CropDataset` from a stream of `datasets`, in its shuffled order.
 
     `index` counts the images of the stream, also those that cannot be read, which are left out;
-    the first `n_skipped` of the stream are left to validation.
+    the first `n_skipped` of the stream are left to validation. A resumed epoch begins with its item
+    `start`.
     """
 
     def __init__(self, config: DataConfig, seed: int, n_skipped: int = 0):
-        self.config, self.seed, self.epoch = config, seed, 0
+        self.config, self.seed, self.epoch, self.start = config, seed, 0, 0
         stream = _open_stream(config)
         columns = stream.column_names or list(next(iter(stream)))
         self.columns = find_columns(columns, str(config.root))
@@ -310,7 +321,7 @@ class StreamedCrops(IterableDataset):
         self.stream.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return self._items(self.stream, self.config)
+        return islice(self._items(self.stream, self.config), self.start, None)
 
     def held_back_images(self) -> Tensor:
         """Central crops of the skipped images as `Images`.

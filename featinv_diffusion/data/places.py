@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import posixpath
 import re
@@ -17,8 +18,9 @@ from typing import Any
 import fsspec
 from PIL import Image
 
-from featinv_diffusion.errors import InputError
+from featinv_diffusion.errors import InputError, what_is_at
 from featinv_diffusion.images import SUFFIXES, decode_image, read_image
+from featinv_diffusion.schema import MAX_TEXT
 
 
 def to_place(given: str | Path) -> str:
@@ -150,17 +152,20 @@ class LeftOut:
 
     hidden: int = 0
     repeated: int = 0
+    made: int = 0
     suffixes: Counter[str] = field(default_factory=Counter)
 
     def add(self, other: LeftOut) -> None:
         self.hidden += other.hidden
         self.repeated += other.repeated
+        self.made += other.made
         self.suffixes += other.suffixes
 
     def notes(self) -> tuple[str, ...]:
         """Returns one sentence, or nothing where nothing was left out."""
         other = ", ".join(sorted(suffix or "none" for suffix in self.suffixes)[:5])
         parts = [(self.hidden, "hidden"), (self.repeated, "given more than once")]
+        parts.append((self.made, "that runs of featinv made"))
         parts.append((self.suffixes.total(), f"with another suffix ({other})"))
         total = sum(count for count, _ in parts)
         reasons = ", ".join(f"{count} {reason}" for count, reason in parts if count)
@@ -185,26 +190,68 @@ class Listing:
 def list_pictures(folder: str | Path) -> Listing:
     """Lists the pictures below a folder by suffix; hidden files and folders are skipped.
 
-    Links to folders are followed. A hidden folder counts as one file that is left out.
+    Links to folders are followed. A hidden folder counts as one file that is left out. Pictures
+    that runs of this program made are left out where there are others.
 
     Raises:
         InputError: no such folder, or no picture in it.
     """
     place = to_place(folder)
     if not is_folder(place):
-        raise InputError(f"A folder of pictures must exist at {place}, but there is none.")
-    left_out, names, has_links = LeftOut(), [], False
+        found = "nothing" if is_url(place) else what_is_at(place)
+        raise InputError(f"A folder of pictures must exist at {place}, but there is {found}.")
+    left_out, names, manifests, has_links = LeftOut(), [], [], False
     for name, is_linked in _walk(place):
         if is_hidden(name):
             left_out.hidden += 1
         elif suffix_of(name) not in SUFFIXES:
             left_out.suffixes[suffix_of(name)] += 1
+            manifests += [name] if is_manifest(name) else []
         else:
             names.append(name)
             has_links |= is_linked
+    made = made_by_runs(place, manifests) if manifests else set()
+    if (others := [name for name in names if name not in made]) and len(others) < len(names):
+        left_out.made += len(names) - len(others)
+        names = others
     if not names:
         raise InputError(f"{place} holds no picture; looked for {', '.join(SUFFIXES)}.")
     return Listing(place, sorted(names), left_out, has_links)
+
+
+TABLES = ("interpolate", "compose", "variability", "viz", "per_image")
+"""Names of the tables that runs of this program write, without their suffix."""
+
+
+def is_manifest(name: str) -> bool:
+    """Whether a file may be the manifest of a run, by its name."""
+    return posixpath.basename(name) == "manifest.json" or name.endswith(".manifest.json")
+
+
+def made_by_runs(folder: str, names: Iterable[str]) -> set[str]:
+    """Returns the files that the manifests among `names` list, relative to `folder`."""
+    made: set[str] = set()
+    for name in filter(is_manifest, names):
+        try:
+            content = json.loads(read_bytes(join(folder, name), 0, MAX_TEXT))
+        except (InputError, ValueError, RecursionError):  # somebody else's, which lists nothing
+            continue
+        if isinstance(content, dict) and "version" in content:
+            stem = posixpath.basename(name).removesuffix(".manifest.json")
+            of_run = [content.get("figure"), "grid.png", f"{stem}.parquet", *_outputs(content)]
+            made |= {
+                posixpath.join(posixpath.dirname(name), made)
+                for made in of_run
+                if isinstance(made, str)
+            }
+    return made
+
+
+def _outputs(content: dict[str, Any]) -> list[Any]:
+    images = content.get("images")
+    entries = [content, *(images if isinstance(images, list) else [])]
+    lists = [entry.get("outputs") for entry in entries if isinstance(entry, dict)]
+    return [name for names in lists if isinstance(names, list) for name in names]
 
 
 def has_pictures(folder: str) -> bool:

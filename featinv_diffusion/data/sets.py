@@ -15,6 +15,7 @@ from PIL import Image
 from featinv_diffusion.data.classes import read_classes
 from featinv_diffusion.data.containers import PARQUET, TAR, Container, open_container, open_hub
 from featinv_diffusion.data.places import (
+    TABLES,
     LeftOut,
     Listing,
     absolute,
@@ -27,6 +28,7 @@ from featinv_diffusion.data.places import (
     is_url,
     join,
     list_pictures,
+    made_by_runs,
     read_picture,
     suffix_of,
     to_place,
@@ -260,8 +262,14 @@ def _split_of(name: str, splits: Iterable[str]) -> str | None:
 
 
 def _packed_files(folder: str, names: Sequence[str]) -> tuple[str, ...]:
-    """Returns the parquet files among the names, else tars where the folder holds no picture."""
+    """Returns the parquet files among the names, else tars where the folder holds no picture.
+
+    Tables that runs of this program wrote are none of them.
+    """
     packed = [name for name in names if suffix_of(name) in PARQUET]
+    if packed and has_pictures(folder):
+        made = made_by_runs(folder, names) | {f"{table}{PARQUET[0]}" for table in TABLES}
+        packed = [name for name in packed if name not in made]
     tars = [name for name in names if suffix_of(name) in TAR]
     if not packed and tars and not has_pictures(folder):
         packed = tars
@@ -327,7 +335,11 @@ def _note_of_loose(folder: str, n_loose: int) -> tuple[str]:
 
 
 def _outside(listing: Listing, exclude: str | Path | None) -> list[str]:
-    """Returns the names of the pictures that are not below `exclude`."""
+    """Returns the names of the pictures that are not below `exclude`.
+
+    Raises:
+        InputError: all of them are.
+    """
     if exclude is None or is_url(listing.folder):
         return listing.names
     left_out = os.path.join(os.path.realpath(exclude), "")
@@ -339,7 +351,13 @@ def _outside(listing: Listing, exclude: str | Path | None) -> list[str]:
             return not os.path.realpath(place).startswith(left_out)
         return not os.path.join(real_folder(os.path.dirname(place)), "").startswith(left_out)
 
-    return [name for name in listing.names if is_outside(name)]
+    names = [name for name in listing.names if is_outside(name)]
+    if not names:
+        raise InputError(
+            f"The pictures of {listing.folder!r} must lie outside of the output folder, but all "
+            f"are in {str(exclude)!r}. Name another output folder, or the pictures themselves."
+        )
+    return names
 
 
 def _to_set(container: Container, split: str | None, classes: str | None) -> ImageSet:

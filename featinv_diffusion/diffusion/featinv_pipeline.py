@@ -16,6 +16,8 @@ import importlib
 import inspect
 import json
 import math
+import operator
+import re
 import shlex
 import shutil
 import sys
@@ -42,13 +44,15 @@ from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel
 
 logger = logging.get_logger(__name__)
 
+SCOPE_FILE = "scope.safetensors"
+SCHEDULERS_THAT_WORK = "DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler"
 GUIDANCE = ("text", "features")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 PROMPT_CACHE_SIZE = 64
 
 CARD_TAGS = ["feature-inversion", "interpretability", "controlnet", "featinv"]
 CARD = """\
-# {title}
+# {heading}
 
 Turns feature maps of a frozen vision model back into images: a ControlNet on a latent
 text-to-image model, conditioned on the map. Many images share one map; each seed gives another.
@@ -151,12 +155,14 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
     ):
         super().__init__()
         _check_choice("default_guidance", default_guidance, GUIDANCE)
+        if not isinstance(default_prompt, str):
+            raise ValueError(f"default_prompt must be a text, got {default_prompt!r}.")
         if "feature_channels" not in controlnet.config:
             raise ValueError(
                 "The controlnet must be a FeatureControlNet, which reads feature maps, got a "
                 f"{type(controlnet).__name__}."
             )
-        trained_layer = (controlnet.config.get("feature_spec") or {}).get("layer")
+        trained_layer = _declared_features(controlnet).get("layer")
         if feature_layer and trained_layer and feature_layer != trained_layer:
             raise ValueError(
                 f"The controlnet reads features of layer {trained_layer!r}, but feature_layer is "
@@ -181,6 +187,8 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
         self.vae_scale_factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self._interrupt = False
+        self.scope_file: Path | None = None
+        """Statistics of natural feature maps, which a saved folder takes along."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("text_encoder", "tokenizer"):
@@ -258,8 +266,8 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
 
     @property
     def _grid(self) -> tuple[int, ...] | None:
-        spec = self.controlnet.config.get("feature_spec") or {}
-        return tuple(spec["grid"]) if spec.get("grid") else None
+        spec = _declared_features(self.controlnet)
+        return tuple(spec["grid"]) if spec else None
 
     def _to_map(
         self, output: torch.Tensor, model: Any, grid: tuple[int, ...] | None
@@ -338,7 +346,7 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
         return edited
 
     def _shape_error(self, source: str, shape: Sequence[int]) -> ValueError:
-        spec, grid = self.controlnet.config.get("feature_spec") or {}, self._grid or ("h", "w")
+        spec, grid = _declared_features(self.controlnet), self._grid or ("h", "w")
         wanted = ["b", self.controlnet.config.feature_channels, *grid]
         origin = f" (layer {spec['layer']!r} of {spec['backbone']!r})" if spec else ""
         return ValueError(
@@ -409,7 +417,7 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
     def __call__(
         self,
         images: Image | Sequence[Image] | torch.Tensor | None = None,
-        features: torch.Tensor | None = None,
+        features: torch.Tensor | np.ndarray | None = None,
         feature_edit: Callable[[torch.Tensor], torch.Tensor] | None = None,
         prompt: str | Sequence[str] | None = None,
         negative_prompt: str | Sequence[str] = "",
@@ -434,7 +442,8 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
 
         Args:
             images: as for `encode_features`; exactly one of `images` and `features` is given.
-            features: `[b, c, h, w]`, from the backbone and layer the controlnet was trained on.
+            features: `[b, c, h, w]`, a tensor or an array, from the backbone and layer that the
+                controlnet was trained on.
             feature_edit: turns the features into those that are inverted, of the same shape; it
                 must not change its input in place.
             prompt: one, or one per image; None is the prompt of training.
@@ -462,6 +471,10 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
         Raises:
             ValueError: arguments that are missing, do not fit together or are out of range.
         """
+        check_scheduler(self.scheduler)
+        num_images_per_prompt = _to_int("num_images_per_prompt", num_images_per_prompt)
+        if isinstance(features, np.ndarray):
+            features = torch.from_numpy(np.ascontiguousarray(features, dtype=np.float32))
         steps, scale, guidance = self._defaults(num_inference_steps, guidance_scale, guidance)
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
@@ -499,8 +512,13 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
                     held = {"latents": x, "prompt_embeds": embeds, "encoded_cond": encoded_cond}
                     given = {name: held[name] for name in callback_on_step_end_tensor_inputs}
                     held.update(callback_on_step_end(self, i, t, given) or {})
-                    x, embeds = held["latents"], held["prompt_embeds"]
-                    encoded_cond = held["encoded_cond"]
+                    x, encoded_cond = held["latents"], held["encoded_cond"]
+                    if len(held["prompt_embeds"]) < len(embeds):  # a stock cut-off of the guidance
+                        self._guidance_scale = 1.0
+                        embeds = _positive_rows(held["prompt_embeds"], embeds, len(x))
+                        encoded_cond = encoded_cond[-len(x) :]
+                    else:
+                        embeds = held["prompt_embeds"]
                 bar.update()
                 if self._interrupt:
                     break
@@ -518,6 +536,7 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
         n_steps: int = self.config["default_num_inference_steps"] if steps is None else steps
         s: float = self.config["default_guidance_scale"] if scale is None else scale
         kind: str = self.config["default_guidance"] if guidance is None else guidance
+        n_steps = _to_int("num_inference_steps", n_steps)
         if n_steps < 1:
             raise ValueError(f"num_inference_steps must be at least 1, got {n_steps}.")
         if not math.isfinite(s):
@@ -544,8 +563,8 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
 
     def _strengths(self, scale: float | Sequence[float]) -> list[float]:
         n_residuals = len(self.controlnet.controlnet_down_blocks) + 1
-        if isinstance(scale, (int, float)):
-            return [float(scale)] * n_residuals
+        if np.ndim(scale) == 0:  # a number of Python, NumPy or torch
+            return [float(scale)] * n_residuals  # pyright: ignore[reportArgumentType]
         if len(scale) != n_residuals:
             raise ValueError(
                 "controlnet_conditioning_scale must be one number or one for each of the "
@@ -698,10 +717,22 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
                 index[name] = [_copy_source(own, folder / name), own.__name__]
         _write_json(index_path, index)
         tidy_saved_folder(folder)
+        self._save_scope(folder)
         card = self.make_model_card(folder.name, _this_command())
         (folder / "README.md").write_text(str(card), encoding="utf-8")
         if push_to_hub:
             self._upload(folder, **kwargs)
+
+    def _save_scope(self, folder: Path) -> None:
+        source, target = self.scope_file, folder / SCOPE_FILE
+        if source is None or source.resolve() == target.resolve():
+            return
+        if not source.is_file():
+            raise ValueError(
+                f"{source}, the statistics of natural feature maps, must still be there to be "
+                "saved, but is not. Set scope_file to None to save without them."
+            )
+        shutil.copyfile(source, target)
 
     def make_model_card(
         self,
@@ -729,20 +760,22 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
             tags=CARD_TAGS,
         )
         text = CARD.format(
+            heading=_in_line(title),
             title=title,
-            command=command,
-            notes=f"\n{notes.strip()}\n" if notes else "",
+            command=_without_paths(_one_line(command)).replace("```", "` ` `"),
+            notes=f"\n{_harmless(notes.strip())}\n" if notes else "",
             **self._card_facts(),
         )
         return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
     def _card_facts(self) -> dict[str, Any]:
         controlnet = self.controlnet.config
-        spec = controlnet.get("feature_spec") or {}
+        spec = _declared_features(self.controlnet)
         features = f"{controlnet.feature_channels} channels"
         if spec:
             shape = "×".join(map(str, [spec["channels"], *spec["grid"]]))
-            features = f"{shape}, layer `{spec['layer']}` of `{spec['backbone']}`"
+            layer, backbone = (_in_line(spec[key]) for key in ("layer", "backbone"))
+            features = f"{shape}, layer `{layer}` of `{backbone}`"
         size = self.unet.config.sample_size
         return {
             "features": features + (", average-pooled" if controlnet.get("feature_pooled") else ""),
@@ -751,7 +784,7 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
             "scheduler": type(self.scheduler).__name__,
             "scale": self.config["default_guidance_scale"],
             "guidance": self.config["default_guidance"],
-            "prompt": self.config["default_prompt"],
+            "prompt": _in_line(self.config["default_prompt"]),
             "get_features": 'pipe.encode_features("photo.jpg")'
             if self.backbone is not None
             else "...  # [b, c, h, w], of the backbone and layer above",
@@ -774,15 +807,24 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
         config = super()._dict_from_json_file(json_file)
         if _PACKAGE and isinstance(config.get("_class_name"), list):
             # diffusers would take the list as "run the shipped code"; this class is the code.
-            config["_class_name"] = config["_class_name"][1]
+            config["_class_name"] = (config["_class_name"] or [None])[-1]
         return {key: value for key, value in config.items() if key not in _OTHERS_COMPONENTS}
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
+        """As in diffusers; of a folder, the statistics of natural maps are kept."""
+        loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        pipeline = loaded[0] if isinstance(loaded, tuple) else loaded
+        scope = Path(pretrained_model_name_or_path) / SCOPE_FILE
+        pipeline.scope_file = scope.absolute() if scope.is_file() else None
+        return loaded
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
         loaded = super().load_config(*args, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         for name, value in config.items():
-            if _PACKAGE and isinstance(value, list) and value[0] == _CONTROLNET_STEM:
+            if _PACKAGE and isinstance(value, list) and value[:1] == [_CONTROLNET_STEM]:
                 config[name] = [f"{_PACKAGE}.{_CONTROLNET_STEM}", value[1]]
         return loaded
 
@@ -803,6 +845,69 @@ def _weights_at_hand(*modules: torch.nn.Module) -> Iterator[None]:
 def _check_choice(what: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{what} must be one of {', '.join(choices)}, got {value!r}.")
+
+
+def _to_int(what: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{what} must be a whole number, got {value!r}.") from None
+
+
+def _declared_features(controlnet: Any) -> dict[str, Any]:
+    """Returns the `feature_spec` of a controlnet, empty where it has none."""
+    spec = controlnet.config.get("feature_spec")
+    if not spec:
+        return {}
+    fits = isinstance(spec, dict) and all(isinstance(spec.get(k), str) for k in _NAMED)
+    grid = spec.get("grid") if fits else None
+    fits = isinstance(grid, (list, tuple)) and len(grid) == 2
+    if not fits or not all(type(n) is int and n > 0 for n in (*grid, spec.get("channels"))):
+        raise ValueError(
+            "The feature_spec of the controlnet must hold backbone, layer, channels and grid, got "
+            f"{str(spec)[:200]}."
+        )
+    return spec
+
+
+_NAMED = ("backbone", "layer")
+
+
+def check_scheduler(scheduler: Any) -> None:
+    """Raises `ValueError` for a scheduler of another kind than the models that were trained.
+
+    Those predict noise or velocity on a schedule of betas, which flow matching, EDM and others
+    have not.
+    """
+    config = scheduler.config
+    given = [
+        p.name
+        for p in inspect.signature(scheduler.step).parameters.values()
+        if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
+    ]
+    fits = (
+        hasattr(scheduler, "alphas_cumprod")
+        and given == ["model_output", "timestep", "sample"]
+        and config.get("prediction_type", "epsilon") in ("epsilon", "v_prediction", "sample")
+        and not config.get("use_flow_sigmas")
+        and "Inverse" not in type(scheduler).__name__
+    )
+    if not fits:
+        raise ValueError(
+            "The scheduler must sample a diffusion with betas, as that of Stable Diffusion, but "
+            f"{type(scheduler).__name__} does not. Use {SCHEDULERS_THAT_WORK} or the like."
+        )
+
+
+def _positive_rows(given: torch.Tensor, before: torch.Tensor, n: int) -> torch.Tensor:
+    """Returns one embedding per sample of what a callback left.
+
+    diffusers' own callbacks keep the last row, of the last sample; each sample keeps its own.
+    """
+    if len(given) == n:
+        return given
+    is_last = torch.equal(given, before[-len(given) :])
+    return before[-n:] if is_last else given[-1:].expand(n, -1, -1)
 
 
 def _draw_noise(shape: tuple[int, ...], generator: torch.Generator | None) -> torch.Tensor:
@@ -875,6 +980,35 @@ def _copy_source(cls: type, folder: Path) -> str:
         raise ValueError(f"{cls.__name__} must be defined in a file to be saved with its code.")
     shutil.copyfile(source, folder / Path(source).name)
     return Path(source).stem
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _harmless(text: str) -> str:
+    """Returns Markdown without HTML, links that run code and paths of this machine."""
+    text = re.sub(r"(?i)\b(javascript|vbscript|data):", r"\1&#58;", text.replace("<", "&lt;"))
+    return _without_paths(text)
+
+
+def _in_line(text: str) -> str:
+    """Returns text for one line or cell of Markdown, in which nothing is marked up."""
+    text = "".join(c for c in _one_line(text) if c.isprintable())
+    return re.sub(r"([\\`\[\]|])", r"\\\1", _harmless(text))
+
+
+def _without_paths(text: str) -> str:
+    """Leaves of each path of this machine its last part; such paths hold names of users."""
+    return OWN_PATH.sub(lambda found: found[0].replace("\\", "/").rpartition("/")[2], text)
+
+
+# Absolute ones and those that begin with ~ or .., but no addresses such as https://a/b.
+_PART = r"[^\s/\\'\"`,;:)<>\[\]]"
+OWN_PATH = re.compile(
+    r"(?<![\w.:/~\\<-])(?:(?:[A-Za-z]:|~[\w.-]*|\.\.)[/\\]|[/\\](?=" + _PART + r"+[/\\]))"
+    r"(?:" + _PART + r"+[/\\])*" + _PART + r"*"
+)
 
 
 def _this_command() -> str:

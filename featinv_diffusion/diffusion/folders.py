@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import re
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, TypeVar
+from pathlib import Path, PurePath
+from typing import Annotated, Any, TypedDict, TypeVar
 
+import diffusers
 import torch
+import transformers
 from diffusers.models.modeling_utils import ModelMixin
-from huggingface_hub import ModelCard
+from huggingface_hub.errors import StrictDataclassError
+from msgspec import Meta
 from safetensors import SafetensorError, safe_open
 from transformers import (
     PreTrainedModel,
@@ -18,6 +21,7 @@ from transformers import (
     TimmWrapperModel,
 )
 
+from featinv_diffusion import schema
 from featinv_diffusion.backbones import resolve_backbone, wrap_model
 from featinv_diffusion.backbones.base import without_progress_bars
 from featinv_diffusion.backbones.names import read_spec
@@ -26,7 +30,7 @@ from featinv_diffusion.backbones.transformers import load_transformers
 from featinv_diffusion.diffusion.featinv_controlnet import FeatureControlNet
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
 from featinv_diffusion.diffusion.objective import make_scheduler
-from featinv_diffusion.errors import InputError
+from featinv_diffusion.errors import InputError, reason_of, what_is_at
 from featinv_diffusion.files import write_text
 from featinv_diffusion.types import FeatureSpec
 
@@ -57,20 +61,37 @@ def write_model_card(
     card = pipeline.make_model_card(
         title or folder.name, info.command, info.license, info.base_models, info.notes
     )
-    write_text(folder / "README.md", str(card))
+    write_text(folder / CARD, str(card))
 
 
 def read_card_info(folder: Path, command: str) -> CardInfo:
     """Returns what the card of a folder says besides the command; nothing where it has none."""
-    path = folder / "README.md"
+    path = folder / CARD
     if not path.is_file():
         return CardInfo(command)
-    card: Any = ModelCard.load(path, ignore_metadata_errors=True)
-    models = card.data.base_model or []
-    models = [models] if isinstance(models, str) else list(models)
-    license = str(card.data.license) if card.data.license else None
-    notes = card.text.partition("\nVersions: ")[2].partition("\n")[2]
-    return CardInfo(command, license, models, notes.strip())
+    text = schema.read_text(path, _CARD_ADVICE)
+    front = _FRONT_MATTER.match(text)
+    content = schema.parse_yaml(front[1], str(path), _CARD_ADVICE) if front else {}
+    data: _CardData = schema.convert(content or {}, _CardData, str(path), _CARD_ADVICE)
+    models = data.base_model or []
+    models = [models] if isinstance(models, str) else models
+    notes = text[front.end() if front else 0 :].partition("\nVersions: ")[2].partition("\n")[2]
+    return CardInfo(command, data.license, models, notes.strip())
+
+
+CARD = "README.md"
+_CARD_ADVICE = "Repair the card, or remove it."
+_FRONT_MATTER = re.compile(r"\s*---[ \t]*\r?\n(.*?)^---[ \t]*$", re.DOTALL | re.MULTILINE)
+
+HubName = Annotated[str, Meta(pattern=r"^[\w.+-]+(/[\w.+-]+)?$", max_length=200)]
+
+
+@dataclass(frozen=True)
+class _CardData:
+    """The schema of what a card's metadata must hold for us."""
+
+    license: HubName | None = None
+    base_model: HubName | list[HubName] | None = None
 
 
 # ---- What a saved pipeline folder must hold, checked before anything is loaded from it -----------
@@ -83,11 +104,133 @@ SCOPE_FILE = "scope.safetensors"
 TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 
 
+Names = tuple[str | None, str | None]
+
+
+class Index(TypedDict, total=False):
+    """The schema of `model_index.json`."""
+
+    _class_name: str | Annotated[list[str], Meta(min_length=1, max_length=2)]
+    vae: Names
+    text_encoder: Names
+    tokenizer: Names
+    unet: Names
+    controlnet: Names
+    scheduler: Names
+    backbone: Names
+    default_prompt: Annotated[str, Meta(max_length=10_000)]
+    default_num_inference_steps: Annotated[int, Meta(ge=1, le=100_000)]
+    default_guidance_scale: Annotated[float, Meta(ge=-1e6, le=1e6)]
+    default_guidance: str
+    feature_layer: str | None
+
+
+COMPONENTS = ("vae", "text_encoder", "tokenizer", "unet", "controlnet", "scheduler", "backbone")
+OPTIONAL = ("text_encoder", "tokenizer", "backbone")
+CONTROLNET_MODULE = "featinv_controlnet"
+
+# Limits on what a config makes a library allocate or loop over.
+Few = Annotated[int, Meta(ge=1, le=200)]
+Width = Annotated[int, Meta(ge=1, le=32_768)]
+Side = Annotated[int, Meta(ge=1, le=1024)]
+Pixels = Annotated[int, Meta(ge=1, le=8192)]
+Number = Annotated[float, Meta(ge=-1e6, le=1e6)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    block_out_channels: Annotated[list[Width], Meta(min_length=1, max_length=16)]
+    in_channels: Width = 4
+    layers_per_block: Few | list[Few] = 2
+    transformer_layers_per_block: Few | list[Any] = 1
+    cross_attention_dim: Width | list[Width] | None = None
+    attention_head_dim: Width | list[Width] | None = None
+
+
+@dataclass(frozen=True)
+class _Sized:
+    sample_size: Side | Annotated[list[Side], Meta(min_length=2, max_length=2)]
+
+
+@dataclass(frozen=True)
+class _UNet(_Blocks, _Sized):
+    pass
+
+
+@dataclass(frozen=True)
+class _ControlNet(_Blocks):
+    feature_channels: Width | None = None
+    feature_hidden_channels: Width = 512
+    feature_spec: FeatureSpec | None = None
+
+
+@dataclass(frozen=True)
+class _Vae:
+    block_out_channels: Annotated[list[Width], Meta(min_length=1, max_length=16)]
+    layers_per_block: Few = 1
+    latent_channels: Width = 4
+    scaling_factor: Annotated[float, Meta(gt=0, le=1e6)] = 0.18215
+    shift_factor: Number | None = None
+    latents_mean: list[Number] | None = None
+    latents_std: list[Number] | None = None
+
+
+@dataclass(frozen=True)
+class _TextEncoder:
+    hidden_size: Width = 512
+    intermediate_size: Annotated[int, Meta(ge=1, le=262_144)] = 2048
+    num_hidden_layers: Few = 12
+    max_position_embeddings: Annotated[int, Meta(ge=1, le=65_536)] = 77
+    vocab_size: Annotated[int, Meta(ge=1, le=10_000_000)] = 49_408
+
+
+@dataclass(frozen=True)
+class _Pretrained:
+    """What timm's preprocessing reads."""
+
+    input_size: tuple[Few, Pixels, Pixels] | None = None
+    test_input_size: tuple[Few, Pixels, Pixels] | None = None
+    mean: list[Number] | None = None
+    std: Annotated[list[Annotated[float, Meta(gt=0, le=1e6)]], Meta(min_length=1)] | None = None
+
+
+@dataclass(frozen=True)
+class _Backbone:
+    architecture: str
+    num_classes: Annotated[int, Meta(ge=0, le=10_000_000)] | None = None
+    pretrained_cfg: _Pretrained = field(default_factory=_Pretrained)
+    model_args: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if files := [key for key in self.model_args or {} if "checkpoint" in key]:
+            raise InputError(f"model_args must name no other file, but holds {files[0]}")
+
+
+@dataclass(frozen=True)
+class _Scheduler:
+    num_train_timesteps: Annotated[int, Meta(ge=1, le=100_000)] = 1000
+    beta_start: Share | None = None
+    beta_end: Share | None = None
+    trained_betas: Annotated[list[Share], Meta(max_length=100_000)] | None = None
+
+
+_CONFIGS: dict[str, Any] = {
+    "unet": _UNet,
+    "vae": _Vae,
+    "text_encoder": _TextEncoder,
+    "controlnet": _ControlNet,
+    "backbone": _Backbone,
+}
+
+
 def check_pipeline_folder(folder: Path) -> None:
     """Raises `InputError` unless the folder holds a FeatInv pipeline with all its files whole."""
     if not folder.is_dir():
-        raise InputError(f"A pipeline must be a folder, but there is none at {folder}.")
-    index = read_json(folder / INDEX)
+        raise InputError(
+            f"A pipeline must be a folder, but there is {what_is_at(folder)} at {folder}."
+        )
+    index = read_index(folder)
     name = index.get("_class_name")
     name = name[-1] if isinstance(name, list) else name
     if name != CLASS_NAME:
@@ -95,37 +238,72 @@ def check_pipeline_folder(folder: Path) -> None:
             f"{folder} must hold a {CLASS_NAME}, but its {INDEX} names a {name}. To make one from "
             "a Stable Diffusion folder: featinv export OUT --controlnet FOLDER --base FOLDER."
         )
-    for component, entry in index.items():
-        is_component = isinstance(entry, list) and not component.startswith("_")
-        if is_component and len(entry) == 2 and entry[0] is not None:
-            check_component(folder / component, entry[0])
+    for component in COMPONENTS:
+        names = index.get(component) or (None, None)
+        if component not in OPTIONAL or names != (None, None):
+            component_class(folder, component)
+            check_component(folder / component, names[0] or "")
     if (folder / SCOPE_FILE).exists():
         check_safetensors(folder / SCOPE_FILE)
 
 
-def check_component(folder: Path, library: str) -> None:
+def read_index(folder: Path) -> dict[str, Any]:
+    """Reads `model_index.json`.
+
+    Raises:
+        InputError: no such file, no JSON object, or a field that does not hold what it must.
+    """
+    content = read_json(folder / INDEX)
+    return {**content, **schema.convert(content, Index, str(folder / INDEX))}
+
+
+def component_class(folder: Path, component: str) -> Any:
+    """Returns the installed class that a pipeline's index names for a component.
+
+    Raises:
+        InputError: it names none of diffusers, transformers or this package.
+    """
+    library, name = read_index(folder).get(component) or (None, None)
+    if library and library.rpartition(".")[2] == CONTROLNET_MODULE:
+        return FeatureControlNet
+    module = {"diffusers": diffusers, "transformers": transformers}.get(library or "")
+    found = getattr(module, name or "", None)
+    if not hasattr(found, "from_pretrained"):
+        raise InputError(
+            f"In {folder / INDEX}: {component} must name a class of diffusers or transformers, or "
+            f"the FeatureControlNet, got {[library, name]}."
+        )
+    return found
+
+
+def check_component(folder: Path, library: str, component: str | None = None) -> None:
     """Raises `InputError` unless one component's files are there and whole.
 
     Args:
         library: `transformers`, `diffusers` or the name of a shipped module; it decides how the
             weight files are named.
+        component: `unet`, `vae` …; the name of the folder by default.
     """
-    if folder.name == "scheduler":
-        read_json(folder / "scheduler_config.json")
-    elif folder.name == "tokenizer":
+    component = component or folder.name
+    if component == "scheduler":
+        path = folder / "scheduler_config.json"
+        schema.convert(read_json(path), _Scheduler, str(path))
+    elif component == "tokenizer":
         if not any(all((folder / f).is_file() for f in files) for files in TOKENIZER_FILES):
             raise InputError(f"{folder / 'tokenizer.json'} is missing. Restore the file.")
     else:
-        read_json(folder / "config.json")
-        stem = "model" if library == "transformers" else "diffusion_pytorch_model"
-        for path in _weight_files(folder, stem):
+        content = read_json(folder / CONFIG)
+        if component in _CONFIGS:
+            schema.convert(content, _CONFIGS[component], str(folder / CONFIG))
+        for path in _weight_files(folder, _stem(library))[1]:
             check_safetensors(path)
 
 
 def check_safetensors(path: Path) -> None:
     """Raises `InputError` unless the file is there and as long as its header says."""
     if not path.is_file():
-        raise InputError(f"{path} is missing. Restore the file, or save the model again.")
+        there = "no plain file" if path.exists() else "missing"
+        raise InputError(f"{path} is {there}. Restore the file, or save the model again.")
     try:
         with safe_open(path, framework="pt") as tensors:
             tensors.keys()
@@ -142,23 +320,110 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         InputError: no such file, or no JSON object in it.
     """
-    if not path.is_file():
-        raise InputError(f"{path} is missing. Restore the file, or save the model again.")
+    advice = "Restore the file, or save the model again."
+    if not path.exists():
+        raise InputError(f"{path} is missing. {advice}")
+    return schema.read_json(path, dict[str, Any], advice)
+
+
+def _stem(library: str) -> str:
+    return "model" if library == "transformers" else "diffusion_pytorch_model"
+
+
+@dataclass(frozen=True)
+class _ShardIndex:
+    """The schema of the index of weights in several files."""
+
+    weight_map: Annotated[dict[str, str], Meta(min_length=1)]
+
+    def __post_init__(self) -> None:
+        for name in self.weight_map.values():
+            if PurePath(name).name != name or not name.endswith(".safetensors"):
+                raise InputError(
+                    f"weight_map must name .safetensors files of its own folder, got {name!r}"
+                )
+
+
+def _weight_files(folder: Path, stem: str) -> tuple[str | None, list[Path]]:
+    """Returns the variant of the weights in a folder, such as `fp16`, and their files.
+
+    A variant is taken only where there are no plain weights.
+    """
+    whole, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    if index.is_file():
+        return None, _shards(index)
+    if whole.exists() or not folder.is_dir():
+        return None, [whole]
+    begin, end = f"{stem}.", ".safetensors"
+    found: dict[str, list[Path]] = {}
+    for path in sorted(folder.iterdir()):
+        name = path.name
+        if name.startswith(f"{begin}safetensors.index.") and name.endswith(".json"):
+            found[name.removeprefix(f"{begin}safetensors.index.")[:-5]] = _shards(path)
+        elif name.startswith(begin) and name.endswith(end) and "-of-" not in name:
+            found[name[len(begin) : -len(end)]] = [path]
+    if len(found) > 1:
+        raise InputError(
+            f"{folder} must hold plain weights or one variant, but holds the variants "
+            f"{', '.join(found)}. Keep one of them."
+        )
+    return next(iter(found.items()), (None, [whole]))
+
+
+def _shards(index: Path) -> list[Path]:
+    content = schema.convert(read_json(index), _ShardIndex, str(index))
+    return [index.parent / name for name in sorted(set(content.weight_map.values()))]
+
+
+def load_component(
+    network_class: Any, folder: Path, torch_dtype: torch.dtype = torch.float32
+) -> Any:
+    """Loads a network with exactly the weights that its config asks for, or a variant of them.
+
+    Raises:
+        InputError: weights that are missing, of another shape, no floating point or not finite.
+    """
+    is_transformers = network_class.__module__.startswith("transformers")
+    variant, paths = _weight_files(folder, _stem("transformers" if is_transformers else ""))
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path} must hold JSON, but cannot be read: {error}.") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} must hold a JSON object, but holds a {type(content).__name__}.")
-    return content
+        network, found = network_class.from_pretrained(
+            folder,
+            dtype=torch_dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            variant=variant,
+        )
+    except UNREADABLE as error:
+        raise InputError(
+            f"The weights in {folder} must fit their {CONFIG}, but do not load: {first_line(error)}"
+        ) from error
+    for kind in ("missing", "mismatched"):
+        if keys := sorted(map(str, found[f"{kind}_keys"])):
+            raise InputError(
+                f"{folder} must hold all weights that its {CONFIG} asks for, but {len(keys)} are "
+                f"{kind}, {keys[0]} among them. Copy or save the model again."
+            )
+    parameters = dict(network.named_parameters())
+    for path in paths:
+        with safe_open(path, framework="pt") as file:
+            names = parameters.keys() & set(file.keys())
+            kinds = {name: file.get_slice(name).get_dtype() for name in sorted(names)}
+        for name, kind in kinds.items():
+            if kind not in _FLOATS:
+                raise InputError(
+                    f"{path} must hold floating-point weights, but {name} is {kind}. Copy or save "
+                    "the model again."
+                )
+    for name, value in parameters.items():
+        if not bool(torch.isfinite(value).all()):
+            raise InputError(
+                f"The weights in {folder} must be finite, but {name} holds NaN or infinite values. "
+                "Copy or save the model again."
+            )
+    return network
 
 
-def _weight_files(folder: Path, stem: str) -> list[Path]:
-    index = folder / f"{stem}.safetensors.index.json"
-    if not index.is_file():
-        return [folder / f"{stem}.safetensors"]
-    weights = read_json(index).get("weight_map", {})
-    return [folder / name for name in sorted(set(weights.values()))]
+_FLOATS = ("F16", "BF16", "F32", "F64")
 
 
 # ---- The pipelines in the package ----------------------------------------------------------------
@@ -193,21 +458,42 @@ def load_member(member: Path, torch_dtype: torch.dtype = torch.float32) -> FeatI
     base = member.parent / BASE
     defaults = read_json(member / DEFAULTS)
     backbone = member.parent / defaults.pop(BACKBONE, member.name) / BACKBONE
+    schema.convert(defaults, Index, str(member / DEFAULTS))
     for component in BASE_MODELS:
-        library = read_json(base / INDEX)[component][0]
-        check_component(base / component, library)
+        check_component(base / component, read_index(base)[component][0])
     check_component(member / "controlnet", "diffusers")
     check_component(backbone, "transformers")
-    return FeatInvPipeline.from_pretrained(
+    pipeline = FeatInvPipeline.from_pretrained(
         str(base),
-        controlnet=FeatureControlNet.from_pretrained(
-            member / "controlnet", dtype=torch_dtype, use_safetensors=True
-        ),
-        backbone=TimmWrapperForImageClassification.from_pretrained(backbone, dtype=torch_dtype),
-        dtype=torch_dtype,
-        use_safetensors=True,
+        controlnet=load_component(FeatureControlNet, member / "controlnet", torch_dtype),
+        backbone=load_component(TimmWrapperForImageClassification, backbone, torch_dtype),
+        **{c: load_component(component_class(base, c), base / c, torch_dtype) for c in BASE_MODELS},
         **defaults,
     )
+    pipeline.scope_file = member / SCOPE_FILE if (member / SCOPE_FILE).is_file() else None
+    return pipeline
+
+
+def load_folder(folder: Path, torch_dtype: torch.dtype = torch.float32) -> FeatInvPipeline:
+    """Loads the pipeline in a folder, with the installed code.
+
+    Raises:
+        InputError: a file is missing or damaged, weights that are not all there, a part that
+            cannot work with the others.
+    """
+    check_pipeline_folder(folder)
+    index = read_index(folder)
+    networks = {
+        name: load_component(component_class(folder, name), folder / name, torch_dtype)
+        for name in _CONFIGS
+        if (index.get(name) or (None, None))[0] is not None
+    }
+    try:
+        return FeatInvPipeline.from_pretrained(str(folder), **networks)
+    except UNREADABLE as error:
+        raise InputError(
+            f"The pipeline in {folder} has all its files, but does not load: {str(error).strip()}"
+        ) from error
 
 
 BASE_COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -247,9 +533,15 @@ def assemble(
     try:
         with without_progress_bars():
             pipeline = FeatInvPipeline.from_pretrained(
-                str(base), controlnet=net, backbone=model, dtype=torch_dtype
+                str(base),
+                controlnet=net,
+                backbone=model,
+                dtype=torch_dtype,
+                **_load_base(Path(base), torch_dtype),
             )
-    except (OSError, ValueError, RuntimeError) as error:
+    except InputError:
+        raise
+    except UNREADABLE as error:
         raise InputError(
             f"The base {base} must be a Stable Diffusion folder or Hub repository, but loading it "
             f"failed: {str(error).strip()}"
@@ -266,19 +558,18 @@ def load_controlnet(folder: Path, torch_dtype: torch.dtype = torch.float32) -> F
         InputError: no such folder, a file missing or truncated, a ControlNet of another kind.
     """
     if not folder.is_dir():
-        raise InputError(f"A ControlNet must be a folder, but there is none at {folder}.")
+        raise InputError(
+            f"A ControlNet must be a folder, but there is {what_is_at(folder)} at {folder}."
+        )
     if not (folder / "config.json").is_file() and (folder / "controlnet").is_dir():
         folder = folder / "controlnet"
-    check_component(folder, "diffusers")
+    check_component(folder, "diffusers", "controlnet")
     name = read_json(folder / "config.json").get("_class_name")
     if name != FeatureControlNet.__name__:
         raise InputError(
             f"{folder} must hold a {FeatureControlNet.__name__}, but its config names a {name}."
         )
-    try:
-        return FeatureControlNet.from_pretrained(folder, dtype=torch_dtype, use_safetensors=True)
-    except (ValueError, RuntimeError) as error:
-        raise InputError(f"The ControlNet in {folder} does not fit its config: {error}") from error
+    return load_component(FeatureControlNet, folder, torch_dtype)
 
 
 def feature_spec_of(controlnet: Any) -> FeatureSpec | None:
@@ -327,10 +618,21 @@ def make_timm_wrapper(timm_id: str) -> PreTrainedModel:
     return wrapper.eval()
 
 
+def _load_base(base: Path, torch_dtype: torch.dtype) -> dict[str, Any]:
+    """Loads the networks of a folder with safetensors; those of others are left to diffusers."""
+    names = read_index(base) if base.is_dir() else {}
+    return {
+        name: load_component(component_class(base, name), base / name, torch_dtype)
+        for name in BASE_MODELS
+        if name in names
+        and all(p.exists() for p in _weight_files(base / name, _stem(names[name][0] or ""))[1])
+    }
+
+
 def _check_base(base: Path) -> None:
     if not base.is_dir():
         return  # a Hub repository, or an error when it is downloaded
-    index = read_json(base / INDEX)
+    index = read_index(base)
     missing = [name for name in BASE_COMPONENTS if not (index.get(name) or [None])[0]]
     if missing:
         raise InputError(
@@ -364,6 +666,7 @@ UNREADABLE = (
     ArithmeticError,
     RuntimeError,
     SafetensorError,
+    StrictDataclassError,
 )
 """What the libraries raise for a file that is missing or damaged, or for impossible settings."""
 
@@ -377,13 +680,8 @@ def class_name(folder: Path) -> str | None:
     path = folder / CONFIG
     if not path.is_file():
         return None
-    try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} must be JSON, but cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} must hold a JSON object, got a {type(content).__name__}.")
-    return content.get("_class_name")
+    name = read_json(path).get("_class_name")
+    return name if isinstance(name, str) else None
 
 
 def load_network(
@@ -420,5 +718,4 @@ def load_network(
 
 def first_line(error: Exception) -> str:
     """Returns the first line of a library's message, or the error's name if it has no message."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return reason_of(error)

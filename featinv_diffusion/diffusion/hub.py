@@ -13,8 +13,9 @@ from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import validate_repo_id
 
 from featinv_diffusion.backbones.base import without_progress_bars
-from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
+from featinv_diffusion.diffusion.featinv_pipeline import OWN_PATH, FeatInvPipeline, check_scheduler
 from featinv_diffusion.diffusion.folders import (
+    CARD,
     SCOPE_FILE,
     CardInfo,
     bundled_folder,
@@ -23,11 +24,13 @@ from featinv_diffusion.diffusion.folders import (
     feature_spec_of,
     list_bundled,
     load_bundled,
+    load_folder,
     read_card_info,
     write_model_card,
 )
-from featinv_diffusion.errors import InputError, choices_hint
+from featinv_diffusion.errors import InputError, choices_hint, reason_of, what_is_at
 from featinv_diffusion.files import new_folder
+from featinv_diffusion.schema import read_text
 
 BUNDLED_FAMILIES = ("tiny",)
 REPO = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -55,7 +58,11 @@ def load_pipeline(
         if name in list_bundled():
             pipeline = load_bundled(name, dtype)
         else:
-            pipeline = _load_folder(_find_folder(name), dtype)
+            pipeline = load_folder(_find_folder(name), dtype)
+    try:
+        check_scheduler(pipeline.scheduler)
+    except ValueError as error:
+        raise InputError(f"The pipeline {name} cannot sample: {error}") from None
     spec = feature_spec_of(pipeline.controlnet)
     if spec is not None and hasattr(pipeline.backbone, "timm_model"):
         check_backbone(pipeline.backbone, spec)
@@ -143,6 +150,7 @@ def push_folder(
     _check_repo_name(repo)
     check_pipeline_folder(folder)
     files = _list_files(folder)
+    _check_card(folder)
     load_pipeline(folder.absolute())
     if not dry_run:
         try:
@@ -159,16 +167,6 @@ def push_folder(
     return files
 
 
-def _load_folder(folder: Path, dtype: torch.dtype) -> FeatInvPipeline:
-    check_pipeline_folder(folder)
-    try:
-        return FeatInvPipeline.from_pretrained(str(folder), dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(
-            f"The pipeline in {folder} has all its files, but does not load: {str(error).strip()}"
-        ) from error
-
-
 def _find_folder(name: str) -> Path:
     path = Path(name).expanduser()
     if path.is_dir():
@@ -177,7 +175,7 @@ def _find_folder(name: str) -> Path:
     if name.partition("/")[0] in BUNDLED_FAMILIES:
         raise InputError(f"No bundled pipeline is named {name!r}; {bundled}")
     if path.exists() or not REPO.fullmatch(name):
-        what = "a file" if path.exists() else "nothing"
+        what = what_is_at(name)
         raise InputError(
             "A pipeline must be a bundled name, a folder or a Hub repository user/name, but there "
             f"is {what} at {name!r}; {bundled}"
@@ -214,6 +212,22 @@ def _list_files(folder: Path) -> list[tuple[str, int]]:
     return [(name.as_posix(), (folder / name).stat().st_size) for name in shown]
 
 
+def _check_card(folder: Path) -> None:
+    """Raises `InputError` for a card with broken metadata, code, or paths of this machine."""
+    read_card_info(folder, "")
+    text = read_text(folder / CARD) if (folder / CARD).is_file() else ""
+    if path := OWN_PATH.search(text):
+        raise InputError(
+            f"{folder / CARD} must hold no paths of this machine, but names {path[0]!r}. Remove "
+            "it, or export the pipeline again."
+        )
+    if found := re.search(r"<\s*[A-Za-z/!][^>]*>", re.sub(r"(?s)```.*?```|`[^`\n]*`", "", text)):
+        raise InputError(
+            f"{folder / CARD} must hold no HTML, but has {found[0][:80]!r}. Remove it, or export "
+            "the pipeline again."
+        )
+
+
 def _explain(error: Exception, repo: str, purpose: str) -> str:
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, hub_errors.GatedRepoError):
@@ -228,8 +242,4 @@ def _explain(error: Exception, repo: str, purpose: str) -> str:
             f"The Hub repository {repo} could not {purpose}: the Hub refused (status {status}). "
             "Log in with `hf auth login`, or set HF_TOKEN to a token that may do this."
         )
-    reason = str(error).strip().splitlines()[0].rstrip(".")
-    return (
-        f"The Hub repository {repo} could not {purpose}: {reason}. Check the connection and "
-        "HF_HUB_OFFLINE."
-    )
+    return f"The Hub repository {repo} could not {purpose}: {reason_of(error)}."

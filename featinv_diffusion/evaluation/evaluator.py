@@ -24,7 +24,14 @@ from featinv_diffusion.inverters.base import Inverter, LatentInverter
 from featinv_diffusion.metrics import feature_cosine, top_k_match
 from featinv_diffusion.metrics.extractors import ImageFeatures
 from featinv_diffusion.metrics.features import psnr, ssim
-from featinv_diffusion.runs.sampling import Pixels, batched, decode, finite_rows, to_pixels
+from featinv_diffusion.runs.sampling import (
+    Pixels,
+    advice_on_overflow,
+    batched,
+    decode,
+    finite_rows,
+    to_pixels,
+)
 from featinv_diffusion.seeds import make_generator
 from featinv_diffusion.types import Features, Images
 
@@ -93,6 +100,7 @@ class Measured:
             because the sample of a null held NaN.
         pixels: the reconstructions.
         reconstructed, original: feature vectors `[n, d]` by extractor, for distances.
+        advice: what to do about values that are not finite.
     """
 
     items: list[Item]
@@ -103,6 +111,7 @@ class Measured:
     pixels: Pixels | None = None
     reconstructed: dict[str, np.ndarray] = field(default_factory=dict)
     original: dict[str, np.ndarray] = field(default_factory=dict)
+    advice: str = ""
 
     def put(self, prefix: str, rows: Sequence[int], columns: Columns) -> None:
         """Sets figures of some rows under prefixed names, and reports those that are NaN."""
@@ -119,7 +128,7 @@ class Measured:
         name = self.items[row].id
         error = (
             f"{name} has no {', '.join(names)} of {figure}: a picture or what a network sees in it "
-            "holds NaN or infinite values; use --dtype float32."
+            "holds NaN or infinite values. {self.advice}."
         )
         self.partial_failures.append({"id": name, "figure": figure, "error": error})
 
@@ -172,7 +181,11 @@ class Evaluator:
         """Measures the images; one that fails is reported in the result instead."""
         failures: list[Failure] = []
         batches = list(self._reconstruct(items, failures))
-        result = Measured([i for b in batches for i in b.items], failures=failures)
+        result = Measured(
+            [i for b in batches for i in b.items],
+            failures=failures,
+            advice=advice_on_overflow(self.inverter),
+        )
         if not batches:
             return result
         views = join_views([b.views for b in batches])
@@ -204,12 +217,13 @@ class Evaluator:
             views = self._view_pictures(pictures)
             finite = views[OWN].is_finite
             features = views[OWN].features.nan_to_num(posinf=0, neginf=0)
+            advice = advice_on_overflow(self.inverter)
             samples, sampled = decode(self.inverter, features, noise_of(members))
             for i, item in enumerate(members):
                 if not finite[i]:
                     _fail(failures, item, "its features or class scores are not finite")
                 elif not sampled[i]:
-                    _fail(failures, item, "its sample holds NaN values; use --dtype float32")
+                    _fail(failures, item, f"its sample holds NaN values. {advice}")
             kept = [i for i, fine in enumerate((finite & sampled).tolist()) if fine]
             if kept:
                 squares = [center_square(pictures[i], samples.shape[-1]) for i in kept]

@@ -6,7 +6,7 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -45,9 +45,10 @@ from featinv_diffusion.inverters.open import open_inverter
 from featinv_diffusion.metrics.perceptual import Lpips
 from featinv_diffusion.processes import Alone, Processes, device_name
 from featinv_diffusion.runs.progress import advancing
-from featinv_diffusion.runs.record import RunFolder, read_environment
+from featinv_diffusion.runs.record import RunFolder, read_environment, reserved
 from featinv_diffusion.runs.scope import sampling_of
 from featinv_diffusion.runs.units import (
+    FILES,
     Unit,
     begin_run,
     describe_inverter,
@@ -122,9 +123,9 @@ def evaluate(
     images = _open_named(settings, exclude) if is_named else _to_set(data)
     with _folder(output) as folder:
         result = _measure(inverter, images, settings, folder, Alone(), progress)
-    assert result is not None
-    if output is not None:
-        result.save(output)
+        assert result is not None
+        if output is not None:
+            result.save(output)
     return result
 
 
@@ -138,6 +139,13 @@ def run_evaluation(
     Raises:
         InputError: as `evaluate`.
     """
+    with reserved(output) if accelerator.is_main_process else nullcontext():
+        return _run_evaluation(settings, output, accelerator, command)
+
+
+def _run_evaluation(
+    settings: EvaluationSettings, output: Path, accelerator: Accelerator, command: str
+) -> Evaluation | None:
     settings = changed(settings, device=_choose_device(settings.sampling.device, accelerator))
     with accelerator.main_process_first():  # one builds caches, the others find them
         images = _open_named(settings, output)
@@ -217,9 +225,8 @@ def _measure(
 
     def work(unit: Unit[Item]) -> Mapping[str, Any]:
         result = opened.evaluator.run(unit.items)
-        if settings.save_images:
-            _save_images(result, output)
-        return write_unit(result, unit)
+        saved = _save_images(result, output) if settings.save_images else []
+        return {**write_unit(result, unit), FILES: saved}
 
     mine = [item for unit in share(todo, processes) for item in unit.items]
     n_samples = len(mine) + 2 * sum(item.has_null for item in mine)
@@ -298,17 +305,20 @@ def _choose_device(asked: str, accelerator: Accelerator) -> str:
     return given
 
 
-def _save_images(result: Measured, output: Path) -> None:
+def _save_images(result: Measured, output: Path) -> list[Path]:
     if result.pixels is None:
-        return
-    for item, picture in zip(result.items, to_pil(to_images(result.pixels)), strict=True):
-        write_png(picture, output / IMAGES / f"{item.id.replace(':', '-')}.png")
+        return []
+    paths = [output / IMAGES / f"{item.id.replace(':', '-')}.png" for item in result.items]
+    for path, picture in zip(paths, to_pil(to_images(result.pixels)), strict=True):
+        write_png(picture, path)
+    return paths
 
 
 @contextmanager
 def _folder(output: str | Path | None) -> Iterator[Path]:
     if output is not None:
-        yield Path(output)
+        with reserved(Path(output)):
+            yield Path(output)
         return
     with TemporaryDirectory() as folder:
         yield Path(folder)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +15,7 @@ import torch
 
 from featinv_diffusion.backbones import Backbone
 from featinv_diffusion.data.selection import Item
+from featinv_diffusion.errors import InputError
 from featinv_diffusion.evaluation.evaluator import Failure, Measured
 from featinv_diffusion.evaluation.settings import EvaluationSettings
 from featinv_diffusion.files import replacing
@@ -82,9 +85,7 @@ def write_unit(result: Measured, unit: Unit[Item]) -> Figure:
 def merge_rows(units: Sequence[Unit[Item]]) -> Rows:
     """Joins the rows of finished units."""
     failures, partial_failures = (merge_units(units, k) for k in (FAILURES, PARTIAL_FAILURES))
-    joined = pa.concat_tables(
-        [pq.read_table(unit.folder / ROWS) for unit in units], promote_options="default"
-    )
+    joined = pa.concat_tables([_read_rows(unit) for unit in units], promote_options="default")
     columns = {
         name: joined[name].to_numpy().astype(np.float64)
         for name in joined.column_names
@@ -103,6 +104,37 @@ def merge_rows(units: Sequence[Unit[Item]]) -> Rows:
     )
 
 
+_IDENTITY = {
+    "id": pa.string(),
+    "label": pa.int64(),
+    "seed": pa.int64(),
+    "original_sha256": pa.string(),
+}
+
+
+def _read_rows(unit: Unit[Item]) -> pa.Table:
+    """Reads the rows of a unit; the other columns are figures."""
+    path = unit.folder / ROWS
+    try:
+        table = pq.read_table(path, partitioning=None)
+    except (OSError, pa.ArrowException) as error:
+        raise _damaged(path, unit, str(error)) from None
+    for field in table.schema:
+        kind = _IDENTITY.get(field.name, pa.float64())
+        if field.type != kind:
+            raise _damaged(path, unit, f"its column {field.name} holds {field.type}, not {kind}")
+    if missing := [name for name in _IDENTITY if name not in table.column_names]:
+        raise _damaged(path, unit, f"it lacks the columns {', '.join(missing)}")
+    return table
+
+
+def _damaged(path: Path, unit: Unit[Item], reason: str) -> InputError:
+    return InputError(
+        f"{path} must be the table of a finished unit, but cannot be used: {reason.rstrip('.')}. "
+        f"Remove the folder {unit.folder} and start the command again."
+    )
+
+
 def read_features(
     units: Sequence[Unit[Item]], side: str, name: str
 ) -> Iterator[tuple[list[str], np.ndarray]]:
@@ -110,9 +142,15 @@ def read_features(
     for unit in units:
         path = unit.folder / FEATURES
         if path.is_file():
-            ids = pq.read_table(unit.folder / ROWS, columns=["id"])["id"].to_pylist()
-            with np.load(path) as arrays:
-                yield ids, arrays[f"{side}/{name}"]
+            ids = _read_rows(unit)["id"].to_pylist()
+            try:
+                with np.load(path, allow_pickle=False) as arrays:
+                    vectors = arrays[f"{side}/{name}"]
+            except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+                raise _damaged(path, unit, str(error)) from None
+            if vectors.ndim != 2 or len(vectors) != len(ids) or vectors.dtype.kind != "f":
+                raise _damaged(path, unit, f"{side}/{name} has shape {vectors.shape}")
+            yield ids, vectors
 
 
 # ---- Distances between the distributions of reconstructions and of a reference -------------------

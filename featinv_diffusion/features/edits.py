@@ -227,3 +227,28 @@ def _listed(box: Sequence[float]) -> str:
 def high_cells(activation: Float[Tensor, "h w"]) -> CellMask:
     """Marks the cells with at least `HIGH` of the greatest activation; none where all are zero."""
     return (activation >= HIGH * activation.max()) & (activation > 0)
+
+
+# ---- Edits of the same size that mean nothing ----------------------------------------------------
+
+
+def random_like(
+    change: Features, frame: Float[Tensor, "c k"], generator: torch.Generator
+) -> Features:
+    """Returns a change in which each cell keeps its length and all cells point to one random side.
+
+    Args:
+        change: `[1, c, h, w]`.
+        frame: directions whose span is drawn from, each as long as data vary along it, such as
+            principal axes times their standard deviations.
+        generator: on the CPU.
+    """
+    drawn = frame @ torch.randn(frame.shape[1], generator=generator).to(frame)
+    direction = (drawn / drawn.norm().clamp_min(1e-12)).to(change)
+    return change.norm(dim=1, keepdim=True) * direction[:, None, None]
+
+
+def frame_of_cells(features: Features) -> Float[Tensor, "c n"]:
+    """Returns the deviations of a map's cells from their mean, a frame for `random_like`."""
+    cells = features.flatten(2)[0].float().cpu()
+    return cells - cells.mean(dim=1, keepdim=True)

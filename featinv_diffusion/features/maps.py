@@ -14,6 +14,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 from pyarrow import parquet
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from featinv_diffusion.backbones.names import read_spec
@@ -146,6 +148,22 @@ def load_maps(path: str | Path, spec: FeatureSpec | None = None) -> FeatureMaps:
     return FeatureMaps.of(features, [Source(n, at, logits=row) for n, at, row in sources])
 
 
+def read_arrays(path: Path) -> dict[str, Tensor]:
+    """Reads all arrays of a .safetensors, .npy or .npz file.
+
+    Raises:
+        InputError: no such file, or one of another kind.
+    """
+    if path.suffix.lower() not in (".safetensors", ".npy", ".npz") or not path.is_file():
+        raise InputError(f"Arrays must be in a .safetensors, .npy or .npz file, got {path}.")
+    if path.suffix.lower() != ".safetensors":
+        return _numpy_arrays(path)
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError):
+        raise InputError(f"{path} must be a whole safetensors file.") from None
+
+
 def spec_of(path: str | Path) -> FeatureSpec | None:
     """Returns the spec that a file of maps declares; None where it declares none."""
     path = Path(path)
@@ -188,29 +206,26 @@ def _read_safetensors(path: Path) -> _Found:
     try:
         tensors, header = read_tensors(path, FORMAT, advice)
     except InputError:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            tensors, header = load_file(path), {}
-        except (SafetensorError, OSError):
-            raise InputError(f"{path} must be a whole safetensors file. {advice}") from None
+        tensors, header = read_arrays(path), {}
     return _one_of(path, tensors), convert(header, MapsHeader, str(path))
 
 
-def _read_numpy(path: Path) -> _Found:
+def _numpy_arrays(path: Path) -> dict[str, Tensor]:
     try:
         loaded: Any = np.load(path, allow_pickle=False)
         arrays = {name: loaded[name] for name in loaded.files} if path.suffix == ".npz" else {}
         arrays = arrays or {"features": loaded}
-        tensors = {name: torch.from_numpy(np.asarray(a)) for name, a in arrays.items()}
+        return {name: torch.from_numpy(np.asarray(a)) for name, a in arrays.items()}
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(f"{path} must hold arrays of numbers: {error}.") from None
+
+
+def _read_numpy(path: Path) -> _Found:
     beside = _beside(path)
     header = MapsHeader()
     if beside.is_file():
         header = read_json(beside, MapsHeader)
-    return _one_of(path, tensors), header
+    return _one_of(path, _numpy_arrays(path)), header
 
 
 def _read_parquet(path: Path) -> _Found:

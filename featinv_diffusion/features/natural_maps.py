@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from featinv_diffusion import schema
 from featinv_diffusion.backbones.names import read_spec
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.files import read_tensors, write_tensors
@@ -449,15 +450,23 @@ class NaturalMaps:
     @classmethod
     def _from_parts(cls, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> NaturalMaps:
         basis = CellBasis(**_part("basis", tensors))
-        spec = read_spec(header["spec"])
+        held: _Header = schema.convert(header, _Header, "its header")
         return cls(
-            spec,
-            header["backbone_sha256"],
+            read_spec(held.spec),
+            held.backbone_sha256,
             MapDensity(basis, **_part("density", tensors)),
             Calibration(**_part("calibration", tensors)),
-            header["sampling"],
-            header["n_fitted"],
+            held.sampling,
+            held.n_fitted,
         )
+
+
+@dataclass(frozen=True)
+class _Header:
+    spec: dict[str, Any]
+    backbone_sha256: str
+    sampling: dict[str, Any] | None
+    n_fitted: int
 
 
 def _part(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -17,8 +17,9 @@ from jaxtyping import Complex, Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from featinv_diffusion import schema
 from featinv_diffusion.backbones.names import read_spec
-from featinv_diffusion.errors import InputError, choices_hint
+from featinv_diffusion.errors import InputError, choices_hint, what_is_at
 from featinv_diffusion.features.edits import FeatureEdit
 from featinv_diffusion.files import read_tensors, write_tensors
 from featinv_diffusion.types import Features, FeatureSpec
@@ -181,12 +182,13 @@ class Operator:
             InputError: no such file, or one that is damaged or holds something else.
         """
         if not path.is_file():
-            raise InputError(f"An operator must be a file, but none is at {path}. {_ADVICE}")
+            raise InputError(
+                f"An operator must be a file, but there is {what_is_at(path)} at {path}. {_ADVICE}"
+            )
         tensors, header = read_tensors(path, FORMAT, _ADVICE)
         try:
-            spec = read_spec(header["spec"])
-            held = header["record"]
-            record = FitRecord(**{**held, "image_digests": tuple(held["image_digests"])})
+            spec = read_spec(header["spec"], f"{path} (its header)")
+            record: FitRecord = schema.convert(header["record"], FitRecord, str(path), _ADVICE)
             return cls(tensors["matrix"], spec, record)
         except (KeyError, TypeError) as error:
             raise InputError(

@@ -6,6 +6,7 @@ Text stays text in PDF and SVG, and a figure has the same bytes each time it is 
 
 from __future__ import annotations
 
+import os
 import textwrap
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -66,11 +67,22 @@ _UNDATED: dict[str, dict[str, Any]] = {
 }
 
 
+MAX_NAME = 200
+"""Bytes of a file name; file systems take 255."""
+
+
 def check_name(name: str) -> None:
     """Raises `InputError` unless a figure can be written under this name in the output folder."""
-    if PurePath(name).name != name or PurePath(name).suffix.lower() not in SUFFIXES:
+    fits = PurePath(name).name == name and PurePath(name).suffix.lower() in SUFFIXES
+    if not fits or name.startswith(".") or "\\" in name or not name.isprintable():
         raise InputError(
-            f"A figure must be a file name that ends in {', '.join(SUFFIXES)}, got {name!r}."
+            "A figure must be a printable file name that ends in "
+            f"{', '.join(SUFFIXES)}, got {name!r}."
+        )
+    if len(os.fsencode(name)) > MAX_NAME:
+        raise InputError(
+            f"A figure's name must have at most {MAX_NAME} bytes, but has "
+            f"{len(os.fsencode(name))}. Choose a shorter one."
         )
 
 

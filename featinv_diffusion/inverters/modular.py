@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from featinv_diffusion import schema
 from featinv_diffusion.backbones import Backbone, load_named_backbone
 from featinv_diffusion.backbones.names import recorded_name
 from featinv_diffusion.diffusion.folders import load_network
@@ -149,11 +151,9 @@ class InverseSet(nn.Module):
         """
         folder = Path(folder)
         try:
-            index = json.loads((folder / INDEX).read_text())
-            modules = {stage: _load_module(folder / stage) for stage in index["stages"]}
-            size = index.get("input_size")
-            model = recorded_name(index["model"])
-            info = PathInfo(index["family"], model, size and tuple(size))
+            index: _Index = schema.read_json(folder / INDEX, _Index)
+            modules = {stage: _load_module(folder / stage) for stage in index.stages}
+            info = PathInfo(index.family, recorded_name(index.model), index.input_size)
         except (OSError, KeyError, ValueError) as error:
             raise InputError(
                 f"{folder} must hold a modular inverter ({INDEX} and a folder per stage), but it "
@@ -165,6 +165,20 @@ class InverseSet(nn.Module):
         if stage not in self._stages:
             return False
         return self[stage].writes_image or self._reaches_image(self[stage].writes.layer)
+
+
+@dataclass(frozen=True)
+class _Index:
+    """The schema of the file that lists the modules."""
+
+    stages: list[str]
+    family: str
+    model: str
+    input_size: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if odd := [name for name in self.stages if not re.fullmatch(r"\w+(\.\w+)*", name)]:
+            raise InputError(f"stages must be names of folders, got {odd[0]!r}")
 
 
 @dataclass(frozen=True, eq=False)

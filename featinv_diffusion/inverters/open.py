@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -45,6 +46,8 @@ OF_DIFFUSION = (
     "dtype",
 )
 """Settings that only the diffusion inverter has, unless `Kind.takes` names them."""
+
+logger = logging.getLogger(__name__)
 
 
 def load_inverter(
@@ -134,6 +137,7 @@ def open_inverter(
         else:
             inverter = _open_deterministic(settings, device)
     inverter.on_progress = on_progress
+    logger.info("Opened an inverter of the %s on %s.", inverter.spec, device)
     return inverter
 
 
@@ -576,7 +580,7 @@ def find_device(name: str) -> torch.device:
         return accelerator or torch.device("cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # of the device meta nothing can be read
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"The device {name!r} cannot be used here: {reason}") from None

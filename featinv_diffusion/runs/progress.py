@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -9,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from featinv_diffusion.inverters.base import Inverter
+
+logger = logging.getLogger(__name__)
 
 Advance = Callable[[float], None]
 """Called with the number of samples, or images, that are done."""
@@ -18,7 +21,10 @@ Advance = Callable[[float], None]
 def progress_bar(
     total: float, enabled: bool = True, doing: str = "sampling", noun: str = "samples"
 ) -> Iterator[Advance]:
-    """Yields a function that advances a bar; there is none where stderr is no terminal."""
+    """Yields a function that advances a bar.
+
+    There is none where stderr is no terminal, or where the package's notes are switched off.
+    """
     console = Console(stderr=True)
     columns = (
         TextColumn(doing),
@@ -27,7 +33,8 @@ def progress_bar(
         TextColumn("of {task.total:.0f} " + noun),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=not (enabled and console.is_terminal)) as bar:
+    shown = enabled and console.is_terminal and logger.isEnabledFor(logging.WARNING)
+    with Progress(*columns, console=console, disable=not shown) as bar:
         task = bar.add_task(doing, total=total)
         yield lambda share: bar.advance(task, share)
 

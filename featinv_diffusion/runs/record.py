@@ -4,29 +4,31 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import platform
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any, ClassVar, TypeVar, cast
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import pyarrow as pa
 import torch
 from matplotlib.figure import Figure
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from msgspec import Meta
 from PIL import Image
 from pyarrow import parquet
 
-from featinv_diffusion import __version__
+from featinv_diffusion import __version__, schema
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.figures.board import check_name, write_figure
-from featinv_diffusion.files import replacing, write_text
+from featinv_diffusion.files import holding, replacing, write_text
 from featinv_diffusion.images import write_png
-from featinv_diffusion.settings import SampleSettings, to_flat
+from featinv_diffusion.settings import MAX_SAMPLES, SampleSettings, to_flat
 
 T = TypeVar("T")
 
@@ -179,18 +181,26 @@ class Result(ABC):
 
 
 @contextmanager
-def reserved(folder: Path) -> Iterator[None]:
-    """Makes the folder, so that a place that refuses is found before the work.
+def reserved(output: Path, *, is_file: bool = False) -> Iterator[None]:
+    """Makes the folder to write to, or that of a file, and holds what is to be written.
 
-    Where the block refuses its input, a folder that was new is removed again.
+    So a place that refuses is found before the work, and no other process writes there meanwhile.
+    Where the block fails or is stopped, folders that are new and empty are removed again.
+
+    Raises:
+        InputError: another process is writing there.
+        OSError: a place where nothing can be written.
     """
-    is_new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = output.parent if is_file else output
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        yield
-    except InputError:
-        if is_new:
-            folder.rmdir()
+        folder.mkdir(parents=True, exist_ok=True)
+        with holding(output):
+            yield
+    except BaseException:
+        with suppress(OSError):
+            for path in new:
+                path.rmdir()
         raise
 
 
@@ -206,7 +216,14 @@ def to_png(figure: Figure | Image.Image) -> bytes:
 
 def to_json(content: Mapping[str, Any]) -> str:
     """Returns JSON text as all runs write it."""
-    return json.dumps(content, indent=2, allow_nan=False) + "\n"
+    return json.dumps(content, indent=2, allow_nan=False, default=_to_plain) + "\n"
+
+
+def _to_plain(value: Any) -> Any:
+    """Returns numbers of NumPy and torch as those of Python."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} is no JSON")
 
 
 def count(n: int, noun: str) -> str:
@@ -219,32 +236,102 @@ def path_of(path: Path) -> Path:
     return path / MANIFEST if path.is_dir() else path
 
 
-def read_content(path: Path) -> Any:
+def read_content(path: Path) -> dict[str, Any]:
     """Returns what a manifest's JSON holds.
 
     Raises:
-        InputError: no such file, or no JSON.
+        InputError: no such file, or no JSON object.
     """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"A manifest must exist at {path}, but nothing is there.") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} must be a manifest in JSON: {error}.") from error
+    return schema.read_json(path, dict[str, Any], "Name the manifest of a run, or its folder.")
 
 
 def from_values(kind: type[T], values: dict[str, Any], path: Path) -> T:
     """Builds a dataclass of what a manifest holds.
 
     Raises:
-        InputError: a value of a wrong type.
+        InputError: a value of a wrong type, or one that the class refuses.
     """
-    try:
-        config = OmegaConf.merge(OmegaConf.structured(kind), values)
-        return cast(T, OmegaConf.to_object(config))
-    except OmegaConfBaseException as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path} holds a setting of a wrong type: {reason}.") from error
+    return schema.convert(values, kind, str(path))
+
+
+# ---- What somebody else's manifest may ask for ---------------------------------------------------
+
+Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+Seeds = Annotated[list[Seed], Meta(min_length=1, max_length=MAX_SAMPLES)]
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What a manifest tells of the machine, as far as a replay takes it over."""
+
+    n_threads: Annotated[int, Meta(ge=1, le=512)] | None = None  # more can crash OpenMP
+
+
+def check_output_name(name: str, suffixes: Collection[str]) -> None:
+    """Raises `InputError` unless a name stays in its folder, is not hidden and has such a suffix.
+
+    Names may lie in folders below, with forward slashes.
+    """
+    parts = name.split("/")
+    has_drive = re.match(r"[A-Za-z]:(?!\d)", name)  # rows of a table are called `table:0`
+    if has_drive or any(p.strip() in ("", "..") or p.startswith(".") or "\\" in p for p in parts):
+        raise InputError(
+            f"An output must lie inside of the output folder and not be hidden, got {name!r}."
+        )
+    if not name.isprintable() or PurePosixPath(name).suffix.lower() not in suffixes:
+        raise InputError(
+            f"An output must be a printable name that ends in {', '.join(suffixes)}, got {name!r}."
+        )
+
+
+@dataclass(frozen=True)
+class _Listed:
+    """The files that a manifest says its run has made."""
+
+    @dataclass(frozen=True)
+    class Entry:
+        outputs: list[str]
+
+    images: list[Entry | str] = field(default_factory=list)
+    outputs: list[str] = field(default_factory=list)
+    output: str | None = None
+    figure: str | None = None
+
+
+def check_targets(
+    folder: Path, names: Sequence[str], beside: Sequence[str] = (), manifest: str = MANIFEST
+) -> None:
+    """Finds out whether a run of somebody else's manifest may write into a folder.
+
+    Args:
+        names: of the outputs.
+        beside: files that every such run writes, besides the manifest.
+
+    Raises:
+        InputError: a name that is given twice, one that leads out of the folder by a link, or a
+            file that no run of this folder has made.
+    """
+    folded = Counter(name.casefold() for name in [*names, *beside, manifest])
+    if twice := [name for name, n in folded.items() if n > 1]:
+        raise InputError(f"Outputs must have names of their own, but {twice[0]!r} is named twice.")
+    own: set[str] = set()
+    if (folder / manifest).is_file():
+        listed = schema.read_json(folder / manifest, _Listed)
+        own = {*beside, manifest, *listed.outputs, listed.output or "", listed.figure or ""}
+        own |= {name for e in listed.images if not isinstance(e, str) for name in e.outputs}
+    root = folder.resolve()
+    for name in [*names, *beside, manifest]:
+        path = folder / name
+        if not path.parent.resolve().is_relative_to(root):
+            raise InputError(
+                f"{path} must lie inside of {folder}, but a link leads to {path.parent.resolve()}. "
+                "Use another output folder."
+            )
+        if name not in own and os.path.lexists(path):
+            raise InputError(
+                f"{path} is there already, and no run of this folder made it. Remove it, or use "
+                "another output folder."
+            )
 
 
 def read_environment(device: str) -> dict[str, Any]:

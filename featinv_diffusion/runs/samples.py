@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Float
+from msgspec import Meta
 from PIL import Image
 from torch import Tensor
 
@@ -22,12 +22,16 @@ from featinv_diffusion.inverters.base import Inverter
 from featinv_diffusion.inverters.open import open_inverter
 from featinv_diffusion.runs.progress import advancing
 from featinv_diffusion.runs.record import (
+    Environment,
     RunFolder,
+    Seeds,
+    check_output_name,
     count,
     from_values,
     path_of,
     read_content,
     read_environment,
+    reserved,
     to_png,
 )
 from featinv_diffusion.runs.sampling import (
@@ -45,6 +49,7 @@ from featinv_diffusion.settings import (
     BY_GRADIENT,
     DIFFUSION,
     LATER,
+    MAX_SAMPLES,
     SampleSettings,
     to_flat,
 )
@@ -291,11 +296,10 @@ def read_manifest(path: Path) -> Manifest:
     path = path_of(path)
     content = read_content(path)
     names = [f.name for f in fields(SampleSettings)]
-    needed = {*names, "images"}.difference(LATER)
-    if not isinstance(content, dict) or not needed <= content.keys():
-        missing = sorted(needed - set(content)) if isinstance(content, dict) else names
+    if missing := sorted({*names, "images"}.difference(LATER) - content.keys()):
         raise InputError(f"{path} is no manifest of featinv sample; it lacks {', '.join(missing)}.")
-    manifest = Manifest(
+    from_values(_Content, content, path)
+    return Manifest(
         from_values(
             SampleSettings, {name: content[name] for name in names if name in content}, path
         ),
@@ -303,11 +307,7 @@ def read_manifest(path: Path) -> Manifest:
         content.get("failures", []),
         content.get("environment", {}),
         content.get("scope_basis"),
-        content.get("second_eye"),
     )
-    for entry in manifest.images:
-        _check_entry(entry, path)
-    return manifest
 
 
 def to_jobs(manifest: Manifest) -> list[Job]:
@@ -318,26 +318,57 @@ def to_jobs(manifest: Manifest) -> list[Job]:
     ]
 
 
-def _check_entry(entry: Any, path: Path) -> None:
-    fine = (
-        isinstance(entry, dict)
-        and isinstance(entry.get("input"), str)
-        and _is_list_of(entry.get("outputs"), str)
-        and _is_list_of(entry.get("seed"), int)
-        and len(entry["outputs"]) == len(entry["seed"]) > 0
-    )
-    if not fine:
-        raise InputError(
-            f"{path} must give each image an input, and as many outputs as seeds, but holds "
-            f"{json.dumps(entry)[:120]}."
-        )
-    for name in entry["outputs"]:
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise InputError(f"{path} names an output outside of its folder: {name!r}.")
+@dataclass(frozen=True)
+class _Planned:
+    """The schema of what must be known of an image to make its samples again."""
+
+    input: str
+    outputs: Annotated[list[str], Meta(min_length=1, max_length=MAX_SAMPLES)]
+    seed: Seeds
+
+    def __post_init__(self) -> None:
+        if len(self.outputs) != len(self.seed):
+            raise InputError(
+                f"An image must have as many outputs as seeds, got {len(self.outputs)} and "
+                f"{len(self.seed)}"
+            )
+        for name in self.outputs:
+            check_output_name(name, [".png"])
 
 
-def _is_list_of(value: Any, kind: type) -> bool:
-    return isinstance(value, list) and all(isinstance(item, kind) for item in value)
+@dataclass(frozen=True)
+class Entry(_Planned):
+    """The schema of `to_entry`."""
+
+    cosine: list[float]
+    cosine_shuffled: list[float]
+    top1_match: list[bool | None]
+    top5_match: list[bool | None]
+    scope_p_value: float | None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in PER_SAMPLE:
+            if len(getattr(self, name)) != len(self.outputs):
+                raise InputError(f"{name} must have one value for each of the outputs")
+
+
+@dataclass(frozen=True)
+class _Failed:
+    """The schema of an image that could not be used."""
+
+    input: str
+    error: str
+
+
+@dataclass(frozen=True)
+class _Content:
+    """The schema of what a manifest holds besides the settings."""
+
+    images: Annotated[list[_Planned], Meta(min_length=1)]
+    failures: list[_Failed] = field(default_factory=list)
+    environment: Environment = field(default_factory=Environment)
+    scope_basis: str | None = None
 
 
 # ---- The folder ----------------------------------------------------------------------------------
@@ -373,6 +404,11 @@ def run_jobs(settings: SampleSettings, jobs: Sequence[Job], output: Path) -> Man
     Raises:
         InputError: bad settings, or no image that could be reconstructed.
     """
+    with reserved(output):
+        return _run_jobs(settings, jobs, output)
+
+
+def _run_jobs(settings: SampleSettings, jobs: Sequence[Job], output: Path) -> Manifest:
     inverter = open_inverter(settings)
     resolved = inverter.settings
     assert resolved is not None
@@ -381,7 +417,6 @@ def run_jobs(settings: SampleSettings, jobs: Sequence[Job], output: Path) -> Man
         resolved, environment=read_environment(resolved.device), scope_basis=scope.basis
     )
     folder = SampleFolder(output, manifest)
-    folder.run.begin()
     with advancing(inverter, sum(len(job.seeds) for job in jobs), progress=True):
         for done in reconstruct(inverter, jobs, resolved.batch_size, manifest.fail, scope.p_value):
             folder.write(done)

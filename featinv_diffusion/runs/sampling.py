@@ -170,9 +170,13 @@ def sample_each(inverter: Inverter, features: Features, seeds: Sequence[int]) ->
 
 def not_finite(what: str, inverter: Inverter) -> str:
     """Returns the sentence about samples that hold no numbers, with advice that fits."""
+    return f"{what} gave samples with NaN values. {advice_on_overflow(inverter)}."
+
+
+def advice_on_overflow(inverter: Inverter) -> str:
+    """Returns what to do about values that are not finite."""
     half = inverter.settings is not None and inverter.settings.dtype != "float32"
-    advice = "Use --dtype float32" if half else "Look for overflow in the weights or the features"
-    return f"{what} gave samples with NaN values. {advice}."
+    return "Use --dtype float32" if half else "Look for overflow in the weights or the features"
 
 
 def cell_cosine(features: Float[Tensor, "#b c h w"], seen: Features) -> Float[Tensor, "b h w"]:

@@ -2,7 +2,7 @@
 
     OUTPUT/run.json                 what decides the run; guards one that is taken up again
     OUTPUT/shards/00012/…           the results of a unit
-    OUTPUT/shards/00012/unit.json   its id and what failed; written last: the unit is done
+    OUTPUT/shards/00012/unit.json   its id, files and failures; written last: the unit is done
 
 Units depend on the list of items alone and batches never cross them, so a picture is the same bit
 for bit on any number of processes with equally many threads each, interrupted or not.
@@ -12,13 +12,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
 
+from msgspec import Meta
+
+from featinv_diffusion import schema
 from featinv_diffusion.backbones import Backbone
 from featinv_diffusion.backbones.base import weights_sha256
 from featinv_diffusion.errors import InputError
@@ -27,11 +31,30 @@ from featinv_diffusion.inverters.base import Inverter
 from featinv_diffusion.inverters.diffusion import DiffusionInverter
 from featinv_diffusion.processes import Processes
 from featinv_diffusion.runs.record import to_json
+from featinv_diffusion.runs.samples import Entry
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 RUN, UNITS, DONE = "run.json", "shards", "unit.json"
-FAILURES, PARTIAL_FAILURES = "failures", "partial_failures"
+FAILURES, PARTIAL_FAILURES, FILES = "failures", "partial_failures", "files"
+
+
+@dataclass(frozen=True)
+class _Failure:
+    error: str
+
+
+@dataclass(frozen=True)
+class _Done:
+    """The schema of a completing file; `files` are relative to the folder of the run."""
+
+    id: str
+    files: dict[str, Annotated[int, Meta(ge=0)]]
+    failures: list[_Failure]
+    partial_failures: list[_Failure] = field(default_factory=list)
+    images: list[Entry] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -51,15 +74,41 @@ class Unit(Generic[T]):
     def read(self) -> dict[str, Any] | None:
         """Returns what its completing file holds; None where there is none of this id."""
         path = self.folder / DONE
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        return content if content.get("id") == self.id else None
+        try:
+            content = schema.read_json(path, dict[str, Any])
+            done = schema.convert(content, _Done, str(path))
+        except InputError:
+            return None
+        return content if done.id == self.id else None
 
     @property
     def is_done(self) -> bool:
-        """Whether it was done and nothing failed."""
+        """Whether it was done, nothing failed, and its files are still there."""
         content = self.read()
-        failed = content and (content[FAILURES] or content.get(PARTIAL_FAILURES))
-        return content is not None and not failed
+        if content is None or content[FAILURES] or content.get(PARTIAL_FAILURES):
+            return False
+        return self._lost(content) is None
+
+    def damage(self) -> str | None:
+        """Says why it must be done again though it was done once; None where nothing is broken."""
+        path = self.folder / DONE
+        if not path.exists():
+            return None
+        content = self.read()
+        if content is not None:
+            return self._lost(content)
+        try:
+            schema.read_json(path, _Done)
+        except InputError as error:
+            return str(error)
+        return None  # of other settings or images
+
+    def _lost(self, content: Mapping[str, Any]) -> str | None:
+        for name, size in content[FILES].items():
+            path = self.folder.parents[1] / name
+            if not path.is_file() or path.stat().st_size != size:
+                return f"{path} is missing, or not what was written"
+        return None
 
 
 def make_units(
@@ -99,8 +148,7 @@ def begin_run(identity: Mapping[str, Any], output: Path, processes: Processes) -
     """
     now = json.loads(json.dumps(identity))  # as it is read back: lists for tuples
     path = output / RUN
-    if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
+    if (before := _read_run(path)) is not None:
         changed = [f"{k}: {before.get(k)} → {now[k]}" for k in now if before.get(k) != now[k]]
         if changed:
             raise InputError(
@@ -112,9 +160,29 @@ def begin_run(identity: Mapping[str, Any], output: Path, processes: Processes) -
         write_text(path, json.dumps(now, indent=2) + "\n")
 
 
+def _read_run(path: Path) -> dict[str, Any] | None:
+    """Returns what decides the run in a folder; None without one that can be read.
+
+    Nothing is lost with a damaged file: each unit has an id of its own.
+    """
+    if not path.exists():
+        return None
+    try:
+        return schema.read_json(path, dict[str, Any])
+    except InputError as error:
+        logger.warning("%s It is written again; finished units are kept.", error)
+        return None
+
+
 def open_units(units: Sequence[Unit[T]], processes: Processes) -> list[Unit[T]]:
-    """Returns the units that are not done, once all processes have looked."""
+    """Returns the units that are not done, once all processes have looked.
+
+    Says which ones are done again because something of them is broken.
+    """
     found = [unit for unit in units if not unit.is_done]
+    for unit in found:
+        if processes.is_main_process and (reason := unit.damage()) is not None:
+            logger.warning("%s is done again: %s", unit.folder, reason.rstrip(".") + ".")
     processes.wait_for_everyone()
     return found
 
@@ -136,13 +204,19 @@ def run_units(
     Args:
         units: the open ones.
         work: writes the results of a unit and returns what its completing file is to hold: JSON,
-            with a list of `failures`, and perhaps `partial_failures`, each with an `error`.
+            with a list of `failures`, and perhaps `partial_failures`, each with an `error`, and
+            perhaps with paths of `files` that it wrote elsewhere in the folder of the run.
     """
     for unit in share(units, processes):
         (unit.folder / DONE).unlink(missing_ok=True)
         for partial in unit.folder.rglob(".*.part"):
             partial.unlink()
         content = {"id": unit.id, **work(unit)}
+        output = unit.folder.parents[1]
+        files = sorted({*content.pop(FILES, []), *filter(Path.is_file, unit.folder.rglob("*"))})
+        content[FILES] = {
+            path.relative_to(output).as_posix(): path.stat().st_size for path in files
+        }
         write_text(unit.folder / DONE, to_json(content))
     processes.wait_for_everyone()
 

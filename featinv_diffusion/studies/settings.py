@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from featinv_diffusion.settings import SampleSettings, check, nested, option
+from featinv_diffusion.settings import (
+    MAX_BATCH,
+    MAX_IMAGES,
+    SampleSettings,
+    Seed,
+    check,
+    nested,
+    option,
+)
 
 DATA = "Images: a folder, parquet file or Hub name."
 
@@ -42,11 +50,14 @@ class FitSettings:
     ridge: float = option(
         1e-6,
         "For linear: pull towards the identity, as a share of the mean eigenvalue of XᵀX.",
+        least=0,
     )
     images: ImageChoice = nested(ImageChoice)
-    n_images: int = option(1024, "Images to draw at random from the data.", least=1)
-    seed: int = option(0, "Random seed of the draw.")
-    batch_size: int = option(32, "Images per batch.", least=1)
+    n_images: int = option(
+        1024, "Images to draw at random from the data.", least=1, most=MAX_IMAGES
+    )
+    seed: Seed = option(0, "Random seed of the draw.")
+    batch_size: int = option(32, "Images per batch.", least=1, most=MAX_BATCH)
 
     def __post_init__(self) -> None:
         check(self)
@@ -59,7 +70,10 @@ class OperatorStudySettings:
     sampling: SampleSettings = nested(SampleSettings)
     images: ImageChoice = nested(ImageChoice)
     n_images: int = option(
-        256, "Images to draw from those that were not in the fit, at least 2.", least=2
+        256,
+        "Images to draw from those that were not in the fit, at least 2.",
+        least=2,
+        most=MAX_IMAGES,
     )
 
     def __post_init__(self) -> None:
@@ -72,13 +86,19 @@ class ScopeSettings:
 
     images: ImageChoice = nested(ImageChoice)
     held_back_per_class: int = option(
-        0, "Calibrate on the last K images of each class; 0 takes a fifth of all images."
+        0,
+        "Calibrate on the last K images of each class; 0 takes a fifth of all images.",
+        least=0,
+        most=MAX_IMAGES,
     )
-    n_images: int = option(10_000, "Largest number of images to fit on.")
+    n_images: int = option(10_000, "Largest number of images to fit on.", least=1, most=MAX_IMAGES)
     n_reconstructions: int = option(
-        256, "Held-out images to sample once each, which shows how well they come back."
+        256,
+        "Held-out images to sample once each, which shows how well they come back.",
+        least=0,
+        most=MAX_IMAGES,
     )
-    batch_size: int = option(8, "Samples per batch.", least=1)
+    batch_size: int = option(8, "Samples per batch.", least=1, most=MAX_BATCH)
     device: str = option("auto", "Device to compute on: auto, cpu, cuda, cuda:1, mps …")
 
     def __post_init__(self) -> None:
@@ -101,12 +121,14 @@ class PictureChoice:
         0,
         "Only the last K images of each class; for encoders, or for images with boxes.",
         least=0,
+        most=MAX_IMAGES,
     )
     n_images: int | None = option(
         None,
         "Number of images, spread evenly over the data; for encoders drawn as in `evaluate`.",
         shown="250, or all",
         least=1,
+        most=MAX_IMAGES,
     )
 
     def __post_init__(self) -> None:
@@ -133,8 +155,8 @@ class EncoderSettings:
         shown="a bundled classifier",
     )
     grey: bool = option(False, "For encoders: measure similarity without colour too.")
-    seed: int = option(0, "For encoders: random seed of the noise and the bootstrap.")
-    batch_size: int = option(32, "For encoders: images per batch.", least=1)
+    seed: Seed = option(0, "For encoders: random seed of the noise and the bootstrap.")
+    batch_size: int = option(32, "For encoders: images per batch.", least=1, most=MAX_BATCH)
     device: str = option("auto", "For encoders: device to compute on: auto, cpu, cuda …")
 
     def __post_init__(self) -> None:

@@ -6,7 +6,6 @@ Source: "Inverting DETR" (modular inversion), section 4.1 and figure 3. The stud
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -23,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from featinv_diffusion import schema
 from featinv_diffusion.backbones.traced import to_meta
 from featinv_diffusion.data.boxes import (
     BoxedImages,
@@ -362,7 +362,14 @@ def detection_scores(
 def read_weight(folder: str) -> float | None:
     """Returns λ of an inverter in a folder; None if it was not tuned end to end."""
     path = Path(folder).expanduser().parent / TUNING
-    return json.loads(path.read_text())["reconstruction_weight"] if path.is_file() else None
+    if not path.is_file():
+        return None
+    return schema.read_json(path, _Tuning).reconstruction_weight
+
+
+@dataclass(frozen=True)
+class _Tuning:
+    reconstruction_weight: float
 
 
 # ---- The studies ---------------------------------------------------------------------------------

@@ -5,6 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from featinv_diffusion.settings import (
+    Beta,
+    Count,
+    Depth,
+    NotNegative,
+    Number,
+    Pictures,
+    Positive,
+    PositiveOrInfinite,
+    Size,
+    check,
+)
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -22,17 +35,20 @@ class OptimConfig:
     """
 
     optimizer: Literal["adamw", "muon"] = "adamw"
-    lr: float = 1e-5
-    weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.999)
-    batch_size: int = 8
-    gradient_accumulation_steps: int = 1
-    max_grad_norm: float = 1.0
-    epochs: int = 3
-    max_steps: int | None = None
-    warmup_steps: int = 0
+    lr: Positive = 1e-5
+    weight_decay: NotNegative = 0.01
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    batch_size: Size = 8
+    gradient_accumulation_steps: Depth = 1
+    max_grad_norm: PositiveOrInfinite = 1.0
+    epochs: Count = 3
+    max_steps: Count | None = None
+    warmup_steps: Number = 0
     schedule: Literal["constant", "cosine", "linear", "one_cycle"] = "constant"
-    ema_decay: float | None = None
+    ema_decay: Beta | None = None
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 @dataclass(frozen=True)
@@ -44,7 +60,9 @@ class RunConfig:
     Args:
         output: folder for checkpoints, the loss log, tracker files and the final weights.
         resume: continue from the newest checkpoint in `output`; False refuses to touch one.
-        allow_changed_config: resume although the data, optimizer or model settings changed.
+            `elastic` continues with another number of processes or batch size too: each image is
+            still seen once per epoch, but the run no longer equals an uninterrupted one.
+        allow_changed_config: resume although any setting changed; includes what `elastic` allows.
         checkpoints_total_limit: keep this many, delete older ones.
         tracker: `auto` is tensorboard where it is installed, else none.
         validate_every: optimizer steps between reconstructions of the fixed validation images.
@@ -52,16 +70,19 @@ class RunConfig:
     """
 
     output: str = "outputs/train"
-    resume: bool = True
+    resume: bool | Literal["elastic"] = True
     allow_changed_config: bool = False
-    checkpoint_every: int = 500
-    checkpoints_total_limit: int = 2
-    validate_every: int = 500
-    n_validation_images: int = 16
-    log_every: int = 10
+    checkpoint_every: Count = 500
+    checkpoints_total_limit: Count = 2
+    validate_every: Count = 500
+    n_validation_images: Pictures = 16
+    log_every: Count = 10
     tracker: Literal["auto", "tensorboard", "wandb", "none"] = "auto"
     mixed_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     gradient_checkpointing: bool = False
     channels_last: bool = False
     cpu: bool = False
     dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        check(self)

@@ -40,6 +40,7 @@ from featinv_diffusion.diffusion.objective import (
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.metrics.features import feature_cosine, shuffled_cosine, top_k_match
 from featinv_diffusion.seeds import derive_seed, make_generator
+from featinv_diffusion.settings import Depth, Finite, Pictures, Probability, Seed, Size, check
 from featinv_diffusion.training.checkpoint import list_checkpoints
 from featinv_diffusion.training.config import OptimConfig, RunConfig
 from featinv_diffusion.training.entry import load_component, make_datasets, stack_images
@@ -72,15 +73,18 @@ class ControlNetModelConfig:
     backbone: str = PUBLISHED["convnext"]
     backbone_name: str | None = None
     layer: str = "last"
-    feature_hidden_channels: int = 512
+    feature_hidden_channels: Size = 512
     pooled: bool = False
     standardise: bool = True
-    statistics_images: int = 2048
-    dropout: float = 0.15
+    statistics_images: Pictures = 2048
+    dropout: Probability = 0.15
     dropout_kind: Literal["joint", "independent"] = "joint"
     prompt: str = PUBLISHED_PROMPT
     warm_start: str | None = None
     attention: Literal["native", "xformers"] = "native"
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 @dataclass(frozen=True)
@@ -92,20 +96,26 @@ class ValidationConfig:
     """
 
     scheduler: str | None = None
-    num_inference_steps: int = 20
-    guidance_scale: float = 1.75
+    num_inference_steps: Depth = 20
+    guidance_scale: Finite = 1.75
     guidance: Literal["text", "features"] = "text"
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 @dataclass(frozen=True)
 class ControlNetConfig:
-    seed: int = 0
+    seed: Seed = 0
     data: DataConfig = field(default_factory=lambda: DataConfig(held_back_per_class=1))
     model: ControlNetModelConfig = field(default_factory=ControlNetModelConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 @dataclass
@@ -275,7 +285,7 @@ def load_frozen_parts(config: ControlNetModelConfig) -> FrozenParts:
         prompt_embeds = text_encoder(ids)[0]
     unet = _load_sub(UNet2DConditionModel, config.base, "unet").eval().requires_grad_(False)
     if config.attention == "xformers":
-        unet.enable_xformers_memory_efficient_attention()
+        _use_xformers(unet)
     return FrozenParts(
         backbone=load_training_backbone(config),
         vae=_load_sub(AutoencoderKL, config.base, "vae").eval().requires_grad_(False),
@@ -304,6 +314,17 @@ def _load_sub(component_class: Any, base: str, subfolder: str) -> Any:
         ) from error
 
 
+def _use_xformers(model: Any) -> None:
+    try:
+        model.enable_xformers_memory_efficient_attention()
+    except (ImportError, ValueError) as error:
+        raise InputError(
+            "model.attention=xformers needs a CUDA device and the package xformers "
+            f"(pip install 'featinv-diffusion[xformers]'): {str(error).splitlines()[0]} "
+            "Or leave it at native."
+        ) from None
+
+
 def make_controlnet(config: ControlNetModelConfig, parts: FrozenParts) -> FeatureControlNet:
     """Copies the UNet's encoder, or another backbone's ControlNet, behind a new feature encoder."""
     spec = parts.backbone.spec
@@ -330,7 +351,7 @@ def make_controlnet(config: ControlNetModelConfig, parts: FrozenParts) -> Featur
             )
         controlnet.load_state_dict(weights, strict=False)
     if config.attention == "xformers":
-        controlnet.enable_xformers_memory_efficient_attention()
+        _use_xformers(controlnet)
     return controlnet.train()
 
 
@@ -356,7 +377,7 @@ def set_feature_statistics(
 
 def train_controlnet(config: ControlNetConfig) -> Path:
     """Trains to the end and returns the folder that holds `controlnet/`."""
-    accelerator = make_accelerator(config.optim, config.run, config.seed)
+    accelerator = make_accelerator(config.optim, config.run)
     torch.manual_seed(derive_seed(config.seed, "initial weights"))
     parts = load_frozen_parts(config.model)
     train, validation = _open_data(config)

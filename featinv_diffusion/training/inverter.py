@@ -46,6 +46,7 @@ from featinv_diffusion.inverters.vit import BlocksInverse, VitPath
 from featinv_diffusion.metrics.detection import best_query_scores
 from featinv_diffusion.metrics.features import psnr
 from featinv_diffusion.seeds import derive_seed
+from featinv_diffusion.settings import Depth, Pictures, Positive, Probability, Seed, Size, check
 from featinv_diffusion.training.config import OptimConfig, RunConfig
 from featinv_diffusion.training.entry import load_component, stack_items
 from featinv_diffusion.training.loop import fit, make_accelerator
@@ -109,16 +110,19 @@ class ModuleConfig:
     kind: Literal["conv", "encoder", "decoder", "head", "blocks"] = "conv"
     writes: str = IMAGE
     published: str | None = None
-    channels: tuple[int, ...] = ()
-    kernels: tuple[int, ...] = ()
-    strides: tuple[int, ...] = ()
+    channels: tuple[Size, ...] = ()
+    kernels: tuple[Size, ...] = ()
+    strides: tuple[Size, ...] = ()
     positions: bool = False
-    depth: int = 6
-    n_heads: int = 8
-    feedforward: int = 2048
+    depth: Depth = 6
+    n_heads: Size = 8
+    feedforward: Size = 2048
     linear_output: bool = True
-    mlp_ratio: float = 4.0
-    hidden: tuple[int, int] = (512, 256)
+    mlp_ratio: Positive = 4.0
+    hidden: tuple[Size, Size] = (512, 256)
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 @dataclass(frozen=True)
@@ -138,10 +142,13 @@ class InverterModelConfig:
     family: str = "detr"
     model: str = "facebook/detr-resnet-50"
     weights: str | None = None
-    input_size: tuple[int, int] | None = None
+    input_size: tuple[Size, Size] | None = None
     modules: dict[str, ModuleConfig] = field(default_factory=dict)
     standardise: bool = True
-    statistics_images: int = 2048
+    statistics_images: Pictures = 2048
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 def load_training_path(config: InverterModelConfig) -> ForwardPath:
@@ -368,7 +375,7 @@ class TuningTask:
 
 def tune_inverter(config: InverterConfig) -> Path:
     """Fine-tunes to the end and returns the folder that holds `detector/` and `inverter/`."""
-    accelerator = make_accelerator(config.optim, config.run, config.seed)
+    accelerator = make_accelerator(config.optim, config.run)
     path = load_training_path(config.model)
     if not isinstance(path, DetrPath):
         raise InputError(f"Fine-tuning is for DETR, but {path.name!r} is of family {path.family}.")
@@ -401,24 +408,23 @@ class TuningConfig:
 
     inverter: str | None = None
     stage: str = "decoder"
-    reconstruction_weight: float = 0.9
+    reconstruction_weight: Probability = 0.9
 
     def __post_init__(self) -> None:
-        if not 0 <= self.reconstruction_weight <= 1:
-            raise InputError(
-                "tuning.reconstruction_weight (λ) must lie in [0, 1], "
-                f"got {self.reconstruction_weight}."
-            )
+        check(self)
 
 
 @dataclass(frozen=True)
 class InverterConfig:
-    seed: int = 0
+    seed: Seed = 0
     data: DataConfig = field(default_factory=lambda: DataConfig(held_back_per_class=1))
     model: InverterModelConfig = field(default_factory=InverterModelConfig)
     tuning: TuningConfig = field(default_factory=TuningConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 class InverterTask:
@@ -539,7 +545,7 @@ def train_inverter(config: InverterConfig) -> Path:
     refuse_streaming(config.data)
     if config.tuning.inverter is not None:
         return tune_inverter(config)
-    accelerator = make_accelerator(config.optim, config.run, config.seed)
+    accelerator = make_accelerator(config.optim, config.run)
     torch.manual_seed(derive_seed(config.seed, "initial weights"))
     path = load_training_path(config.model).to(accelerator.device)
     inverses = make_inverses(config.model, path)

@@ -25,6 +25,7 @@ from featinv_diffusion.data.crops import Crop, CropDataset, draw_crop, to_images
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.images import without_notes
 from featinv_diffusion.seeds import derive_seed, make_generator
+from featinv_diffusion.settings import Depth, check
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,10 @@ class CacheConfig:
     """Where latents are kept, and how many crops of each image; no folder, no cache."""
 
     folder: str | None = None
-    n_crops: int = 2
+    n_crops: Depth = 2
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 def encode_posterior(vae: AutoencoderKL, images: Tensor, size: int) -> tuple[Tensor, Tensor]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
-import shutil
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
-    DataLoaderConfiguration,
     ProjectConfiguration,
     is_tensorboard_available,
     is_wandb_available,
@@ -23,23 +22,28 @@ from diffusers.training_utils import EMAModel
 from PIL import Image
 from timm.optim import Muon
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from featinv_diffusion.data.crops import CropDataset, StreamedCrops
 from featinv_diffusion.errors import InputError
-from featinv_diffusion.files import write_text
+from featinv_diffusion.files import holding, write_text
 from featinv_diffusion.processes import check_process_group
 from featinv_diffusion.seeds import derive_seed
 from featinv_diffusion.training.checkpoint import (
+    FINAL_PARTIAL,
     Progress,
     TrainingBar,
     check_resumable,
     list_checkpoints,
+    load_checkpoint,
     remove_partial,
+    replace_final,
     save_checkpoint,
 )
 from featinv_diffusion.training.config import OptimConfig, RunConfig
 from featinv_diffusion.training.group_norm import speed_up_group_norms
+
+logger = logging.getLogger(__name__)
 
 ONE_CYCLE_RISE, ONE_CYCLE_START, ONE_CYCLE_END = 0.05, 1 / 25, 1 / 250_000
 """Share of the steps in which the learning rate rises, and its two ends as shares of the peak."""
@@ -68,7 +72,7 @@ class Task(Protocol):
     def load(self, module: nn.Module, folder: Path) -> None: ...
 
 
-def make_accelerator(optim: OptimConfig, run: RunConfig, seed: int) -> Accelerator:
+def make_accelerator(optim: OptimConfig, run: RunConfig) -> Accelerator:
     """The one accelerator of a run; refuses a launch that quietly became several runs of one."""
     _check_settings(optim, run)
     accelerator = Accelerator(
@@ -77,7 +81,6 @@ def make_accelerator(optim: OptimConfig, run: RunConfig, seed: int) -> Accelerat
         cpu=run.cpu,
         log_with=find_tracker(run),
         project_config=ProjectConfiguration(project_dir=run.output),
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed),
     )
     check_process_group(accelerator)
     return accelerator
@@ -91,14 +94,6 @@ def find_tracker(run: RunConfig) -> str | None:
 
 
 def _check_settings(optim: OptimConfig, run: RunConfig) -> None:
-    names = ("batch_size", "gradient_accumulation_steps", "epochs")
-    values = {f"optim.{name}": getattr(optim, name) for name in names}
-    for name in ("checkpoint_every", "validate_every", "log_every", "n_validation_images"):
-        values[f"run.{name}"] = getattr(run, name)
-    values["run.checkpoints_total_limit"] = run.checkpoints_total_limit
-    for name, value in values.items():
-        if value < 1:
-            raise InputError(f"{name} must be at least 1, got {value}.")
     if optim.schedule == "one_cycle" and optim.warmup_steps:
         raise InputError(
             "optim.schedule=one_cycle has its own warm-up, but optim.warmup_steps is "
@@ -151,6 +146,27 @@ def _one_cycle(done: int, n_steps: int) -> float:
     return ONE_CYCLE_END + (1 - ONE_CYCLE_END) * falling
 
 
+class EpochOrder(Sampler[int]):
+    """A permutation of the data set that derives from (seed, epoch); begins with its item `start`.
+
+    All processes share it, each taking its part of every batch, so that the order of the images
+    does not depend on how many processes there are.
+    """
+
+    def __init__(self, n: int, seed: int):
+        self.n, self.seed, self.epoch, self.start = n, seed, 0, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(torch.randperm(self.n, generator=generator).tolist()[self.start :])
+
+
 class _Run:
     def __init__(
         self,
@@ -175,10 +191,13 @@ class _Run:
     def _prepare(self) -> None:
         parameters = _trainable(self.task.module)
         optimizer = _make_optimizer(parameters, self.optim)
+        self.order = None
+        if not isinstance(self.dataset, IterableDataset):
+            self.order = EpochOrder(len(self.dataset), self.dataset.seed)
         loader = DataLoader(
             self.dataset,
             batch_size=self.optim.batch_size,
-            shuffle=not isinstance(self.dataset, IterableDataset),
+            sampler=self.order,
             drop_last=True,
             num_workers=self._n_workers(),
         )
@@ -192,8 +211,6 @@ class _Run:
         if self.optim.ema_decay is not None:
             self.ema = EMAModel(parameters, decay=self.optim.ema_decay)
             self.ema.to(self.accelerator.device)
-            self.accelerator.register_for_checkpointing(self.ema)
-        self.accelerator.register_for_checkpointing(self.progress)
         self.accelerator.register_save_state_pre_hook(self._save_hook)
         self.accelerator.register_load_state_pre_hook(self._load_hook)
 
@@ -228,14 +245,21 @@ class _Run:
     def train(self) -> Path:
         if self.run.dry_run:
             return self._dry_run()
-        final = self.output / "final"
+        if not self.accelerator.is_main_process:
+            return self._train()
+        self.output.mkdir(parents=True, exist_ok=True)
+        with holding(self.output):
+            remove_partial(self.output)
+            return self._train()
+
+    def _train(self) -> Path:
+        self.accelerator.wait_for_everyone()  # until the folder is held
         self.accelerator.print(f"world size {self.accelerator.num_processes}")
         self._resume()
         self._start_tracker()
         self.started = time.monotonic() - self.progress.seconds
         resumed_at = self.progress.step
         if self.accelerator.is_main_process:
-            remove_partial(self.output)
             for name in ("losses.jsonl", "validation.jsonl"):
                 _cut_back(self.output / name, resumed_at)
         self.accelerator.wait_for_everyone()
@@ -243,9 +267,7 @@ class _Run:
         bar = TrainingBar(
             self.n_steps,
             self.progress.step,
-            self.optim.batch_size
-            * self.optim.gradient_accumulation_steps
-            * self.accelerator.num_processes,
+            self._samples_per_batch() * self.optim.gradient_accumulation_steps,
             enabled=self.accelerator.is_main_process,
         )
         with bar:
@@ -255,29 +277,45 @@ class _Run:
         if self.progress.step > resumed_at:
             self._validate()
             self._checkpoint()
+        final = self.output / "final"
         if self.accelerator.is_main_process:
-            partial = self.output / "final-partial"
-            shutil.rmtree(partial, ignore_errors=True)
             with self._averaged_weights():
-                self.task.save(self.accelerator.unwrap_model(self.module), partial)
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
+                self._check_finite()
+                self.task.save(
+                    self.accelerator.unwrap_model(self.module), self.output / FINAL_PARTIAL
+                )
+            replace_final(self.output)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         return final
 
+    def _samples_per_batch(self) -> int:
+        return self.optim.batch_size * self.accelerator.num_processes
+
     def _batches(self) -> Iterator[dict[str, Any]]:
+        source: Any = self.dataset if self.order is None else self.order
         while self.progress.step < self.n_steps:
             self.loader.set_epoch(self.progress.epoch)
-            skipped: Any = self.accelerator.skip_first_batches(self.loader, self.progress.batch)
-            for batch in skipped if self.progress.batch else self.loader:
-                self.progress.batch += 1
+            source.start = self.progress.samples
+            for batch in _read(self.loader):
+                self.progress.samples += self._samples_per_batch()
                 self.progress.micro_step += 1
                 yield batch
                 if self.progress.step >= self.n_steps:
                     return
             self.progress.epoch += 1
-            self.progress.batch = 0
+            self.progress.samples = 0
+
+    def _check_finite(self) -> None:
+        """Raises `InputError` where a weight is infinite or not a number, before it is saved."""
+        module = self.accelerator.unwrap_model(self.module)
+        for name, weight in module.state_dict().items():
+            if not bool(weight.isfinite().all()):
+                raise InputError(
+                    f"The weights must be finite, but {name!r} is not after step "
+                    f"{self.progress.step}. Nothing of it is saved. Lower optim.lr, or use "
+                    "run.mixed_precision=bf16 or fp32 instead of fp16."
+                )
 
     def _micro_step(self, batch: dict[str, Any], bar: TrainingBar) -> None:
         rank = self.accelerator.process_index
@@ -298,7 +336,15 @@ class _Run:
             self.accelerator.backward(loss)
             if self.accelerator.sync_gradients:
                 self.accelerator.clip_grad_norm_(self.module.parameters(), self.optim.max_grad_norm)
-            self.optimizer.step()
+            try:
+                self.optimizer.step()
+            except RuntimeError as error:
+                if "without overflow" not in str(error):
+                    raise
+                raise InputError(
+                    f"Step {self.progress.step} is too large for the weights' number format. "
+                    "Lower optim.lr or optim.weight_decay."
+                ) from None
             self.optimizer.zero_grad()
         self._count_unreadable(batch, self.log.add(self.accelerator, loss, scalars, batch))
         if self.accelerator.sync_gradients:
@@ -338,11 +384,13 @@ class _Run:
             self._checkpoint()
 
     def _checkpoint(self) -> None:
+        self._check_finite()
         self.progress.seconds = time.monotonic() - self.started
         save_checkpoint(
             self.accelerator,
             self.output,
-            self.progress.step,
+            self.progress,
+            self.ema,
             self.config_text,
             self.run.checkpoints_total_limit,
         )
@@ -355,16 +403,19 @@ class _Run:
             raise InputError(
                 f"{self.output} holds checkpoints and run.resume is false. Choose a new run.output."
             )
-        check_resumable(
-            checkpoints[-1],
-            self.config_text,
-            self.accelerator.num_processes,
-            self.run.allow_changed_config,
-        )
-        self.accelerator.load_state(str(checkpoints[-1]))
+        newest = checkpoints[-1]
+        n_processes = self.accelerator.num_processes
+        is_exact = check_resumable(newest, self.config_text, n_processes, self.run)
+        self.progress = load_checkpoint(self.accelerator, newest, self.ema)
         if self.ema is not None:
             self.ema.to(self.accelerator.device)  # checkpoints are read to the CPU
-        self.accelerator.print(f"Resumed from {checkpoints[-1]}")
+        self.accelerator.print(f"Resumed from {newest}")
+        if not is_exact and self.accelerator.is_main_process:
+            logger.warning(
+                "The processes or settings are not those of the checkpoint: the run goes on with "
+                "the images of the epoch that it has not seen, but does not equal an uninterrupted "
+                "one."
+            )
 
     def _start_tracker(self) -> None:
         if self.tracker is None:
@@ -485,6 +536,21 @@ class _swapped_in:
     def __exit__(self, *_: object) -> None:
         if self.ema is not None:
             self.ema.restore(self.parameters)
+
+
+def _read(loader: Any) -> Iterator[dict[str, Any]]:
+    """Yields the batches; what a data worker says is one sentence, without its traceback."""
+    try:
+        yield from loader
+    except (InputError, OSError, MemoryError, RuntimeError) as error:
+        text = str(error).strip()
+        if "DataLoader worker" not in text:
+            raise
+        if isinstance(error, InputError):
+            raise InputError(text.rpartition("InputError: ")[2]) from None
+        raise InputError(
+            f"A data worker ended: {text.splitlines()[-1]} Lower data.num_workers; 0 needs none."
+        ) from None
 
 
 def _trainable(module: nn.Module) -> list[nn.Parameter]:

@@ -18,6 +18,7 @@ from featinv_diffusion.errors import InputError
 from featinv_diffusion.inverters.reconstructor import FOLDER, Reconstructor, load_encoder
 from featinv_diffusion.metrics.features import psnr
 from featinv_diffusion.seeds import derive_seed
+from featinv_diffusion.settings import Depth, Seed, Size, check
 from featinv_diffusion.training.config import OptimConfig, RunConfig
 from featinv_diffusion.training.entry import stack_items
 from featinv_diffusion.training.inverter import (
@@ -48,20 +49,26 @@ class ReconstructorModelConfig:
     backbone: str = "hf/google/siglip-base-patch16-256"
     weights: str | None = None
     layer: str = LAST
-    depth: int = 4
-    n_heads: int | None = None
-    feedforward: int | None = None
-    channels: list[int] | None = None
-    n_residual: int = 2
+    depth: Depth = 4
+    n_heads: Size | None = None
+    feedforward: Size | None = None
+    channels: list[Size] | None = None
+    n_residual: Depth = 2
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 @dataclass(frozen=True)
 class ReconstructorConfig:
-    seed: int = 0
+    seed: Seed = 0
     data: DataConfig = field(default_factory=lambda: DataConfig(held_back_per_class=1))
     model: ReconstructorModelConfig = field(default_factory=ReconstructorModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 class ReconstructorTask:
@@ -148,7 +155,7 @@ def make_reconstructor(config: ReconstructorModelConfig, backbone: Backbone) -> 
 def train_reconstructor(config: ReconstructorConfig) -> Path:
     """Trains to the end and returns the folder that holds `reconstructor/`."""
     refuse_streaming(config.data)
-    accelerator = make_accelerator(config.optim, config.run, config.seed)
+    accelerator = make_accelerator(config.optim, config.run)
     model = config.model
     backbone = load_encoder(model.backbone, model.layer, weights=model.weights)
     _check_size(config.data, backbone)

@@ -261,3 +261,15 @@ def test_half_of_a_timm_model_is_refused():
 
     with pytest.raises(InputError, match="forward_features and forward_head"):
         wrap_model(Half(), name="half")
+
+
+@pytest.mark.parametrize("name", ["cait_xxs24_224", "convit_tiny"])
+def test_layers_hold_no_matrices_of_tokens(name):
+    with torch.device("meta"):
+        backbone = load_backbone(name, pretrained=False)
+    assert {spec.grid for spec in backbone.layers()} == {(14, 14)}
+
+
+def test_a_model_of_one_channel_is_refused():
+    with pytest.raises(InputError, match="3 channels, but its first layer reads 1"):
+        load_backbone("resnet18", pretrained=False, in_chans=1)

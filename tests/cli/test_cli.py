@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import logging
 import os
 import pty
@@ -28,9 +29,10 @@ ROOT = Path(featinv_diffusion.__file__).parents[1]
 def test_help_lists_every_command(featinv: Featinv):
     done = featinv("--help")
     assert done.code == 0
-    samples = ("sample", "interpolate", "compose", "variability", "concepts", "viz", "replay")
-    others = ("evaluate", "classemb", "analyze", "layers", "scope", "export", "push", "convert")
-    assert (*samples, *others) == tuple(cli.COMMANDS)
+    samples = ("sample", "encode", "decode", "interpolate", "compose", "compare", "edit", "patch")
+    studies = ("variability", "concepts", "viz", "replay", "evaluate", "classemb", "analyze")
+    others = ("layers", "scope", "export", "push", "convert")
+    assert (*samples, *studies, *others) == tuple(cli.COMMANDS)
     for name in (*cli.COMMANDS, *cli.GROUPS):
         assert f" {name} " in done.out
 
@@ -104,7 +106,7 @@ def test_a_place_that_cannot_be_written_is_a_sentence(capsys, code):
     assert os.strerror(code) in said
 
 
-@pytest.mark.parametrize("error", [OSError("no route"), ValueError("bug"), RuntimeError("bug")])
+@pytest.mark.parametrize("error", [ValueError("bug"), RuntimeError("bug")])
 def test_a_bug_keeps_its_traceback(error):
     with pytest.raises(type(error)):
         exits.run(raising(error))
@@ -154,3 +156,93 @@ def test_no_bar_in_a_pipe(monkeypatch):
     monkeypatch.setattr(sys, "stderr", pipe)
     run_bar()
     assert pipe.getvalue() == ""
+
+
+# ---- --quiet, --verbose, --json, and two runs in one folder --------------------------------------
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_json_prints_the_manifest_alone(featinv: Featinv, photos: Path, first):
+    arguments = ["sample", photos / "a.png", "--n-samples", 1, "-o", "out"]
+    done = featinv("--json", *arguments) if first else featinv(*arguments, "--json")
+    manifest = json.loads(Path("out/manifest.json").read_text())
+    assert done.code == 0
+    assert json.loads(done.out) == {**manifest, "output": "out"}
+    assert "mean cosine" in done.err
+
+
+def test_json_of_a_command_that_writes_nothing(featinv: Featinv):
+    found = json.loads(featinv("layers", "tiny/vit", "--filter", "blocks.1", "--json").out)
+    assert {entry["layer"].partition(".attn")[0] for entry in found["layers"]} >= {"blocks.1"}
+    assert all("blocks.1" in entry["layer"] for entry in found["layers"])
+    assert featinv("layers", "tiny/vit", "--filter", "nosuch").code == 2
+
+
+def test_quiet_prints_where_the_result_is(featinv: Featinv, photos: Path):
+    (photos / "notes.txt").write_text("left out, which is a note")
+    done = featinv("sample", photos, "--n-samples", 1, "-o", "out", "--quiet")
+    assert (done.code, done.out, done.err) == (0, "out\n", "")
+
+
+def test_quiet_prints_errors(featinv: Featinv):
+    done = featinv("--quiet", "sample", "nowhere.png")
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith("Error: ")
+
+
+def test_verbose_prints_notes_for_one_run(featinv: Featinv, photos: Path):
+    def run(*more: str) -> str:
+        return featinv("sample", photos / "a.png", "--n-samples", 1, "-o", "out", *more).err
+
+    before = logging.getLogger().level
+    assert run() == ""
+    assert "Info: Opened an inverter of the" in run("--verbose")
+    assert run() == ""
+    assert logging.getLogger().level == before
+
+
+def test_completion_is_offered(featinv: Featinv):
+    done = featinv("--help")
+    assert "--install-completion" in done.out
+    assert "--show-completion" in done.out
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from featinv_diffusion.runs.record import reserved
+with reserved(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.slow
+def test_of_two_runs_in_one_folder_one_says_who_holds_it(featinv: Featinv, photos: Path):
+    arguments = ["sample", photos / "a.png", "--n-samples", 1, "-o", "out"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, "out"], stdin=pipe, stdout=pipe, text=True
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        done = featinv(*arguments)
+        assert done.code == 2
+        assert f"({other.pid} on " in done.err
+        assert not Path("out/manifest.json").exists()
+        other.kill()
+    assert featinv(*arguments).code == 0
+    assert not [path for path in Path("out").iterdir() if path.name.startswith(".")]
+
+
+def test_a_refusal_leaves_no_new_folder(featinv: Featinv, photos: Path):
+    done = featinv("sample", photos / "a.png", "--pipeline", "nowhere", "-o", "new/folder")
+    assert done.code == 2
+    assert not Path("new").exists()
+
+
+def test_an_unreachable_hub_is_said(featinv: Featinv):
+    for arguments in (["sample", "--pipeline", "user/name"], ["layers", "hf/user/name"]):
+        done = featinv(*arguments)
+        assert done.code == 2
+        assert "Hub cannot be reached" in done.err

@@ -172,7 +172,7 @@ def test_replay_of_what_is_none_in_a_manifest(featinv: Featinv, photos: Path, op
     ("options", "words"),
     [
         (["--n-concepts", "some"], "a number or auto"),
-        (["--n-concepts", "0"], "at least 1"),
+        (["--n-concepts", "0"], "from 1 to 4096"),
         (["--method", "pca", "--n-concepts", "auto"], "only mcd chooses"),
         (["--method", "mdc"], "did you mean 'mcd'"),
         (["--method", "directions"], "go together"),
@@ -196,4 +196,4 @@ def test_what_it_refuses(featinv: Featinv, photos: Path, options, words):
 def test_places_that_cannot_be(featinv: Featinv, photos: Path):
     assert "ends in .safetensors" in featinv("concepts", photos, "-o", "out").err
     assert "no picture" in featinv("concepts", ".", "-o", "c.safetensors").err
-    assert "there is none" in featinv("concepts", "none", "-o", "c.safetensors").err
+    assert "there is nothing" in featinv("concepts", "none", "-o", "c.safetensors").err

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import OmegaConf
+import yaml
 from safetensors.torch import save_file
 
 from featinv_diffusion.diffusion.convert.folder import write_original
@@ -48,13 +48,16 @@ def test_both_ways(featinv, made, tmp_path):
     assert_same_weights(pipeline, make_parts())
     assert len(pipeline.tokenizer) == 514
     card = (tmp_path / "pipeline" / "README.md").read_text()
-    assert f"featinv convert {made / 'control.ckpt'}" in card
+    assert "featinv convert " in card
+    assert str(made) not in card  # a card tells nothing of the machine
     back = featinv("convert", tmp_path / "pipeline", tmp_path / "back.safetensors", "--reverse")
     assert back.code == 0
     expected = f"Wrote {tmp_path / 'back.safetensors'} and {tmp_path / 'back.yaml'}.\n"
     assert back.out == expected
     assert back.err.startswith("Note: Some sizes are fixed in the original code")
-    assert OmegaConf.load(tmp_path / "back.yaml") == OmegaConf.load(made / "control.yaml")
+    assert yaml.safe_load((tmp_path / "back.yaml").read_text()) == yaml.safe_load(
+        (made / "control.yaml").read_text()
+    )
 
 
 @pytest.mark.parametrize(

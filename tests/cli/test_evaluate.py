@@ -175,7 +175,7 @@ def test_the_configs_of_the_repository_can_be_read(name: str):
         (["--data", "TABLE", "--evaluated-by", "vitt"], "vitt"),
         (["--data", "TABLE", "--selection", "last"], "No selection is named 'last'"),
         (["--data", "TABLE", "--config", "none.yaml"], "there is no file at 'none.yaml'"),
-        (["--data", "TABLE", "--steps", 5000], "at most 1000 steps"),
+        (["--data", "TABLE", "--steps", 5000], "steps must be at most 1000"),
         (["--data", "TABLE", "--device", "tpu9"], "device 'tpu9' cannot be used"),
         (["--data", "TABLE", "--lpips", "alex"], "--lpips-weights"),
         (["--data", "TABLE", "--fid", "clean"], "--inception-weights"),

@@ -409,3 +409,18 @@ def test_a_device_without_memory(featinv: Featinv, photos, monkeypatch):
 
     monkeypatch.setattr(DiffusionInverter, "_invert", run_out)
     refused(featinv("sample", photos, "-o", "out"), "--batch-size")
+
+
+def test_an_output_folder_above_the_input(featinv: Featinv, photos: Path):
+    done = featinv("sample", photos, "-o", photos)
+    assert done.code == 2
+    assert "Name another output folder" in done.err
+    done = featinv("sample", photos / "a.png", "--n-samples", 1, "-o", photos)
+    assert done.code == 0
+    assert (photos / "manifest.json").is_file()
+
+
+def test_a_url_is_called_one(featinv: Featinv, photos: Path):
+    done = featinv("interpolate", "https://example.org/a.png", photos / "a.png")
+    assert done.code == 2
+    assert "only a URL" in done.err

@@ -115,7 +115,7 @@ def test_replay_keeps_it(featinv: Featinv, fitted: Path, photos: Path):
     options = ["--pipeline", fitted, "--n-samples", 2, "-o", "out"]
     assert featinv("variability", photos / "a.png", *options).code == 0
     assert featinv("replay", "out").code == 0
-    assert load("out/replay")["scope_p_value"] == load("out")["scope_p_value"]
+    assert load("outputs/replay")["scope_p_value"] == load("out")["scope_p_value"]
 
 
 def test_statistics_of_other_weights_are_refused(
@@ -139,7 +139,7 @@ def test_statistics_of_other_weights_are_refused(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["tiny/convnext"], "there is none at tiny/convnext"),
+        (["tiny/convnext"], "there is nothing at tiny/convnext"),
         (["{exported}", "--n-reconstructions", 5], "no reconstructions or at least 99"),
         (["{exported}", "--held-back-per-class", 2], "At least 99 images must be held out"),
         (["{exported}"], "At least 99 images must be held out"),

@@ -246,16 +246,16 @@ def test_replay_uses_the_recorded_seeds_also_under_another_name(featinv: Featinv
     ("change", "words"),
     [
         (lambda m: m.pop("weights"), "featinv interpolate; it lacks weights"),
-        (lambda m: m.update(weights="many"), "wrong type"),
+        (lambda m: m.update(weights="many"), "weights must be a list"),
         (lambda m: m.update(weights=[1.0, 1.0]), "each given once"),
         (lambda m: m.update(command="dance"), "'dance'"),
         (lambda m: m.update(command=["dance"]), "dance"),
-        (lambda m: m.update(outputs=["../x.png"]), "file names"),
+        (lambda m: m.update(outputs=["../x.png"]), "inside of the output folder"),
         (lambda m: m.update(figure="../x.png"), "file name"),
         (lambda m: m.update(b=None), "names no file as 'b', for it was given in memory"),
         (lambda m: m.update(seeds=[]), "seed"),
         (lambda m: m.pop("environment"), "environment"),
-        (lambda m: m.update(steps="many"), "wrong type"),
+        (lambda m: m.update(steps="many"), "steps must be a whole number"),
     ],
 )
 def test_a_manifest_that_makes_no_sense(featinv: Featinv, photos: Path, change, words):
@@ -272,7 +272,7 @@ def test_a_manifest_that_makes_no_sense(featinv: Featinv, photos: Path, change, 
     }
     change(content)
     Path("manifest.json").write_text(json.dumps(content))
-    done = featinv("replay", "manifest.json")
+    done = featinv("replay", "manifest.json", "-o", "again")
     assert done.code == 2
     assert done.err.startswith("Error: ")
     assert words in done.err

@@ -378,3 +378,26 @@ def test_a_stream_leaves_broken_images_out(tmp_path: Path) -> None:
     assert pixels == {x.tobytes() for x in expected}
     with pytest.raises(InputError, match="is not a picture"):
         list(StreamedCrops(DataConfig(**{**vars(config), "on_bad_image": "error"}), 0))
+
+
+def test_what_runs_made_beside_pictures_is_left_out(tmp_path):
+    for name in ("a.png", "b.png", "weight_0.png", "figure.png"):
+        colours().save(tmp_path / name)
+    content = {"version": "1", "command": "interpolate", "figure": "figure.png"}
+    manifest = json.dumps({**content, "outputs": ["weight_0.png"]})
+    (tmp_path / "manifest.json").write_text(manifest)
+    parquet.write_table(pa.table({"weight": [0.0, 1.0]}), tmp_path / "interpolate.parquet")
+    images = open_images(str(tmp_path), "validation")
+    assert images.ids == ["a.png", "b.png"]
+    assert "2 that runs of featinv made" in images.notes[-1]
+    for name in images.ids:
+        (tmp_path / name).unlink()
+    # where nothing else is there, they are what is meant
+    assert open_images(str(tmp_path), "validation").ids == ["figure.png", "weight_0.png"]
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"version": 1, "outputs": 3, "images": [1]}'])
+def test_a_strange_manifest_beside_pictures_is_no_matter(tmp_path, content):
+    colours().save(tmp_path / "a.png")
+    (tmp_path / "manifest.json").write_text(content)
+    assert open_images(str(tmp_path), "validation").ids == ["a.png"]

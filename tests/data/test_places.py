@@ -36,7 +36,7 @@ def test_a_folder_without_pictures(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
     with pytest.raises(InputError, match="holds no picture; looked for"):
         list_pictures(tmp_path)
-    with pytest.raises(InputError, match="there is none"):
+    with pytest.raises(InputError, match="there is nothing"):
         list_pictures(tmp_path / "nowhere")
 
 

@@ -15,10 +15,13 @@ import textwrap
 from dataclasses import replace
 from pathlib import Path
 
+import diffusers
+import numpy as np
 import PIL.Image
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.callbacks import SDCFGCutoffCallback
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
@@ -295,7 +298,7 @@ def replace_class(path: Path) -> None:
     [
         ("model_index.json", Path.unlink, "model_index.json is missing"),
         ("model_index.json", lambda p: p.write_text("{"), "must hold JSON"),
-        ("model_index.json", lambda p: p.write_text("[]"), "a JSON object, but holds a list"),
+        ("model_index.json", lambda p: p.write_text("[]"), "Expected `object`, got `array`"),
         ("model_index.json", replace_class, "must hold a FeatInvPipeline, but .*StableDiffusion"),
         ("unet/config.json", Path.unlink, "unet/config.json is missing"),
         ("unet/diffusion_pytorch_model.safetensors", Path.unlink, "unet/diff.* is missing"),
@@ -317,7 +320,7 @@ def test_weights_of_another_size_are_refused(copied):
     tensors = load_file(path)
     tensors["feature_encoder.conv1.weight"] = tensors["feature_encoder.conv1.weight"][:, :5].clone()
     save_file(tensors, path)
-    with pytest.raises(InputError, match="has all its files, but does not load"):
+    with pytest.raises(InputError, match=r"must fit their config\.json, but do not load"):
         load_pipeline(copied)
 
 
@@ -434,3 +437,69 @@ def test_origin_names_license_base_models_and_notes(pipeline, tmp_path):
     assert origin_of(folder, "c", tiny.make_pipeline()) == CardInfo("c", None, ["user/one"])
     (folder / "README.md").unlink()
     assert origin_of(folder, "c", tiny.make_pipeline()) == CardInfo("c")
+
+
+# ---- what users of diffusers expect --------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny_pipeline():
+    pipeline = load_pipeline("tiny/convnext")
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_a_variant_loads_and_is_pushed_with_the_scope(tiny_pipeline, tmp_path: Path):
+    folder = tmp_path / "half"
+    tiny_pipeline.save_pretrained(folder, variant="fp16")
+    assert (folder / "unet" / "diffusion_pytorch_model.fp16.safetensors").is_file()
+    assert (folder / "scope.safetensors").is_file()
+    loaded = load_pipeline(folder)
+    ours, theirs = tiny_pipeline.unet.state_dict(), loaded.unet.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert loaded.scope_file == folder / "scope.safetensors"
+    assert "scope.safetensors" in dict(push_folder(folder, "user/name", dry_run=True))
+
+
+def test_a_card_is_pushed_without_paths_and_html(tiny_pipeline, tmp_path: Path):
+    card = str(
+        tiny_pipeline.make_model_card("a <b>\n---", "featinv export /home/alice/x --base=~/y")
+    )
+    assert "alice" not in card
+    assert "featinv export x --base=y" in card
+    assert "# a &lt;b> ---" in card
+
+
+def test_numbers_and_arrays_of_numpy_are_those_of_python(tiny_pipeline):
+    features = tiny_pipeline.encode_features(torch.rand(1, 3, 64, 64))
+
+    def call(features, one, half):
+        generator = torch.Generator().manual_seed(0)
+        return tiny_pipeline(
+            features=features, num_inference_steps=one, controlnet_conditioning_scale=half,
+            num_images_per_prompt=one, generator=generator, output_type="pt",
+        ).images  # fmt: skip
+
+    plain = call(features, 1, 0.5)
+    assert torch.equal(plain, call(features.numpy(), np.int64(1), np.float32(0.5)))
+
+
+@pytest.mark.parametrize(
+    "name", ["FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler", "IPNDMScheduler"]
+)
+def test_a_scheduler_of_another_kind_is_refused(tiny_pipeline, name: str, monkeypatch):
+    other = getattr(diffusers, name).from_config(tiny_pipeline.scheduler.config)
+    monkeypatch.setattr(tiny_pipeline, "scheduler", other)
+    with pytest.raises(ValueError, match=f"{name} does not. Use DDIMScheduler"):
+        tiny_pipeline(features=torch.zeros(1, 256, 8, 8))
+
+
+def test_the_stock_callback_cuts_the_guidance_off(tiny_pipeline):
+    features = tiny_pipeline.encode_features(torch.rand(2, 3, 64, 64))
+    cutoff = SDCFGCutoffCallback(cutoff_step_ratio=0.5)
+    images = tiny_pipeline(
+        features=features, num_inference_steps=4, guidance_scale=3.0, output_type="pt",
+        callback_on_step_end=cutoff,
+    ).images  # fmt: skip
+    assert images.isfinite().all()
+    assert tiny_pipeline.guidance_scale == 1

@@ -468,5 +468,5 @@ def test_files_that_are_no_operators(tmp_path: Path):
     from featinv_diffusion.files import write_tensors
 
     write_tensors(tmp_path / "part", {"matrix": torch.eye(C)}, {"spec": {}}, "featinv-operator/1")
-    with pytest.raises(InputError, match="a part is missing"):
+    with pytest.raises(InputError, match="Object missing required field"):
         Operator.load(tmp_path / "part")

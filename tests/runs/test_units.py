@@ -149,6 +149,40 @@ def test_a_run_that_gave_nothing_leaves_nothing_of_its_own(tmp_path: Path):
     assert [path.name for path in output.iterdir()] == ["mine.txt"]
 
 
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda folder: (folder / DONE).write_text("[]"), "group of named values"),
+        (lambda folder: (folder / DONE).write_text(""), "JSON"),
+        (lambda folder: (folder / DONE).write_text('{"id": "x", "fi'), "JSON"),
+        (lambda folder: (folder / DONE).write_text('{"id": 5, "failures": [1]}'), DONE),
+        (lambda folder: (folder / "sum.txt").unlink(), "sum.txt is missing"),
+        (lambda folder: (folder / "sum.txt").write_bytes(b""), "sum.txt is missing"),
+    ],
+)
+def test_a_damaged_unit_is_done_again_and_named(tmp_path: Path, caplog, damage, words: str):
+    units = make(tmp_path)
+    run_units(units, write, Alone())
+    damage(units[1].folder)
+    found = open_units(units, Alone())
+    assert found == [units[1]]
+    assert words in caplog.text
+    assert "00001 is done again" in caplog.text
+    run_units(found, write, Alone())
+    assert open_units(units, Alone()) == []
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"seed"'])
+def test_a_damaged_run_file_is_written_again_and_its_units_are_kept(tmp_path: Path, caplog, text):
+    begin_run(SETTINGS, tmp_path, Alone())
+    run_units(make(tmp_path), write, Alone())
+    (tmp_path / "run.json").write_text(text)
+    begin_run(SETTINGS, tmp_path, Alone())
+    assert "finished units are kept" in caplog.text
+    assert json.loads((tmp_path / "run.json").read_text()) == SETTINGS
+    assert open_units(make(tmp_path), Alone()) == []
+
+
 # ---- what guards a run ---------------------------------------------------------------------------
 
 

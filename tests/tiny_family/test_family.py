@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 
 from featinv_diffusion.backbones import load_backbone
 from featinv_diffusion.diffusion import folders as bundled
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.features.natural_maps import NaturalMaps
 from featinv_diffusion.images import to_pil, write_png
+from featinv_diffusion.schema import dump_yaml, parse_yaml
 from tests import tiny
 from train.tiny_family import family
 
@@ -55,7 +55,7 @@ def write_records(output: Path) -> None:
 def write_config(path: Path, output: Path, model: dict[str, str]) -> None:
     validation = {"num_inference_steps": 3, "guidance": "features", "scheduler": "unipc"}
     settings = {"model": model, "validation": validation, "run": {"output": str(output)}}
-    OmegaConf.save(settings, path)
+    path.write_text(dump_yaml(settings))
 
 
 def train(runs: Path, member: str, **overrides: object) -> None:
@@ -105,9 +105,9 @@ def test_each_pipeline_gets_the_statistics_of_its_natural_maps_once(
     runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train(runs, "convnext")
-    data = OmegaConf.load(runs / "convnext.yaml")
-    data.data = {"root": str(runs / "images"), "held_back_per_class": 50}
-    OmegaConf.save(data, runs / "convnext.yaml")
+    data = parse_yaml((runs / "convnext.yaml").read_text(), "the config")
+    data["data"] = {"root": str(runs / "images"), "held_back_per_class": 50}
+    (runs / "convnext.yaml").write_text(dump_yaml(data))
     for i, image in enumerate(to_pil(tiny.make_images(300))):
         write_png(image, runs / f"images/{'ab'[i % 2]}/{i:03d}.png")
     quick = partial(family.fit_scope, n_reconstructions=0)

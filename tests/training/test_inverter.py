@@ -298,7 +298,7 @@ def test_lambda_weighs_reconstruction_against_detection(weight: float) -> None:
 
 
 def test_lambda_out_of_range_is_refused() -> None:
-    with pytest.raises(InputError, match=r"must lie in \[0, 1\]"):
+    with pytest.raises(InputError, match=r"must be at most 1, got 1\.2"):
         TuningConfig(reconstruction_weight=1.2)
 
 

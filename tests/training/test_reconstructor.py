@@ -142,7 +142,6 @@ def test_validation_is_of_all_images_in_batches(encoder: Path) -> None:
         ({"streaming": True}, {}, "data.streaming is true"),
         ({"held_back_per_class": 5}, {}, "holds back all 10"),
         ({"held_back_per_class": 0}, {}, "Validation images are needed"),
-        ({}, {"n_heads": 0}, "n_heads"),
         ({}, {"channels": [8, -1]}, "channels"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from featinv_diffusion.seeds import derive_seed
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -158,3 +160,39 @@ def test_checkpoints_rotate_and_record_their_origin(base: Path, tmp_path: Path) 
     assert changed.returncode == 2
     assert "optim.lr: 0.001 → 0.5" in changed.stderr
     assert "Traceback" not in changed.stderr
+
+
+@pytest.mark.slow
+def test_elastic_resume_sees_the_rest_of_the_epoch_on_one_process(
+    base: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    extra = ["optim.max_steps=4", "cache.folder=null"]
+    run(command(base, output, 2, extra))
+    for folder in ("final", "checkpoints/step-00000004"):
+        shutil.rmtree(output / folder)  # as if it had been killed in the third step
+    extra += ["optim.gradient_accumulation_steps=1"]
+    arguments = command(base, output, 1, extra)
+    refused = subprocess.run(
+        arguments, env=environment(), capture_output=True, text=True, check=False
+    )
+    assert refused.returncode == 2
+    assert "run.resume=elastic" in refused.stderr
+    resumed = subprocess.run(
+        [*arguments, "run.resume=elastic"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "does not equal an uninterrupted one" in resumed.stderr
+    assert not (output / "checkpoints/partial-00000004").exists()
+
+    # Twelve images, without the last of each class: 8 were seen by two processes, 4 by one.
+    indices = torch.tensor([*range(6), *range(7, 13)])
+    order = indices[torch.randperm(12, generator=torch.Generator().manual_seed(0))].tolist()
+    seen = [order[0:4], order[4:8], order[8:10], order[10:12]]
+    lines = (output / "losses.jsonl").read_text().splitlines()
+    assert [json.loads(line)["order"] for line in lines] == [
+        f"{derive_seed(*part):016x}" for part in seen
+    ]

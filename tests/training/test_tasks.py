@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import pickle
 import resource
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +17,13 @@ import torch
 from PIL import Image
 from transformers import TimmWrapperForImageClassification
 
+from featinv_diffusion.cli.export import choose_weights
 from featinv_diffusion.config import load_config
 from featinv_diffusion.diffusion.featinv_controlnet import FeatureControlNet
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.seeds import derive_seed
-from featinv_diffusion.training import loop
+from featinv_diffusion.training import checkpoint, loop
+from featinv_diffusion.training.checkpoint import list_checkpoints
 from featinv_diffusion.training.config import OptimConfig, RunConfig
 from featinv_diffusion.training.controlnet import (
     ControlNetConfig,
@@ -343,6 +348,7 @@ def test_dry_run_writes_nothing_and_names_the_shapes(
         ("model.base=absent", "Stable Diffusion"),
         ("data.held_back_per_class=0", "held_back_per_class"),
         ("optim.batch_size=64", "got 16 images"),
+        ("model.attention=xformers", "needs a CUDA device and the package xformers"),
     ],
 )
 def test_bad_settings_are_one_sentence(
@@ -381,6 +387,153 @@ def test_diverged_loss_stops_the_run(folder: Path, tmp_path: Path) -> None:
         train_controlnet(config)
 
 
+def test_weights_that_are_not_finite_are_never_saved(
+    folder: Path, tmp_path: Path, monkeypatch
+) -> None:
+    train_controlnet(controlnet_config(folder, tmp_path / "run", 2))
+    weights = tmp_path / "run/final/controlnet/diffusion_pytorch_model.safetensors"
+    before = weights.read_bytes()
+    wild = ["optim.lr=1e38", "optim.weight_decay=1e38", "run.allow_changed_config=true"]
+    with pytest.raises(InputError, match=r"Lower optim\.lr"):
+        train_controlnet(controlnet_config(folder, tmp_path / "run", 3, *wild))
+
+    def step(optimizer: torch.optim.Optimizer, closure: object = None) -> None:
+        optimizer.param_groups[0]["params"][-1].data.fill_(float("nan"))
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    for name, n_steps in (("run", 3), ("new", 1)):
+        with pytest.raises(InputError, match="weights must be finite"):
+            train_controlnet(controlnet_config(folder, tmp_path / name, n_steps, *wild[2:]))
+    assert weights.read_bytes() == before
+    assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000002"]
+    assert not (tmp_path / "new/final").exists()
+    assert list_checkpoints(tmp_path / "new") == []
+
+
+def test_what_decides_no_weight_never_blocks_a_resume(
+    folder: Path, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_controlnet(controlnet_config(folder, tmp_path / "run", 2))
+    (tmp_path / "run").rename(tmp_path / "moved")
+    monkeypatch.chdir(folder)
+    more = ["data.num_workers=1", "data.root=./images", "model.base=.", "run.log_every=3"]
+    more += ["run.checkpoint_every=7", "validation.guidance_scale=2"]
+    train_controlnet(controlnet_config(folder, tmp_path / "moved", 2, *more))
+    assert "Resumed from" in capsys.readouterr().out
+    for change in ("optim.lr=0.1", "data.root=.", "model.dropout=0.5"):
+        with pytest.raises(InputError, match=f"these changed: {change.partition('=')[0]}"):
+            train_controlnet(controlnet_config(folder, tmp_path / "moved", 2, *more, change))
+
+
+def test_one_run_at_a_time_and_leftovers_of_killed_ones_go(folder: Path, tmp_path: Path) -> None:
+    config = controlnet_config(folder, tmp_path / "run", 1)
+    final = train_controlnet(config)
+    final.rename(tmp_path / "run/final-replaced")  # as a kill between the two renames leaves it
+    for name in ("final-partial", "checkpoints/partial-00000009"):
+        (tmp_path / "run" / name).mkdir()
+    code = (
+        "import sys; from pathlib import Path; from featinv_diffusion.files import holding\n"
+        "with holding(Path(sys.argv[1])): print('held', flush=True); input()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(InputError, match=rf"another process \({other.pid} on"):
+            train_controlnet(config)
+        other.kill()
+    train_controlnet(config)
+    names = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert names == ["checkpoints", "final", "losses.jsonl", "validation", "validation.jsonl"]
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000001"]
+
+
+def test_what_completes_a_run_is_on_the_disk_first(
+    folder: Path, tmp_path: Path, monkeypatch
+) -> None:
+    flushed: list[str] = []
+
+    for name in ("flush_to_disk", "flush_one"):
+        monkeypatch.setattr(checkpoint, name, lambda path: flushed.append(path.name))
+    train_controlnet(controlnet_config(folder, tmp_path / "run", 1))
+    assert flushed == ["partial-00000001", "checkpoints", "final-partial", "run"]
+
+
+class Foreign:
+    """Code that a pickle would run."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_a_damaged_checkpoint_is_named_and_runs_nothing(folder: Path, tmp_path: Path) -> None:
+    config = controlnet_config(folder, tmp_path / "run", 1, "optim.ema_decay=0.5")
+    train_controlnet(config)
+    step = tmp_path / "run/checkpoints/step-00000001"
+    model = "controlnet/diffusion_pytorch_model.safetensors"
+    pickles = ["optimizer.bin", "average.bin", "random_states_0.pkl"]
+    cases: list[tuple[str, bytes | None]] = [
+        *((name, None) for name in pickles),
+        *((name, pickle.dumps(Foreign(tmp_path / "ran"))) for name in pickles),
+        *((name, b"{") for name in ("environment.json", "progress.json")),
+        *((name, b"[]") for name in ("environment.json", "progress.json", "average.bin")),
+        ("environment.json", b'{"n_processes": "many", "versions": {}}'),
+        ("progress.json", b'{"step": -1}'),
+        ("config.yaml", b"a: ["),
+        (model, None),
+    ]
+    for name, content in cases:
+        whole = (step / name).read_bytes()
+        (step / name).write_bytes(whole[: len(whole) // 2] if content is None else content)
+        with pytest.raises(InputError) as caught:
+            train_controlnet(config)
+        (step / name).write_bytes(whole)
+        assert str(step) in str(caught.value)
+        assert name == model or name in str(caught.value)
+        assert "\n" not in str(caught.value)
+    torch.save(Foreign(tmp_path / "ran"), step / "optimizer.bin")
+    with pytest.raises(InputError, match=r"optimizer\.bin must hold tensors and plain values"):
+        train_controlnet(config)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_export_takes_the_average_of_a_checkpoint(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["optim.ema_decay=0.9", "model.backbone_name=tiny/convnext"]
+    config = controlnet_config(folder, tmp_path / "run", 2, *more)
+    final = FeatureControlNet.from_pretrained(train_controlnet(config) / "controlnet")
+    step = tmp_path / "run/checkpoints/step-00000002"
+    last = FeatureControlNet.from_pretrained(step / "controlnet")
+    name = "feature_encoder.conv3.weight"
+    assert not torch.equal(last.state_dict()[name], final.state_dict()[name])
+    for weights, wanted in ((None, final), ("average", final), ("raw", last)):
+        for path in (step, step / "controlnet"):
+            last_copy = FeatureControlNet.from_pretrained(step / "controlnet")
+            choose_weights(last_copy, path, weights)
+            assert torch.equal(last_copy.state_dict()[name], wanted.state_dict()[name])
+            assert ("the average" in capsys.readouterr().out) == (weights != "raw")
+    choose_weights(last, tmp_path / "run/final", None)
+    assert capsys.readouterr().out == ""
+    with pytest.raises(InputError, match=r"optim\.ema_decay"):
+        choose_weights(last, tmp_path / "run/final", "average")
+    with pytest.raises(InputError, match="did you mean 'average'"):
+        choose_weights(last, step, "averag")
+
+
+def test_what_a_data_worker_says_is_one_sentence(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "images", tmp_path / "images")
+    for path in sorted((tmp_path / "images/red").iterdir())[:5]:
+        path.write_bytes(b"broken")
+    more = {"data.num_workers": 1, "data.on_bad_image": "error"}
+    values = classifier_settings(tmp_path, tmp_path / "run", 6, **more)
+    with pytest.raises(InputError, match=r"^\S+\.png is not a picture.*$"):
+        train_classifier(load_config(ClassifierConfig, None, values))
+
+
 def test_tensorboard_is_used_where_it_is_installed(monkeypatch) -> None:
     assert [find_tracker(RunConfig(tracker=name)) for name in ("auto", "wandb", "none")] == [
         "tensorboard",
@@ -390,7 +543,7 @@ def test_tensorboard_is_used_where_it_is_installed(monkeypatch) -> None:
     monkeypatch.setattr(loop, "is_tensorboard_available", lambda: False)
     assert find_tracker(RunConfig()) is None
     with pytest.raises(InputError, match=r"pip install 'featinv-diffusion\[train\]'"):
-        make_accelerator(OptimConfig(), RunConfig(tracker="tensorboard", cpu=True), 0)
+        make_accelerator(OptimConfig(), RunConfig(tracker="tensorboard", cpu=True))
 
 
 def test_a_run_without_tensorboard_says_so(

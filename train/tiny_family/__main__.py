@@ -11,9 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
-from featinv_diffusion.errors import InputError
+from featinv_diffusion.cli import exits
+from featinv_diffusion.config import read_setting
 from train.tiny_family.family import CONFIGS, STAGES, fit_operators, fit_scopes, pack_family
 
 
@@ -33,23 +32,19 @@ def main() -> None:
     overrides = [f"data.root={arguments.data}"] if arguments.data else []
     for script, name in () if arguments.pack_only else STAGES:
         config = CONFIGS / name
-        if (Path(OmegaConf.load(config).run.output) / "final").exists():
+        if (Path(read_setting("run.output", config)) / "final").exists():
             continue
         command = [sys.executable, *_program(script), "--config", str(config)]
         code = subprocess.run([*command, *overrides, *arguments.overrides], check=False).returncode
         if code:
             sys.exit(code)
-    try:
-        for member in pack_family(Path(arguments.output)):
-            print(member)
-        if not arguments.pack_only:
-            for fit in (fit_scopes, fit_operators):
-                for path in fit(Path(arguments.output), arguments.data):
-                    print(path)
-    except InputError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        sys.exit(2)
+    for member in pack_family(Path(arguments.output)):
+        print(member)
+    if not arguments.pack_only:
+        for fit in (fit_scopes, fit_operators):
+            for path in fit(Path(arguments.output), arguments.data):
+                print(path)
 
 
 if __name__ == "__main__":
-    main()
+    exits.run(main)

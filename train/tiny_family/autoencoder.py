@@ -22,6 +22,7 @@ from transformers import TimmWrapperForImageClassification
 from featinv_diffusion.cli.train import run_recipe
 from featinv_diffusion.config import to_yaml
 from featinv_diffusion.data.crops import DataConfig, open_training_images, to_images
+from featinv_diffusion.settings import Depth, NotNegative, Seed, Size, check
 from featinv_diffusion.training.config import OptimConfig, RunConfig
 from featinv_diffusion.training.entry import load_component, make_datasets, stack_images
 from featinv_diffusion.training.latents import SampleNoise
@@ -39,23 +40,29 @@ class AutoencoderModelConfig:
             None begins with random weights.
     """
 
-    block_out_channels: tuple[int, ...] = (16, 32, 64, 128)
-    layers_per_block: int = 1
-    latent_channels: int = 16
-    norm_num_groups: int = 8
-    kl_weight: float = 1e-6
-    perceptual_weight: float = 0.05
+    block_out_channels: tuple[Size, ...] = (16, 32, 64, 128)
+    layers_per_block: Depth = 1
+    latent_channels: Size = 16
+    norm_num_groups: Size = 8
+    kl_weight: NotNegative = 1e-6
+    perceptual_weight: NotNegative = 0.05
     perceptual_classifier: str | None = None
     start: str | None = None
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    seed: int = 0
+    seed: Seed = 0
     data: DataConfig = field(default_factory=DataConfig)
     model: AutoencoderModelConfig = field(default_factory=AutoencoderModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 class _Objective(nn.Module):
@@ -197,7 +204,7 @@ def make_autoencoder(config: AutoencoderModelConfig, size: int) -> AutoencoderKL
 
 def train_autoencoder(config: AutoencoderConfig) -> Path:
     """Trains to the end and returns the folder that holds `vae/`."""
-    accelerator = make_accelerator(config.optim, config.run, config.seed)
+    accelerator = make_accelerator(config.optim, config.run)
     torch.manual_seed(config.seed)
     images = open_training_images(config.data)
     train, held = make_datasets(images, config.data, config.seed)

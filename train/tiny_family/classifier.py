@@ -20,6 +20,7 @@ from featinv_diffusion.cli.train import run_recipe
 from featinv_diffusion.config import to_yaml
 from featinv_diffusion.data.crops import DataConfig, open_training_images, to_images
 from featinv_diffusion.errors import InputError
+from featinv_diffusion.settings import Positive, Probability, Seed, check
 from featinv_diffusion.training.config import OptimConfig, RunConfig
 from featinv_diffusion.training.entry import load_component, make_datasets, stack_images
 from featinv_diffusion.training.loop import fit, make_accelerator
@@ -38,20 +39,26 @@ class ClassifierModelConfig:
 
     architecture: str = "convnext_atto"
     arguments: dict[str, Any] = field(default_factory=dict)
-    label_smoothing: float = 0.1
+    label_smoothing: Probability = 0.1
     init: str | None = None
     teacher: str | None = None
-    teacher_weight: float = 0.5
-    temperature: float = 2.0
+    teacher_weight: Probability = 0.5
+    temperature: Positive = 2.0
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 @dataclass(frozen=True)
 class ClassifierConfig:
-    seed: int = 0
+    seed: Seed = 0
     data: DataConfig = field(default_factory=DataConfig)
     model: ClassifierModelConfig = field(default_factory=ClassifierModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 class ClassifierTask:
@@ -175,7 +182,7 @@ def _copy_weights(source: nn.Module, target: nn.Module, folder: str) -> None:
 
 def train_classifier(config: ClassifierConfig) -> Path:
     """Trains to the end and returns the folder that holds `classifier/`."""
-    accelerator = make_accelerator(config.optim, config.run, config.seed)
+    accelerator = make_accelerator(config.optim, config.run)
     torch.manual_seed(config.seed)
     images = open_training_images(config.data)
     train, held = make_datasets(images, config.data, config.seed)

@@ -34,6 +34,16 @@ from featinv_diffusion.data.crops import DataConfig, open_training_images, to_im
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.files import read_tensors, write_tensors
 from featinv_diffusion.seeds import derive_seed
+from featinv_diffusion.settings import (
+    Depth,
+    NotNegative,
+    Number,
+    Positive,
+    Probability,
+    Seed,
+    Size,
+    check,
+)
 from featinv_diffusion.training.config import OptimConfig, RunConfig
 from featinv_diffusion.training.entry import make_datasets, stack_images
 from featinv_diffusion.training.latents import SampleNoise
@@ -56,15 +66,16 @@ class SelfDistillationConfig:
         predictor_size: hidden units of the two predictors.
     """
 
-    n_images: int = 32
-    mask_rate: float = 0.5
-    crop_size: int = 32
-    momentum: float = 0.99
-    masked_weight: float = 2.5
-    local_weight: float = 1.0
-    predictor_size: int = 384
+    n_images: Size = 32
+    mask_rate: Probability = 0.5
+    crop_size: Size = 32
+    momentum: Probability = 0.99
+    masked_weight: NotNegative = 2.5
+    local_weight: NotNegative = 1.0
+    predictor_size: Size = 384
 
     def __post_init__(self) -> None:
+        check(self)
         for name in ("mask_rate", "momentum"):
             if not 0 < getattr(self, name) < 1:
                 raise InputError(
@@ -178,20 +189,21 @@ class ContrastiveModelConfig:
         self_distillation: SigLIP 2's image losses; None leaves SigLIP's objective.
     """
 
-    patch_size: int = 8
-    hidden_size: int = 192
-    depth: int = 6
-    n_heads: int = 3
-    text_hidden_size: int = 96
-    text_depth: int = 2
-    text_heads: int = 4
-    text_length: int = 16
-    scale: float = 10.0
-    patch_drop_rate: float = 0.0
-    full_after: int | None = None
+    patch_size: Size = 8
+    hidden_size: Size = 192
+    depth: Depth = 6
+    n_heads: Size = 3
+    text_hidden_size: Size = 96
+    text_depth: Depth = 2
+    text_heads: Size = 4
+    text_length: Size = 16
+    scale: Positive = 10.0
+    patch_drop_rate: Probability = 0.0
+    full_after: Number | None = None
     self_distillation: SelfDistillationConfig | None = None
 
     def __post_init__(self) -> None:
+        check(self)
         if not 0 <= self.patch_drop_rate < 1:
             raise InputError(
                 f"model.patch_drop_rate must be in [0, 1), got {self.patch_drop_rate}."
@@ -326,11 +338,14 @@ STATE_FORMAT = "featinv contrastive training state"
 
 @dataclass(frozen=True)
 class ContrastiveConfig:
-    seed: int = 0
+    seed: Seed = 0
     data: DataConfig = field(default_factory=DataConfig)
     model: ContrastiveModelConfig = field(default_factory=ContrastiveModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 def sigmoid_loss(logits: Float[Tensor, "b k"], labels: Int[Tensor, " b"]) -> Float[Tensor, ""]:
@@ -484,7 +499,7 @@ def find_titles(class_names: Sequence[str], path: str | None) -> list[str]:
 
 def train_contrastive(config: ContrastiveConfig) -> Path:
     """Trains to the end and returns the folder that holds `backbone/` and `model/`."""
-    accelerator = make_accelerator(config.optim, config.run, config.seed)
+    accelerator = make_accelerator(config.optim, config.run)
     torch.manual_seed(derive_seed(config.seed, "initial weights"))
     images = open_training_images(config.data)
     train, held = make_datasets(images, config.data, config.seed)

@@ -22,6 +22,7 @@ from featinv_diffusion.data.crops import DataConfig, split_held_back, to_images
 from featinv_diffusion.inverters.detr import DetrPath, load_detr, make_detr
 from featinv_diffusion.metrics.detection import best_query_scores
 from featinv_diffusion.seeds import derive_seed
+from featinv_diffusion.settings import Depth, NotNegative, Seed, Size, check
 from featinv_diffusion.training.config import OptimConfig, RunConfig
 from featinv_diffusion.training.entry import load_component, stack_items
 from featinv_diffusion.training.inverter import HungarianLoss, held_back_config
@@ -40,23 +41,29 @@ class DetectorModelConfig:
 
     classifier: str = ""
     train_backbone: bool = False
-    d_model: int = 128
-    encoder_layers: int = 3
-    decoder_layers: int = 3
-    n_heads: int = 4
-    feedforward: int = 256
-    n_queries: int = 8
-    no_object: float = 0.1
-    max_boxes: int = 100
+    d_model: Size = 128
+    encoder_layers: Depth = 3
+    decoder_layers: Depth = 3
+    n_heads: Size = 4
+    feedforward: Size = 256
+    n_queries: Size = 8
+    no_object: NotNegative = 0.1
+    max_boxes: Size = 100
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 @dataclass(frozen=True)
 class DetectorConfig:
-    seed: int = 0
+    seed: Seed = 0
     data: DataConfig = field(default_factory=DataConfig)
     model: DetectorModelConfig = field(default_factory=DetectorModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 class _Predictions(nn.Module):
@@ -132,7 +139,7 @@ def make_detector(config: DetectorModelConfig, class_names: list[str]) -> DetrFo
 
 def train_detector(config: DetectorConfig) -> Path:
     """Trains to the end and returns the folder that holds `detector/`."""
-    accelerator = make_accelerator(config.optim, config.run, config.seed)
+    accelerator = make_accelerator(config.optim, config.run)
     torch.manual_seed(derive_seed(config.seed, "initial weights"))
     images = open_boxed_images(config.data)
     model = make_detector(config.model, images.class_names or [])

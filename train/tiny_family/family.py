@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from omegaconf import OmegaConf
 from transformers import (
     CLIPTextModel,
     CLIPTokenizer,
@@ -23,7 +22,7 @@ from transformers import (
 
 from featinv_diffusion.backbones.base import without_progress_bars
 from featinv_diffusion.backbones.transformers import PROCESSOR_FILE, load_transformers
-from featinv_diffusion.config import load_config
+from featinv_diffusion.config import load_config, read_setting
 from featinv_diffusion.data.sets import open_images
 from featinv_diffusion.diffusion.featinv_controlnet import FeatureControlNet
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
@@ -42,6 +41,7 @@ from featinv_diffusion.runs.scope import fit_scope, split_images
 from featinv_diffusion.studies.operators import fit_operator
 from featinv_diffusion.training.controlnet import ControlNetConfig
 from featinv_diffusion.training.entry import load_component
+from featinv_diffusion.training.reconstructor import ReconstructorConfig
 from train.tiny_family.pack import (
     replace_folder,
     to_half,
@@ -150,7 +150,7 @@ def pack_reconstructors(family: Path, configs: Path) -> Iterator[Path]:
         config = configs / f"reconstructor-{name}.yaml"
         if not config.is_file() or not _final_inverter(config).is_dir():
             continue
-        weights = Path(OmegaConf.load(config).model.weights)
+        weights = Path(read_setting("model.weights", config))
         encoder, _ = load_transformers(str(weights), pretrained=True)
         replace_folder(family / name / BACKBONE, to_half(without_head(encoder)).save_pretrained)
         shutil.copyfile(weights / PROCESSOR_FILE, family / name / BACKBONE / PROCESSOR_FILE)
@@ -202,7 +202,7 @@ def _figures(output: Path) -> str:
 
 
 def _final_inverter(config: Path) -> Path:
-    return Path(OmegaConf.load(config).run.output) / "final"
+    return Path(read_setting("run.output", config)) / "final"
 
 
 CONFIGS = Path("configs/tiny")
@@ -312,10 +312,9 @@ def pack_member(config_path: Path, family: Path, name: str, *, replace_base: boo
         default_guidance_scale=validation.guidance_scale,
         default_guidance=validation.guidance,
     )
-    text_to_image = OmegaConf.load(CONFIGS / TEXT_TO_IMAGE)
     stages = {
         "classifier": Path(config.model.backbone).parents[1],
-        "autoencoder": Path(text_to_image.model.vae).parents[1],
+        "autoencoder": Path(read_setting("model.vae", CONFIGS / TEXT_TO_IMAGE)).parents[1],
         "text-to-image model": base.parent,
         f"ControlNet ({config_path})": final.parent,
     }
@@ -361,7 +360,7 @@ def pack_classifier(config_path: Path, family: Path, name: str) -> Path:
 
 
 def _final(config_path: Path) -> Path:
-    return Path(OmegaConf.load(config_path).run.output) / "final"
+    return Path(read_setting("run.output", config_path)) / "final"
 
 
 def _curves(stages: dict[str, Path]) -> str:
@@ -402,8 +401,9 @@ def fit_operators(family: Path, data: str | None = None) -> Iterator[Path]:
     if not (family / MEMBER).is_dir():
         return
     backbone = load_reconstructor(str(family / MEMBER)).require_backbone()
-    config = OmegaConf.load(CONFIGS / f"reconstructor-{MEMBER}.yaml").data
-    images = open_images(data or config.root, config.get("split", "train"), config.classes)
+    path = CONFIGS / f"reconstructor-{MEMBER}.yaml"
+    config = load_config(ReconstructorConfig, path).data
+    images = open_images(data or config.root, config.split, config.classes)
     for name, method in METHODS.items():
         path = family / MEMBER / OPERATORS / f"{name}{SUFFIX}"
         if path.is_file():

@@ -28,6 +28,7 @@ from featinv_diffusion.diffusion.objective import (
     make_noise_scheduler,
     prediction_target,
 )
+from featinv_diffusion.settings import Depth, Probability, Seed, Size, check
 from featinv_diffusion.training.config import OptimConfig, RunConfig
 from featinv_diffusion.training.entry import load_component, make_datasets
 from featinv_diffusion.training.latents import (
@@ -45,27 +46,33 @@ class TextToImageModelConfig:
     """Sizes of the UNet and text encoder, and how often a prompt is generic or empty."""
 
     vae: str = ""
-    block_out_channels: tuple[int, ...] = (96, 160)
+    block_out_channels: tuple[Size, ...] = (96, 160)
     down_block_types: tuple[str, ...] = ("DownBlock2D", "CrossAttnDownBlock2D")
     up_block_types: tuple[str, ...] = ("CrossAttnUpBlock2D", "UpBlock2D")
-    layers_per_block: int = 1
-    attention_head_dim: int = 4
-    norm_num_groups: int = 16
-    text_hidden_size: int = 96
-    text_layers: int = 2
-    text_length: int = 24
-    generic_prompt_share: float = 0.2
-    empty_prompt_share: float = 0.1
+    layers_per_block: Depth = 1
+    attention_head_dim: Size = 4
+    norm_num_groups: Size = 16
+    text_hidden_size: Size = 96
+    text_layers: Depth = 2
+    text_length: Size = 24
+    generic_prompt_share: Probability = 0.2
+    empty_prompt_share: Probability = 0.1
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 @dataclass(frozen=True)
 class TextToImageConfig:
-    seed: int = 0
+    seed: Seed = 0
     data: DataConfig = field(default_factory=DataConfig)
     model: TextToImageModelConfig = field(default_factory=TextToImageModelConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 class _Networks(nn.Module):
@@ -217,7 +224,7 @@ def make_text_encoder(config: TextToImageModelConfig, tokenizer: CLIPTokenizer) 
 
 def train_text_to_image(config: TextToImageConfig) -> Path:
     """Trains to the end and returns a folder in Stable Diffusion's layout."""
-    accelerator = make_accelerator(config.optim, config.run, config.seed)
+    accelerator = make_accelerator(config.optim, config.run)
     torch.manual_seed(config.seed)
     images = open_training_images(config.data)
     train, _ = make_datasets(images, config.data, config.seed)

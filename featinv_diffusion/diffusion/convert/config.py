@@ -9,9 +9,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from featinv_diffusion.errors import InputError
+from featinv_diffusion.schema import parse_yaml, read_text
 
 SD15_FILES = {
     "unet": "unet/config.json",
@@ -241,12 +240,7 @@ def _check_text(cond_stage: Mapping[str, Any]) -> None:
 
 
 def _load_yaml(path: Path) -> Mapping[str, Any]:
-    if not path.is_file():
-        raise InputError(f"An original config must be a YAML file, but {path} is not a file.")
-    try:
-        tree = OmegaConf.to_container(OmegaConf.load(path))
-    except Exception as error:  # whatever the YAML parser finds wrong is the file's fault
-        raise InputError(f"{path} must be valid YAML: {str(error).splitlines()[0]}.") from error
+    tree = parse_yaml(read_text(path), str(path))
     if not isinstance(tree, Mapping):
         raise InputError(f"{path} must hold `key: value` lines at its top level.")
     return {str(key): value for key, value in tree.items()}

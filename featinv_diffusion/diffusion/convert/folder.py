@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -36,6 +35,7 @@ from featinv_diffusion.diffusion.folders import (
 )
 from featinv_diffusion.errors import InputError, choices_hint
 from featinv_diffusion.files import check_absent, replacing, write_text
+from featinv_diffusion.schema import dump_yaml
 from featinv_diffusion.types import FeatureSpec
 
 logger = logging.getLogger(__name__)
@@ -246,7 +246,7 @@ def write_original(pipeline: FeatInvPipeline, checkpoint: str | Path) -> Path:
     check_absent(checkpoint)
     check_absent(config_path)
     tensors, config = to_original(pipeline)
-    write_text(config_path, OmegaConf.to_yaml(OmegaConf.create(to_original_config(config))))
+    write_text(config_path, dump_yaml(to_original_config(config)))
     try:
         write_checkpoint(checkpoint, tensors)
     except BaseException:
