@@ -145,9 +145,9 @@ def write_png(image: Image.Image, path: str | Path) -> None:
         image.save(partial, format="PNG")
 
 
-def builtin_photo() -> Path:
+def builtin_photo(name: str = "flower.jpg") -> Path:
     """Returns the photo that commands use where none is given, a flower that scikit-learn ships."""
-    with as_file(files("sklearn.datasets.images") / "flower.jpg") as path:
+    with as_file(files("sklearn.datasets.images") / name) as path:
         return path
 
 

@@ -45,7 +45,11 @@ Workers = Annotated[int, Meta(ge=0, le=64)]
 """Each is a process."""
 
 DIFFUSION = "diffusion"
-"""The inverter that draws noise; all others are deterministic."""
+BY_GRADIENT = ("guided", "optimise")
+"""Inverters that need no training, but gradients through any backbone that they are given."""
+PARAMETRISATIONS = ("latents", "pixels")
+LATER = ("parametrise",)
+"""Settings that older manifests lack; what they recorded was made with the default."""
 SCHEDULERS = (
     "ddim",
     "ddpm",
@@ -224,12 +228,15 @@ class SampleSettings:
     """Which inverter makes the pictures, and everything else that decides them.
 
     A manifest records them. Of deterministic inverters only `inverter`, `stage`, `pipeline`,
-    `batch_size` and `device` may be set.
+    `batch_size` and `device` may be set; of `optimise` and `guided` also the backbone, the layer,
+    steps, seed and samples.
 
     Args:
         pipeline: bundled name, folder or Hub repository of a diffusion pipeline; None takes the
-            bundled pipeline of `backbone`. For the inverter `rae`, its autoencoder.
-        backbone: must be the pipeline's; None takes it, or `convnext` without a pipeline.
+            bundled pipeline of `backbone`. For the inverter `rae`, its autoencoder. For `guided`
+            the text-to-image model and for `optimise` the autoencoder; None takes the bundled one.
+        backbone: must be the pipeline's; None takes it, or `convnext` without a pipeline. Any for
+            `optimise` and `guided`.
         layer: must be the pipeline's; None takes it.
         steps, guidance_scale, guidance: see `DiffusionInverter`; None is the pipeline's default.
         scheduler: a name of `SCHEDULERS`; None is the pipeline's own.
@@ -239,6 +246,7 @@ class SampleSettings:
         dtype: number format of the diffusion model; the backbone always computes in float32.
         inverter: `diffusion`, or any name or folder that `load_inverter` takes.
         stage: stage that a modular inverter inverts; None is its default one.
+        parametrise: what `optimise` changes: latents of an autoencoder, or pixels as waves.
 
     Raises:
         InputError: a value out of range, or one that the inverter has no use for.
@@ -247,12 +255,14 @@ class SampleSettings:
     pipeline: str | None = option(
         None,
         "Diffusion pipeline: a bundled name, a folder or a Hub repository. For the inverter rae: "
-        "its autoencoder.",
+        "its autoencoder; for guided and optimise: a Stable Diffusion folder.",
         metavar="FOLDER_OR_REPO",
         shown="tiny/BACKBONE",
     )
     backbone: str | None = option(
-        None, "Backbone whose features to invert; must be the pipeline's.", shown="tiny/convnext"
+        None,
+        "Backbone whose features to invert; must be the pipeline's; any for optimise and guided.",
+        shown="tiny/convnext",
     )
     layer: str | None = option(
         None, "Layer that the features come from; must be the pipeline's.", shown=OF_PIPELINE
@@ -261,7 +271,9 @@ class SampleSettings:
     seed: Seed = option(
         0, "Random seed; the noise also depends on the file name and the sample index."
     )
-    steps: int | None = option(None, "Denoising steps.", shown=OF_PIPELINE, least=1, most=1000)
+    steps: int | None = option(
+        None, "Denoising steps, or those of optimise.", shown=OF_PIPELINE, least=1, most=1000
+    )
     scheduler: str | None = option(
         None,
         "Sampler: ddim, dpmsolver++, euler, heun, unipc …",
@@ -288,8 +300,9 @@ class SampleSettings:
     )
     inverter: str = option(
         DIFFUSION,
-        "Inverter that turns features into images; all but diffusion imply their backbone.",
-        metavar="diffusion|detr|rae|siglip|siglip2|vit|FOLDER",
+        "Inverter that turns features into images; optimise and guided take any backbone, the "
+        "others but diffusion imply theirs.",
+        metavar="diffusion|detr|guided|optimise|rae|siglip|siglip2|vit|FOLDER",
     )
     stage: str | None = option(
         None,
@@ -297,6 +310,7 @@ class SampleSettings:
         "encoder, last of vit.",
         shown="encoder",
     )
+    parametrise: str = option("latents", "What optimise changes.", choices=PARAMETRISATIONS)
 
     def __post_init__(self) -> None:
         check(self)
@@ -306,7 +320,7 @@ class SampleSettings:
     @property
     def is_deterministic(self) -> bool:
         """Whether every sample of a picture would be the same."""
-        return self.inverter != DIFFUSION
+        return self.inverter not in (DIFFUSION, *BY_GRADIENT)
 
 
 @dataclass(frozen=True)

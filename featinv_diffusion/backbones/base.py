@@ -203,6 +203,22 @@ class Backbone(nn.Module, ABC):
         for path in edits.keys() - reached:
             logger.warning("No forward pass reached %r, so its edit did nothing.", path)
 
+    def check_gradient(self) -> None:
+        """Raises `InputError` unless gradients flow from the map to the image."""
+        generator = torch.Generator().manual_seed(0)
+        image = torch.rand(1, 3, *self.input_size, generator=generator).to(self.device)
+        image.requires_grad_()
+        gradient = None
+        with torch.enable_grad():
+            total = self._features(image).float().square().sum()
+            if total.requires_grad:
+                (gradient,) = torch.autograd.grad(total, image, allow_unused=True)
+        if gradient is None or not bool(gradient.isfinite().all()) or not bool(gradient.any()):
+            raise InputError(
+                f"Gradients must flow from the map of {self.name!r} to the image, but none does. "
+                "Look for detach, no_grad, rounding or NumPy in preprocess and in the model."
+            )
+
     @abstractmethod
     def _run(self, pixels: Tensor) -> Any:
         """Runs the whole model; returns class scores where there is a head."""

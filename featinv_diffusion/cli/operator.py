@@ -103,6 +103,7 @@ def apply(
     from featinv_diffusion.data.sets import open_pictures
     from featinv_diffusion.features.operators import open_operator
     from featinv_diffusion.images import builtin_photo
+    from featinv_diffusion.inverters.diffusion import DiffusionInverter
     from featinv_diffusion.inverters.open import open_inverter
     from featinv_diffusion.runs.record import MANIFEST, reserved
     from featinv_diffusion.runs.samples import GRID
@@ -123,8 +124,8 @@ def apply(
     for failure in applied.failures:
         print(f"Failed: {failure['error']}", file=sys.stderr)
     p_values = [p for done in applied.images for p in done.scope_p_value or []]
-    is_deterministic = inverter.is_deterministic
-    print(scope_line(p_values or None, applied.scope_basis, deterministic=is_deterministic))
+    of_pipeline = isinstance(inverter, DiffusionInverter)
+    print(scope_line(p_values or None, applied.scope_basis, of_pipeline=of_pipeline))
     print(f"Wrote {output / GRID} and {output / MANIFEST}.")
     terminal.finish(output / MANIFEST, output)
     if applied.failures:

@@ -211,8 +211,11 @@ def _read(path: Path, content: dict[str, Any], kind: type) -> Any:
         InputError: a value that is missing, of a wrong type, or known in memory only.
     """
     from featinv_diffusion.runs.record import from_values
+    from featinv_diffusion.settings import LATER
 
-    names = [field.name for field in fields(kind)]
+    names = [
+        field.name for field in fields(kind) if field.name in content or field.name not in LATER
+    ]
     if missing := [name for name in names if name not in content]:
         raise InputError(
             f"{path} is no manifest of featinv {content['command']}; it lacks {', '.join(missing)}."

@@ -14,10 +14,12 @@ from transformers.utils import logging as transformers_logging
 from featinv_diffusion.cli import terminal
 from featinv_diffusion.data.sets import ImageSet
 from featinv_diffusion.figures.board import check_name
+from featinv_diffusion.inverters.diffusion import DiffusionInverter
 from featinv_diffusion.inverters.open import open_inverter
 from featinv_diffusion.runs.record import MANIFEST, Result, reserved
 from featinv_diffusion.runs.samples import GRID, Manifest
 from featinv_diffusion.runs.scope import scope_line
+from featinv_diffusion.runs.second_eye import second_eye_line
 from featinv_diffusion.settings import SampleSettings
 
 logger = logging.getLogger(__name__)
@@ -60,8 +62,8 @@ def run_study(
         )
         result.save(output, figure)
     print(result.summary())
-    deterministic = inverter.is_deterministic
-    print(scope_line(result.scope_p_value, result.scope_basis, deterministic=deterministic))
+    of_pipeline = isinstance(inverter, DiffusionInverter)
+    print(scope_line(result.scope_p_value, result.scope_basis, of_pipeline=of_pipeline))
     print(f"Wrote {output / figure}, {result.command}.json, .parquet and manifest.json.")
     terminal.finish(output / MANIFEST, output)
     return result
@@ -79,5 +81,7 @@ def report(manifest: Manifest, output: Path) -> None:
         print(f"Failed: {failure['error']}", file=sys.stderr)
     print(manifest.summary())
     print(manifest.scope_line())
+    if manifest.second_eye is not None:
+        print(second_eye_line(manifest.second_eye))
     print(f"Wrote {output / GRID} and {output / MANIFEST}.")
     terminal.finish(output / MANIFEST, output)

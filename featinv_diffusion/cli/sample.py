@@ -8,7 +8,7 @@ import typer
 
 from featinv_diffusion.cli import options
 from featinv_diffusion.errors import InputError
-from featinv_diffusion.settings import SampleSettings
+from featinv_diffusion.settings import DIFFUSION, SampleSettings
 
 
 @options.with_settings(SampleSettings)
@@ -46,7 +46,7 @@ def sample(
             )
         return decode_maps(settings, Path(images[0]), output)
     found = open_pictures(images or [builtin_photo()], exclude=output)
-    is_named = settings.pipeline is not None or settings.is_deterministic
+    is_named = settings.pipeline is not None or settings.inverter != DIFFUSION
     settings = name_inverter(settings)
     _say_defaults(None if is_named else settings.pipeline, photo=not images)
     say_notes(found)

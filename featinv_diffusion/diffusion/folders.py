@@ -684,12 +684,15 @@ def class_name(folder: Path) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def load_network(network_class: type[Network], name: str | Path, *, wanted: str) -> Network:
+def load_network(
+    network_class: type[Network], name: str | Path, *, wanted: str, **options: Any
+) -> Network:
     """Loads a network in float32, with exactly the weights that its config asks for.
 
     Args:
         name: folder or Hub repository.
         wanted: what must be there, in words for the message.
+        **options: of `from_pretrained`, such as `subfolder`.
 
     Raises:
         InputError: nothing there, files that cannot be downloaded or read, or weights that are
@@ -698,7 +701,7 @@ def load_network(network_class: type[Network], name: str | Path, *, wanted: str)
     loader: Any = network_class
     try:
         network, found = loader.from_pretrained(
-            name, use_safetensors=True, output_loading_info=True
+            name, use_safetensors=True, output_loading_info=True, **options
         )
     except UNREADABLE as error:
         raise InputError(

@@ -15,7 +15,7 @@ from featinv_diffusion.evaluation.evaluator import CEILINGS, NULLS, OTHER_IMAGE,
 from featinv_diffusion.figures.board import draw_bars
 from featinv_diffusion.metrics.statistics import Interval, bootstrap_mean, bootstrap_statistic
 from featinv_diffusion.runs.record import count
-from featinv_diffusion.settings import DIFFUSION
+from featinv_diffusion.settings import BY_GRADIENT, DIFFUSION
 
 AGREEMENT = ("cosine", "top1_match", "top5_match")
 METRICS = (*AGREEMENT, "psnr", "ssim", "lpips")
@@ -187,6 +187,8 @@ def _subject(settings: Estimate) -> str:
 
 
 def _sampling_words(settings: Estimate) -> str:
+    if settings["inverter"] in BY_GRADIENT:
+        return f", {settings['steps']} steps, seed {settings['seed']}"
     if settings["inverter"] != DIFFUSION:
         return ", deterministic"
     scheduler = f" of {settings['scheduler']}" if settings["scheduler"] else ""

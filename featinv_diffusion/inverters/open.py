@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKL
 from torch import nn
 
 from featinv_diffusion.backbones import (
@@ -18,7 +19,7 @@ from featinv_diffusion.backbones import (
     resolve_backbone,
     same_backbone,
 )
-from featinv_diffusion.backbones.base import without_progress_bars
+from featinv_diffusion.backbones.base import LAST, without_progress_bars
 from featinv_diffusion.backbones.names import FACTORY
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
 from featinv_diffusion.diffusion.folders import INDEX, class_name, list_bundled
@@ -26,7 +27,7 @@ from featinv_diffusion.diffusion.hub import REPO, load_pipeline
 from featinv_diffusion.diffusion.objective import make_scheduler, scheduler_name
 from featinv_diffusion.errors import InputError, choices_hint
 from featinv_diffusion.files import expand_path
-from featinv_diffusion.inverters import modular, rae, reconstructor
+from featinv_diffusion.inverters import guided, modular, optimise, rae, reconstructor
 from featinv_diffusion.inverters.base import Inverter
 from featinv_diffusion.inverters.chain import MapChain
 from featinv_diffusion.inverters.diffusion import DiffusionInverter, declared_spec
@@ -44,7 +45,7 @@ OF_DIFFUSION = (
     "attention",
     "dtype",
 )
-"""Settings that only the diffusion inverter has."""
+"""Settings that only the diffusion inverter has, unless `Kind.takes` names them."""
 
 logger = logging.getLogger(__name__)
 
@@ -55,11 +56,13 @@ def load_inverter(
     stage: str | None = None,
     pipeline: str | None = None,
     backbone: Backbone | str | None = None,
+    layer: str | None = None,
     steps: int | None = None,
     scheduler: str | None = None,
     guidance_scale: float | None = None,
     guidance: str | None = None,
     strength: float = 1.0,
+    parametrise: str = "latents",
     attention: str = "native",
     device: str = "auto",
     dtype: str = "float32",
@@ -70,11 +73,15 @@ def load_inverter(
         name: a name of `list_inverters`, a folder (a pipeline, a modular inverter or a
             reconstructor), or a Hub repository of a pipeline; default is `tiny/convnext`.
         stage: stage that a modular inverter (`detr`, `vit`) inverts; None is its default one.
-        pipeline: for `rae`, the folder or Hub repository of its autoencoder.
-        backbone: the model that the features come from, for a pipeline that does not hold it, such
-            as one that was trained on a `wrap_module` of yours; default is found by name.
+        pipeline: for `rae`, the folder or Hub repository of its autoencoder; for `optimise` and
+            `guided`, that of a Stable Diffusion, default is the bundled `tiny/base`.
+        backbone: the model that the features come from: for `optimise` and `guided` any, such as a
+            `wrap_module` of yours; for a pipeline that does not hold it, the one that it was
+            trained on. Default is found by name.
+        layer: of the backbone where that is named.
         steps, scheduler, guidance_scale, guidance: of a diffusion pipeline; None is its default.
         strength: factor on the residuals of the ControlNet.
+        parametrise: what `optimise` changes: `latents` of the autoencoder or `pixels`.
         attention: `native` or `xformers`.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps` …
         dtype: `float32`, `float16` or `bfloat16`, of a diffusion pipeline.
@@ -88,11 +95,13 @@ def load_inverter(
         stage=stage,
         pipeline=pipeline,
         backbone=backbone if isinstance(backbone, str) else None,
+        layer=layer,
         steps=steps,
         scheduler=scheduler,
         guidance_scale=guidance_scale,
         guidance=guidance,
         strength=strength,
+        parametrise=parametrise,
         attention=attention,
         device=device,
         dtype=dtype,
@@ -118,6 +127,8 @@ def open_inverter(
     with without_progress_bars():
         if settings.inverter == DIFFUSION:
             inverter = _open_diffusion(settings, device, backbone)
+        elif find_kind(settings.inverter).takes_backbone:
+            inverter = _open_by_gradient(settings, device, backbone)
         elif backbone is not None:
             raise InputError(
                 f"The inverter {settings.inverter!r} has its own backbone, but another was given. "
@@ -135,19 +146,26 @@ def open_inverter(
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of deterministic inverter.
+    """A kind of inverter that is no diffusion pipeline.
 
     Args:
         names: the bundled ones, or the names that always mean this kind.
         holds: whether a folder holds one.
-        open: loads one, of settings that name it.
+        open: loads one, of settings that name it and, if it takes any backbone, of that.
         takes_pipeline: whether its weights are named by `SampleSettings.pipeline`.
+        takes: the settings of a sampler that it has. Kinds with a backbone among them take any, and
+            draw noise; the others are deterministic.
     """
 
     names: Callable[[], list[str]]
     holds: Callable[[Path], bool]
-    open: Callable[[SampleSettings], Inverter]
+    open: Callable[..., Inverter]
     takes_pipeline: bool = False
+    takes: tuple[str, ...] = ()
+
+    @property
+    def takes_backbone(self) -> bool:
+        return "backbone" in self.takes
 
 
 def _open_modular(settings: SampleSettings) -> Inverter:
@@ -167,6 +185,18 @@ def _open_rae(settings: SampleSettings) -> Inverter:
     return _check_stage(rae.load_rae(settings.pipeline), settings)
 
 
+def _open_optimise(settings: SampleSettings, backbone: Backbone) -> Inverter:
+    if settings.parametrise == "pixels":
+        return optimise.OptimiseInverter(backbone, n_steps=settings.steps or optimise.STEPS)
+    vae = optimise.load_part(AutoencoderKL, settings.pipeline or optimise.PRIOR, "vae")
+    return optimise.OptimiseInverter(backbone, vae, n_steps=settings.steps or optimise.STEPS)
+
+
+def _open_guided(settings: SampleSettings, backbone: Backbone) -> Inverter:
+    prior = settings.pipeline or optimise.PRIOR
+    return guided.load_guided(backbone, prior, n_steps=settings.steps or guided.STEPS)
+
+
 def _check_stage(inverter: Inverter, settings: SampleSettings) -> Inverter:
     if settings.stage not in (None, inverter.spec.layer):
         raise InputError(
@@ -184,21 +214,35 @@ KINDS = (
         _open_reconstructor,
     ),
     Kind(lambda: [rae.NAME], lambda _folder: False, _open_rae, takes_pipeline=True),
+    Kind(
+        lambda: [guided.NAME],
+        lambda _folder: False,
+        _open_guided,
+        takes_pipeline=True,
+        takes=("backbone", "layer", "steps"),
+    ),
+    Kind(
+        lambda: [optimise.NAME],
+        lambda _folder: False,
+        _open_optimise,
+        takes_pipeline=True,
+        takes=("backbone", "layer", "steps", "parametrise"),
+    ),
 )
 
 
-def list_deterministic() -> list[str]:
-    """Returns the names of the deterministic inverters, such as `siglip2`."""
+def list_named() -> list[str]:
+    """Returns the names of the inverters that are no diffusion pipelines, such as `siglip2`."""
     return sorted(name for kind in KINDS for name in kind.names())
 
 
 def list_inverters() -> list[str]:
     """Returns all names that `load_inverter` takes: diffusion pipelines are called `tiny/…`."""
-    return [*list_bundled(), *list_deterministic()]
+    return [*list_bundled(), *list_named()]
 
 
 def name_inverter(settings: SampleSettings) -> SampleSettings:
-    """Returns settings whose inverter is `diffusion` with a pipeline, or a deterministic one.
+    """Returns settings whose inverter is `diffusion` with a pipeline, or one of another kind.
 
     `inverter` may name a pipeline, such as `tiny/convnext`, a folder or a repository. A name that
     only one inverter could have is understood with and without `tiny/`. A deterministic inverter
@@ -210,6 +254,11 @@ def name_inverter(settings: SampleSettings) -> SampleSettings:
     if settings.inverter == DIFFUSION:
         if settings.stage is not None:
             raise InputError(_stage_of_diffusion(settings, "the inverter is a diffusion pipeline"))
+        if settings.parametrise == "pixels":
+            raise InputError(
+                "Only the inverter optimise changes pixels, but the inverter is a diffusion "
+                "pipeline, got --parametrise pixels. Leave that out."
+            )
         return replace(settings, pipeline=pipeline_name(settings))
     if (pipeline := _as_pipeline(settings.inverter)) is not None:
         if settings.stage is not None:
@@ -220,15 +269,17 @@ def name_inverter(settings: SampleSettings) -> SampleSettings:
                 f"One pipeline must be named, got --inverter {settings.inverter} and --pipeline "
                 f"{settings.pipeline}. Leave one of them out."
             )
-        return replace(settings, inverter=DIFFUSION, pipeline=pipeline)
-    settings = replace(settings, inverter=_deterministic_name(settings.inverter), n_samples=1)
+        return name_inverter(replace(settings, inverter=DIFFUSION, pipeline=pipeline))
+    settings = replace(settings, inverter=_bare_name(settings.inverter))
     kind = find_kind(settings.inverter)
+    if not kind.takes_backbone:
+        settings = replace(settings, n_samples=1)
     if settings.pipeline is not None and not kind.takes_pipeline:
         raise InputError(
             f"The inverter {settings.inverter!r} takes no pipeline, got {settings.pipeline!r}. "
             f"Leave that out, or use --inverter {DIFFUSION}."
         )
-    _check_deterministic(settings)
+    _check_taken(settings, kind)
     return settings
 
 
@@ -244,7 +295,7 @@ def _as_pipeline(name: str) -> str | None:
     """Returns the diffusion pipeline that the name of an inverter means, if it means one."""
     if name in list_bundled():
         return name
-    if BUNDLED + name in list_bundled() and name not in list_deterministic():
+    if BUNDLED + name in list_bundled() and name not in list_named():
         return BUNDLED + name
     folder = expand_path(name)
     if (folder / INDEX).is_file():
@@ -253,13 +304,13 @@ def _as_pipeline(name: str) -> str | None:
     return name if REPO.fullmatch(name) and not is_ours else None
 
 
-def _deterministic_name(name: str) -> str:
+def _bare_name(name: str) -> str:
     bare = name.removeprefix(BUNDLED)
-    return bare if bare in list_deterministic() else name
+    return bare if bare in list_named() else name
 
 
 def find_kind(name: str) -> Kind:
-    """Returns the kind of a named deterministic inverter, or of the one in a folder.
+    """Returns the kind of a named inverter, or of the one in a folder.
 
     Raises:
         InputError: neither.
@@ -289,14 +340,14 @@ def pipeline_name(settings: SampleSettings) -> str:
 
     Raises:
         InputError: no pipeline is named and none is bundled for the backbone, or the name is that
-            of a deterministic inverter.
+            of another kind of inverter.
     """
     if (given := settings.pipeline) is not None:
         bundled = BUNDLED + given
-        if given not in list_bundled() and given.removeprefix(BUNDLED) in list_deterministic():
+        if given not in list_bundled() and given.removeprefix(BUNDLED) in list_named():
             other = f" The diffusion pipeline is --pipeline {bundled}."
             raise InputError(
-                f"A pipeline must be a diffusion pipeline, but {given!r} is a deterministic "
+                f"A pipeline must be a diffusion pipeline, but {given!r} is another kind of "
                 f"inverter: use --inverter {given.removeprefix(BUNDLED)}."
                 + (other if bundled in list_bundled() else "")
             )
@@ -334,7 +385,7 @@ def _open_deterministic(settings: SampleSettings, device: torch.device) -> Inver
     pipeline = settings.pipeline
     inverter.settings = replace(
         settings,
-        inverter=_lasting_folder(settings.inverter, list_deterministic()),
+        inverter=_lasting_folder(settings.inverter, list_named()),
         pipeline=None if pipeline is None else _lasting_folder(pipeline, ()),
         stage=inverter.spec.layer,
         backbone=inverter.spec.backbone,
@@ -344,21 +395,67 @@ def _open_deterministic(settings: SampleSettings, device: torch.device) -> Inver
     return inverter
 
 
-def _check_deterministic(settings: SampleSettings) -> None:
-    """A deterministic inverter implies its backbone, draws no noise and computes in float32.
+def _check_taken(settings: SampleSettings, kind: Kind) -> None:
+    """Refuses settings that a kind does not have, and so would ignore.
 
-    Resolved settings, in which the backbone and the layer are the inverter's own, pass too.
+    Resolved settings of a deterministic inverter, in which the backbone and the layer are its own,
+    pass too.
     """
     default = {field.name: field.default for field in fields(settings)}
-    names = (*OF_DIFFUSION, "backbone", "layer")
+    names = [n for n in (*OF_DIFFUSION, "backbone", "layer", "parametrise") if n not in kind.takes]
     given = [name for name in names if getattr(settings, name) != default[name]]
+    if kind.takes_backbone:
+        given += ["stage"] if settings.stage is not None else []
+        if settings.parametrise == "pixels" and settings.pipeline is not None:
+            raise InputError(
+                f"Pixels need no autoencoder, got --parametrise pixels and --pipeline "
+                f"{settings.pipeline}. Leave one of them out."
+            )
     is_resolved = settings.stage is not None and settings.layer == settings.stage
-    if given and not (is_resolved and given == ["backbone", "layer"]):
-        options = ", ".join("--" + name.replace("_", "-") for name in given)
+    if not given or (is_resolved and given == ["backbone", "layer"]):
+        return
+    why = "has its own backbone, draws no noise and computes in float32"
+    if kind.takes_backbone:
+        why = f"takes {_options(kind.takes)} and computes in float32"
+    raise InputError(
+        f"The inverter {settings.inverter!r} {why}, got {_options(given)}. Leave that out, or use "
+        f"--inverter {DIFFUSION}."
+    )
+
+
+def _options(names: Collection[str]) -> str:
+    return ", ".join("--" + name.replace("_", "-") for name in names)
+
+
+# ---- Any backbone, by its gradients --------------------------------------------------------------
+
+
+def _open_by_gradient(
+    settings: SampleSettings, device: torch.device, backbone: Backbone | None
+) -> Inverter:
+    if backbone is None:
+        name = settings.backbone or DEFAULT_BACKBONE
+        backbone = load_backbone(name, settings.layer or LAST)
+    elif settings.layer not in (None, backbone.spec.layer):
         raise InputError(
-            f"The inverter {settings.inverter!r} has its own backbone, draws no noise and computes "
-            f"in float32, got {options}. Leave that out, or use --inverter {DIFFUSION}."
+            f"The backbone that was given reads its layer {backbone.spec.layer!r}, but the layer "
+            f"{settings.layer!r} was asked for. Leave that out."
         )
+    inverter = find_kind(settings.inverter).open(settings, backbone.to(device))
+    for module in inverter.networks.values():
+        module.to(device)
+    is_pixels = settings.parametrise == "pixels"
+    prior = _lasting_folder(settings.pipeline or optimise.PRIOR, (optimise.PRIOR, *list_bundled()))
+    assert isinstance(inverter, optimise.GradientInverter)
+    inverter.settings = replace(
+        settings,
+        pipeline=None if is_pixels else prior,
+        backbone=inverter.spec.backbone,
+        layer=inverter.spec.layer,
+        steps=inverter.n_steps,
+        device=str(device),
+    )
+    return inverter
 
 
 # ---- Diffusion -----------------------------------------------------------------------------------

@@ -43,8 +43,16 @@ from featinv_diffusion.runs.sampling import (
     reconstruct_maps,
 )
 from featinv_diffusion.runs.scope import open_scope, scope_line
+from featinv_diffusion.runs.second_eye import open_second_eye, second_eye_line
 from featinv_diffusion.seeds import derive_seed
-from featinv_diffusion.settings import MAX_SAMPLES, SampleSettings, to_flat
+from featinv_diffusion.settings import (
+    BY_GRADIENT,
+    DIFFUSION,
+    LATER,
+    MAX_SAMPLES,
+    SampleSettings,
+    to_flat,
+)
 
 GRID = "grid.png"
 MAX_GRID_ROWS = 100
@@ -99,10 +107,15 @@ def sample(
 
     with advancing(inverter, len(jobs) * n_samples, progress):
         done = list(reconstruct_maps(inverter, maps, jobs, batch_size, fail, scope.p_value))
+    eye = open_second_eye(inverter)
+    if eye is not None:
+        for one in done:
+            eye.look(one)
     settings = inverter.settings
     if settings is not None:
         settings = replace(settings, n_samples=n_samples, seed=seed, batch_size=batch_size)
-    return Samples(settings, done, scope.basis, str(inverter.spec))
+    seen = None if eye is None else eye.content()
+    return Samples(settings, done, scope.basis, str(inverter.spec), seen)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -114,6 +127,8 @@ class Samples:
         reconstructions: one per map.
         scope_basis: what the p-values of the scope rest on; None where it is not known.
         of: the features that were inverted, in words.
+        second_eye: what the own backbone and another one see, of inverters that look through their
+            backbone.
 
     Attributes:
         images: in [0, 1], in steps of 1/255.
@@ -125,6 +140,7 @@ class Samples:
     reconstructions: list[Reconstruction]
     scope_basis: str | None
     of: str
+    second_eye: dict[str, Any] | None = None
 
     @cached_property
     def images(self) -> Float[Tensor, "b n 3 height width"]:
@@ -144,6 +160,7 @@ class Samples:
         device = "cpu" if self.settings is None else self.settings.device
         manifest = Manifest(self.settings, environment=read_environment(device))
         manifest.scope_basis = self.scope_basis
+        manifest.second_eye = self.second_eye
         for done in self.reconstructions:
             manifest.add(done)
         return manifest
@@ -189,6 +206,7 @@ class Manifest:
         failures: dicts with `input` and `error`.
         environment: what the last bits of a picture depend on besides the settings.
         scope_basis: what the images' `scope_p_value`s rest on; None where there are none.
+        second_eye: see `Samples`.
     """
 
     settings: SampleSettings | None
@@ -196,6 +214,7 @@ class Manifest:
     failures: list[dict[str, str]] = field(default_factory=list)
     environment: dict[str, Any] = field(default_factory=dict)
     scope_basis: str | None = None
+    second_eye: dict[str, Any] | None = None
 
     def add(self, done: Reconstruction) -> None:
         """Adds the entry of one image."""
@@ -238,8 +257,8 @@ class Manifest:
     def scope_line(self) -> str:
         """Returns whether the maps are like natural ones, in one sentence."""
         p_values = [p for entry in self.images if (p := entry.get("scope_p_value")) is not None]
-        deterministic = self.settings is not None and self.settings.is_deterministic
-        return scope_line(p_values or None, self.scope_basis, deterministic=deterministic)
+        of_pipeline = self.settings is None or self.settings.inverter == DIFFUSION
+        return scope_line(p_values or None, self.scope_basis, of_pipeline=of_pipeline)
 
     def content(self) -> dict[str, Any]:
         """Returns what the file holds."""
@@ -248,6 +267,7 @@ class Manifest:
             **({} if self.settings is None else to_flat(self.settings)),
             "environment": self.environment,
             "scope_basis": self.scope_basis,
+            **({} if self.second_eye is None else {"second_eye": self.second_eye}),
             "images": self.images,
             "failures": self.failures,
         }
@@ -276,11 +296,13 @@ def read_manifest(path: Path) -> Manifest:
     path = path_of(path)
     content = read_content(path)
     names = [f.name for f in fields(SampleSettings)]
-    if missing := sorted({*names, "images"} - content.keys()):
+    if missing := sorted({*names, "images"}.difference(LATER) - content.keys()):
         raise InputError(f"{path} is no manifest of featinv sample; it lacks {', '.join(missing)}.")
     from_values(_Content, content, path)
     return Manifest(
-        from_values(SampleSettings, {name: content[name] for name in names}, path),
+        from_values(
+            SampleSettings, {name: content[name] for name in names if name in content}, path
+        ),
         content["images"],
         content.get("failures", []),
         content.get("environment", {}),
@@ -390,7 +412,7 @@ def _run_jobs(settings: SampleSettings, jobs: Sequence[Job], output: Path) -> Ma
     inverter = open_inverter(settings)
     resolved = inverter.settings
     assert resolved is not None
-    scope = open_scope(inverter)
+    scope, eye = open_scope(inverter), open_second_eye(inverter)
     manifest = Manifest(
         resolved, environment=read_environment(resolved.device), scope_basis=scope.basis
     )
@@ -399,9 +421,12 @@ def _run_jobs(settings: SampleSettings, jobs: Sequence[Job], output: Path) -> Ma
         for done in reconstruct(inverter, jobs, resolved.batch_size, manifest.fail, scope.p_value):
             folder.write(done)
             manifest.add(done)
+            if eye is not None:
+                eye.look(done)
     if not folder.shown:
         reasons = "\n".join(failure["error"] for failure in manifest.failures)
         raise InputError(reasons if len(jobs) == 1 else f"No picture could be used.\n{reasons}")
+    manifest.second_eye = None if eye is None else eye.content()
     folder.complete()
     return manifest
 
@@ -424,11 +449,13 @@ def draw_grid(rows: Sequence[GridRow], manifest: Manifest) -> Image.Image:
         parts.append(f"first {len(rows)} of {len(manifest.images)} pictures")
     null = manifest.mean("cosine_shuffled")
     name = "" if manifest.settings is None else f"{manifest.settings.backbone} "
+    eye = "" if manifest.second_eye is None else f"\n{second_eye_line(manifest.second_eye)}"
     return make_grid(
         rows,
         title=f"From {name}features back to pictures",
         subtitle=f"{' · '.join(parts)}\nUnder each sample: cosine of its features to the "
-        f"original's, mean over cells. With the original's cells shuffled: {null:.2f} on average.",
+        f"original's, mean over cells. With the original's cells shuffled: {null:.2f} on average."
+        f"{eye}",
     )
 
 
@@ -436,6 +463,10 @@ def _setting_parts(s: SampleSettings) -> list[str]:
     if s.is_deterministic:
         weights = [_short(s.pipeline)] if s.pipeline else []
         return [f"inverter {_short(s.inverter)}", *weights, f"stage {s.stage}"]
+    if s.inverter in BY_GRADIENT:
+        what = _short(s.pipeline) if s.pipeline else s.parametrise
+        layer, steps = f"layer {s.layer}", f"{s.steps} steps"
+        return [f"inverter {s.inverter}", what, layer, steps, f"seed {s.seed}"]
     return [
         _short(s.pipeline or ""),
         f"layer {s.layer}",

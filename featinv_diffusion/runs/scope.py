@@ -31,6 +31,7 @@ from featinv_diffusion.metrics import feature_cosine
 from featinv_diffusion.runs.progress import Advance
 from featinv_diffusion.runs.sampling import batched, sample_each
 from featinv_diffusion.seeds import derive_seed
+from featinv_diffusion.settings import DIFFUSION
 from featinv_diffusion.types import Features
 
 MAP, RECONSTRUCTION = "map", "map and reconstruction"
@@ -39,7 +40,7 @@ UNKNOWN = (
     "Scope: unknown (scope_p_value is null), since this pipeline holds no statistics of natural "
     "feature maps to compare with. Fit them with: featinv scope PIPELINE_FOLDER --data IMAGES."
 )
-UNKNOWN_DETERMINISTIC = (
+UNKNOWN_OTHERS = (
     "Scope: unknown (scope_p_value is null), since only pipelines of the diffusion inverter hold "
     "statistics of natural feature maps to compare with."
 )
@@ -98,7 +99,7 @@ def open_scope(inverter: Inverter) -> Scope:
         InputError: statistics that are damaged, or of other features or weights.
     """
     settings = inverter.settings
-    if settings is None or settings.is_deterministic or settings.pipeline is None:
+    if settings is None or settings.inverter != DIFFUSION or settings.pipeline is None:
         return Scope()
     if (path := find_scope_file(settings.pipeline)) is None:
         return Scope()
@@ -136,15 +137,15 @@ def caption(axes: Axes, words: str, p_value: float | None) -> None:
 
 
 def scope_line(
-    p_values: float | Sequence[float] | None, basis: str | None, *, deterministic: bool = False
+    p_values: float | Sequence[float] | None, basis: str | None, *, of_pipeline: bool = True
 ) -> str:
     """Returns the line of the terminal about the scope of one map or several.
 
     Args:
-        deterministic: whether the inverter is deterministic, and so has no statistics.
+        of_pipeline: whether the inverter is a diffusion pipeline, which may hold statistics.
     """
     if p_values is None:
-        return UNKNOWN_DETERMINISTIC if deterministic else UNKNOWN
+        return UNKNOWN if of_pipeline else UNKNOWN_OTHERS
     if isinstance(p_values, int | float):
         verdict = "out of scope" if p_values < LEVEL else "like a natural map"
         return f"Scope: {verdict}, p = {p_values:.3f} ({basis})."

@@ -17,7 +17,7 @@ from featinv_diffusion.inverters.base import Inverter
 from featinv_diffusion.metrics.statistics import Interval
 from featinv_diffusion.runs.record import RunFolder, to_png
 from featinv_diffusion.runs.sampling import seeds_of, to_list
-from featinv_diffusion.settings import SampleSettings
+from featinv_diffusion.settings import BY_GRADIENT, SampleSettings
 from featinv_diffusion.types import FeatureMaps, Source
 
 # ---- What the studies of many images share ----
@@ -132,6 +132,9 @@ def settings_line(settings: SampleSettings | None) -> str:
     if settings.is_deterministic:
         name = PurePosixPath(settings.inverter).name
         return f"{settings.backbone}, layer {settings.layer} · inverter {name}"
+    if settings.inverter in BY_GRADIENT:
+        made = f"inverter {settings.inverter} · {settings.steps} steps · seed {settings.seed}"
+        return f"{settings.backbone}, layer {settings.layer} · {made}"
     pipeline = PurePosixPath(settings.pipeline or "")
     name = pipeline.name if pipeline.is_absolute() else str(pipeline)
     parts = [

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.inverters import reconstructor
-from featinv_diffusion.inverters.open import list_deterministic, open_inverter
+from featinv_diffusion.inverters.open import list_named, open_inverter
 from featinv_diffusion.settings import DIFFUSION, SampleSettings
 from tests.cli.conftest import Featinv
 from tests.inverters import encoders
@@ -134,4 +134,4 @@ def test_the_help_names_inverters_that_exist() -> None:
     (field,) = [field for field in fields(SampleSettings) if field.name == "inverter"]
     *names, folder = field.metadata["metavar"].split("|")
     assert folder == "FOLDER"
-    assert names == [DIFFUSION, *list_deterministic()]
+    assert names == [DIFFUSION, *list_named()]

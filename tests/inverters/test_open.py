@@ -15,8 +15,8 @@ from featinv_diffusion.inverters import open as sampling
 from featinv_diffusion.inverters.chain import MapChain
 from featinv_diffusion.inverters.open import (
     find_device,
-    list_deterministic,
     list_inverters,
+    list_named,
     load_inverter,
     name_inverter,
     open_inverter,
@@ -80,7 +80,7 @@ def test_a_pipeline_without_backbone_loads_the_one_it_declares(tmp_path, monkeyp
         asked.append((name, layer))
         return wrap_model(tiny.make_backbone(), name=name, layer=layer)
 
-    monkeypatch.setattr(sampling, "load_backbone", load)
+    monkeypatch.setattr(sampling, "load_named_backbone", load)
     inverter = open_saved(tmp_path / "bare")
     assert asked == [("tiny/convnext", "last")]
     assert inverter.backbone.input_size == (64, 64)
@@ -132,7 +132,7 @@ def folders(tmp_path: Path, monkeypatch) -> Path:
 
 
 def test_names_and_folders_lead_to_their_kind(folders: Path) -> None:
-    assert {"rae", "siglip"} <= set(list_deterministic())
+    assert {"rae", "siglip"} <= set(list_named())
     by_name = open_inverter(named("siglip"))
     beside = open_inverter(named(str(folders / "tiny/siglip/reconstructor")))
     chain = open_inverter(named(str(folders / "vit"), stage="blocks.1"))
@@ -197,7 +197,7 @@ def test_a_word_means_one_inverter(given: str, inverter: str, pipeline: str | No
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (dict(pipeline="siglip2"), ["deterministic inverter", "--inverter siglip2"]),
+        (dict(pipeline="siglip2"), ["another kind of inverter", "--inverter siglip2"]),
         (dict(pipeline="tiny/siglip2"), ["--inverter siglip2"]),
         (dict(pipeline="vit"), ["--inverter vit", "--pipeline tiny/vit"]),
         (

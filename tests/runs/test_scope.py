@@ -41,7 +41,7 @@ def test_nothing_is_known_without_statistics():
     assert scope_notes(None) == []
     assert scope_line(None, None) == UNKNOWN
     assert "featinv scope" in UNKNOWN
-    assert "featinv scope" not in scope_line(None, None, deterministic=True)
+    assert "featinv scope" not in scope_line(None, None, of_pipeline=False)
 
 
 def test_cosines_count_where_they_are_comparable(natural: NaturalMaps):
