@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from featinv_diffusion.errors import InputError, choices_hint
 from featinv_diffusion.schema import convert, dump_yaml, parse_yaml, read_text
 from featinv_diffusion.settings import flat_fields
+from featinv_diffusion.trust import is_code_trusted, refuse_code
 
 T = TypeVar("T")
 
@@ -124,10 +125,23 @@ def to_yaml(config: Any) -> str:
     return dump_yaml(asdict(config))
 
 
+def _refuse_code(content: Any, path: Path) -> None:
+    """Raises `InputError` where a config, which may be somebody else's, names code to run."""
+    if isinstance(content, dict):
+        for key, value in content.items():
+            names = value if isinstance(value, list) else [value]
+            for name in names if key in ("backbone", "evaluated_by") else ():
+                if isinstance(name, str):
+                    refuse_code(name, str(path))
+            _refuse_code(value, path)
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     loaded = parse_yaml(read_text(path), str(path))
     if not isinstance(loaded, dict):
         raise InputError(f"{path} must hold `key: value` lines at its top level.")
+    if not is_code_trusted():
+        _refuse_code(loaded, path)
     return loaded
 
 

@@ -9,7 +9,7 @@ import featinv_diffusion
 
 PACKAGE = Path(featinv_diffusion.__file__).parent
 LAYERS = [
-    {"types", "config", "errors", "files", "schema", "seeds", "processes", "settings"},
+    {"types", "config", "errors", "files", "schema", "seeds", "processes", "settings", "trust"},
     {"images", "data"},
     {"backbones", "features", "concepts", "metrics"},
     {"diffusion", "inverters"},

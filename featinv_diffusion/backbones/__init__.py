@@ -10,7 +10,6 @@ from torch import nn
 from featinv_diffusion.backbones.base import LAST, Backbone, without_progress_bars
 from featinv_diffusion.backbones.module import make_by_factory, wrap_module
 from featinv_diffusion.backbones.names import (
-    FACTORY,
     list_backbones,
     resolve_backbone,
     same_backbone,
@@ -22,6 +21,7 @@ from featinv_diffusion.backbones.timm import (
     wrapper_settings,
 )
 from featinv_diffusion.backbones.transformers import TransformersBackbone, load_transformers
+from featinv_diffusion.trust import FACTORY, is_code_trusted
 
 # ---- From a name, or a model in memory, to a `Backbone` ------------------------------------------
 
@@ -53,7 +53,7 @@ def load_backbone(
             or a module that is not trusted.
     """
     if FACTORY.fullmatch(name):
-        return make_by_factory(name, layer, trust_code=trust_code)
+        return make_by_factory(name, layer, trust_code=trust_code or is_code_trusted())
     return load_named_backbone(
         name, layer, pretrained=pretrained, input_size=input_size, **model_kwargs
     )

@@ -14,7 +14,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from featinv_diffusion.backbones.base import LAST, Backbone, Preprocessing
-from featinv_diffusion.backbones.names import FACTORY
 from featinv_diffusion.backbones.traced import (
     Axes,
     Layout,
@@ -26,6 +25,7 @@ from featinv_diffusion.backbones.traced import (
 )
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.files import expand_path
+from featinv_diffusion.trust import FACTORY
 from featinv_diffusion.types import Features, FeatureSpec, Images
 
 logger = logging.getLogger(__name__)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -16,6 +15,7 @@ import timm
 from featinv_diffusion import schema
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.files import expand_path
+from featinv_diffusion.trust import FACTORY
 from featinv_diffusion.types import FeatureSpec
 
 logger = logging.getLogger(__name__)
@@ -23,8 +23,6 @@ logger = logging.getLogger(__name__)
 ASSETS = Path(__file__).parents[1] / "assets"
 FAMILY = "tiny/"
 """What the names of the bundled models begin with."""
-FACTORY = re.compile(r"(?P<place>.+\.py|[A-Za-z_][\w.]*):(?P<function>[A-Za-z_]\w*)")
-"""A function that makes a backbone: of a file, or of a module that can be imported."""
 PUBLISHED = {
     "convnext": "convnext_base.fb_in22k_ft_in1k",
     "resnet": "resnet50.tv_in1k",

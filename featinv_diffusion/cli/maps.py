@@ -130,12 +130,14 @@ def decode_maps(settings: SampleSettings, maps: Path, output: Path, *, film: boo
 def named_by(settings: SampleSettings, maps: Path) -> SampleSettings:
     """Returns settings with the backbone and layer of a file of maps, where nothing is named."""
     from featinv_diffusion.features.maps import spec_of
+    from featinv_diffusion.trust import refuse_code
 
     named = (settings.pipeline, settings.backbone) != (None, None) or settings.is_deterministic
     spec = None if named else spec_of(maps)
     if spec is None:
         return settings
-    return replace(settings, backbone=spec.backbone, layer=settings.layer or spec.layer)
+    name = refuse_code(spec.backbone, str(maps))
+    return replace(settings, backbone=name, layer=settings.layer or spec.layer)
 
 
 def save_strip(pictures: list, path: Path) -> None:

@@ -241,10 +241,12 @@ def _open_model(
     from featinv_diffusion.backbones import load_backbone
     from featinv_diffusion.backbones.base import without_progress_bars
     from featinv_diffusion.inverters.open import find_device, open_inverter
+    from featinv_diffusion.trust import refuse_code
 
     if inverter is not None:
         chosen = open_inverter(replace(sampling, inverter=inverter))
         return chosen, chosen.require_backbone()
     device = find_device(sampling.device)
     with without_progress_bars():
-        return None, load_backbone(backbone or opened.spec.backbone, opened.spec.layer).to(device)
+        name = backbone or refuse_code(opened.spec.backbone, "The operator")
+        return None, load_backbone(name, opened.spec.layer).to(device)

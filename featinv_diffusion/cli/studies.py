@@ -156,9 +156,11 @@ def _with_backbone_of(settings: SampleSettings, concepts: Path) -> SampleSetting
         InputError: no such file, or not one of concepts.
     """
     from featinv_diffusion.concepts import ConceptDictionary
+    from featinv_diffusion.trust import refuse_code
 
     spec = ConceptDictionary.load(concepts).spec
     named = (settings.pipeline, settings.backbone) != (None, None) or settings.is_deterministic
     if spec is None or named:
         return settings
-    return replace(settings, backbone=spec.backbone, layer=settings.layer or spec.layer)
+    name = refuse_code(spec.backbone, str(concepts))
+    return replace(settings, backbone=name, layer=settings.layer or spec.layer)

@@ -25,6 +25,10 @@ ConfigName = Annotated[
     ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would run, then stop.")]
+TrustCode = Annotated[
+    bool,
+    typer.Option("--trust-code", help="Run the module that model.backbone=MODULE:FUNCTION names."),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE...", help="Settings that win, such as optim.lr=1e-4."),
@@ -35,7 +39,10 @@ train = typer.Typer(help="Train an inverter on your own images and backbone.", n
 
 @train.command()
 def controlnet(
-    overrides: Overrides = None, config: ConfigName = None, dry_run: DryRun = False
+    overrides: Overrides = None,
+    config: ConfigName = None,
+    dry_run: DryRun = False,
+    trust_code: TrustCode = False,
 ) -> None:
     """Train a FeatInv ControlNet on a frozen text-to-image UNet and a frozen backbone.
 
@@ -43,8 +50,10 @@ def controlnet(
     the same command again resumes an interrupted run.
     """
     from featinv_diffusion.training.controlnet import ControlNetConfig, train_controlnet
+    from featinv_diffusion.trust import trusting_code
 
-    run_training(ControlNetConfig, train_controlnet, config, overrides, dry_run)
+    with trusting_code(trust_code):
+        run_training(ControlNetConfig, train_controlnet, config, overrides, dry_run)
 
 
 @train.command()

@@ -20,7 +20,6 @@ from featinv_diffusion.backbones import (
     same_backbone,
 )
 from featinv_diffusion.backbones.base import LAST, without_progress_bars
-from featinv_diffusion.backbones.names import FACTORY
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
 from featinv_diffusion.diffusion.folders import INDEX, class_name, list_bundled
 from featinv_diffusion.diffusion.hub import REPO, load_pipeline
@@ -32,6 +31,7 @@ from featinv_diffusion.inverters.base import Inverter
 from featinv_diffusion.inverters.chain import MapChain
 from featinv_diffusion.inverters.diffusion import DiffusionInverter, declared_spec
 from featinv_diffusion.settings import DIFFUSION, SampleSettings
+from featinv_diffusion.trust import FACTORY
 from featinv_diffusion.types import FeatureSpec
 
 DEFAULT_BACKBONE = "tiny/convnext"

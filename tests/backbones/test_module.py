@@ -248,3 +248,27 @@ def test_layout_converts_tokens_to_a_map_and_back(vit):
     assert maps.shape == (2, 192, 4, 4)
     assert torch.equal(maps[0, :, 1, 2], tokens[0, 1 + 4 + 2])
     assert torch.equal(layout.from_map(maps)[:, 1:], tokens[:, 1:])
+
+
+def test_code_that_a_file_names_never_runs(tmp_path: Path, monkeypatch):
+    from featinv_diffusion.config import load_config
+    from featinv_diffusion.runs.record import from_values
+    from featinv_diffusion.settings import SampleSettings
+    from featinv_diffusion.training.controlnet import ControlNetConfig
+    from featinv_diffusion.trust import trusting_code
+
+    ran = tmp_path / "ran"
+    path = tmp_path / "evil.py"
+    path.write_text(f"open({str(ran)!r}, 'w')\n")
+    name = f"{path}:make"
+    with pytest.raises(InputError, match="not run because a file says so"):
+        from_values(SampleSettings, {"backbone": name}, tmp_path / "manifest.json")
+    config = tmp_path / "config.yaml"
+    config.write_text(f"model:\n  backbone: {name}\n")
+    with pytest.raises(InputError, match="not run because a file says so"):
+        load_config(ControlNetConfig, config)
+    with trusting_code():
+        assert load_config(ControlNetConfig, config).model.backbone == name
+    said = load_config(ControlNetConfig, None, [f"model.backbone={name}"])
+    assert said.model.backbone == name
+    assert not ran.exists()
