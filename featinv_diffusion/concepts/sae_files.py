@@ -110,10 +110,10 @@ def read_sae(path: str | Path, sae_format: str = AUTO) -> SparseAutoencoder:
     held.said.update(_options(said))
     found = _recognise(held) if name == AUTO else name
     sae = READERS[found](held)
-    if extra := sorted(set(held.said) - held.used):
+    if extra := sorted(set(_options(said)) - held.used):
         raise InputError(
-            f"The format of {path} must say what an SAE of {found} needs, but {', '.join(extra)} "
-            "is of no use there."
+            f"The format of {path} must say what an SAE of {found} needs, "
+            f"but {', '.join(extra)} is of no use there."
         )
     for key, tensor in sae.tensors.items():
         if not bool(tensor.isfinite().all()):

@@ -264,7 +264,7 @@ def test_cells_get_their_own_size_back(tmp_path):
 def test_codes_are_those_of_overcomplete(tmp_path, name, encoder):
     library = pytest.importorskip("overcomplete.sae")
     torch.manual_seed(0)
-    more = {"TopKSAE": {"top_k": 5}, "BatchTopKSAE": {"top_k": 90}, "MpSAE": {"k": 3}}
+    more = {"TopKSAE": {"top_k": 5}, "BatchTopKSAE": {"top_k": 400}, "MpSAE": {"k": 3}}
     kind = {} if name == "MpSAE" else {"encoder_module": encoder}
     sae = getattr(library, name)(WIDTH, N_LATENTS, **kind, **more.get(name, {}))
     for _ in range(3):
@@ -337,7 +337,8 @@ def test_codes_are_those_of_prisma(tmp_path, kind, normalise):
         torch.nn.init.normal_(parameter, std=0.3)
     sae.save_model(str(tmp_path / "run" / "sae.pt"))  # with the config pickled beside the weights
     concepts = load_concepts(tmp_path / "run" / "sae.pt")
-    assert isinstance(concepts, SAEConcepts) and concepts.sae is not None
+    assert isinstance(concepts, SAEConcepts)
+    assert concepts.sae is not None
     codes = sae.encode(CELLS)[1].detach()
     close(concepts.sae.encode(CELLS), codes)
     maps = CELLS[:16].reshape(1, 4, 4, WIDTH).permute(0, 3, 1, 2)
@@ -387,9 +388,9 @@ def test_what_a_file_leaves_open_is_asked_for(tmp_path):
     path = save(tmp_path / "sae.pt")
     with pytest.raises(InputError, match="overcomplete:top_k=K"):
         read_sae(path)
-    with pytest.raises(InputError, match="top_k .* must be a number from 1, got '0'"):
+    with pytest.raises(InputError, match=r"top_k .* must be a number from 1, got '0'"):
         read_sae(path, "overcomplete:top_k=0")
-    with pytest.raises(InputError, match="hard is of no use|hard are of no use|but hard"):
+    with pytest.raises(InputError, match="but hard is of no use"):
         read_sae(path, "overcomplete:relu,hard")
     with pytest.raises(InputError, match="one of auto, overcomplete, saev, prisma"):
         read_sae(path, "saelens")
