@@ -42,7 +42,13 @@ VERBS = {
         "featinv_viz",
         "show_concept",
         ("image", "concepts"),
-        {"concept": int, "factor": float, "film": list[float], "n_directions": int},
+        {
+            "concept": int,
+            "factor": float,
+            "film": list[float],
+            "sae_format": str,
+            "n_directions": int,
+        },
     ),
 }
 """By command; those of samples and of concepts have manifests of their own."""
@@ -113,6 +119,8 @@ def _replay_study(
     outputs = content.get("outputs")
     if not (isinstance(outputs, list) and all(map(_is_plain, outputs))):
         raise InputError(f"{path} must list file names as its outputs, but holds {outputs!r}.")
+    if verb.name == "show_concept":
+        content.setdefault("sae_format", "auto")  # of an earlier version
     kinds = {"seeds": list[int], "figure": str, **dict.fromkeys(verb.files, str), **verb.arguments}
     given = vars(_read(path, content, make_dataclass("Arguments", kinds.items())))
     settings = _read(path, content, SampleSettings)
@@ -136,6 +144,8 @@ def _replay_concepts(
         content["n_concepts"] = AUTO
     if content.get("max_cells", "") is None:
         content["max_cells"] = 0
+    for name, value in (("sae", None), ("sae_format", "auto")):  # not in earlier versions
+        content.setdefault(name, value)
     kinds = {"folder": str, "images": list[str], "output": str, "figure": str}
     given = vars(_read(path, content, make_dataclass("Arguments", kinds.items())))
     settings = _read(path, content, ConceptSettings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -350,6 +351,10 @@ class SAEConcepts(ConceptDictionary):
         directions = None if self._directions is None else self._directions[places]
         self._choose(self._latents[places], directions)
         return self
+
+    def copy(self) -> SAEConcepts:
+        """Returns one that can be reordered without this one."""
+        return copy(self)
 
     def keep_strongest(self, strengths: Float[Tensor, " n_concepts"], number: int) -> SAEConcepts:
         """Keeps the latents of the greatest strengths, greatest first, in place; returns itself."""
