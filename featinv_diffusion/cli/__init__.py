@@ -22,6 +22,7 @@ COMMANDS = {
     "variability": "studies",
     "concepts": "concepts",
     "viz": "studies",
+    "steerability": "steerability",
     "replay": "replay",
     "evaluate": "evaluate",
     "classemb": "classemb",

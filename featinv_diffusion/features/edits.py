@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float
@@ -19,6 +19,9 @@ from torch.nn import functional as F
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.images import center_square, to_tensor
 from featinv_diffusion.types import Features
+
+if TYPE_CHECKING:
+    from featinv_diffusion.features.natural_maps import CellBasis
 
 FeatureEdit: TypeAlias = Callable[[Features], Features]
 """A function of features that returns others of the same shape and leaves its input unchanged."""
@@ -125,6 +128,39 @@ def permute_cells(
     order = torch.stack([torch.randperm(h * w, generator=g) for g in generators])
     cells = features.flatten(2)
     return cells.gather(2, order.to(cells.device)[:, None].expand_as(cells)).reshape(features.shape)
+
+
+def random_like(change: Features, basis: CellBasis, generator: torch.Generator) -> Features:
+    """Turns a change of maps to random directions of the natural cells: the null of an edit.
+
+    Each cell of the change keeps its length, and any two the angle between them as far as the
+    basis has axes for it, so that a change along one direction becomes one along a random one,
+    which is drawn as natural cells vary: along each axis with its standard deviation.
+
+    Args:
+        change: `[b, c, h, w]`, edited minus unedited maps; all of them turn alike.
+        basis: of the natural maps, `runs.scope.open_scope(inverter).natural.density.basis`.
+        generator: on the CPU.
+
+    Raises:
+        InputError: a basis of another width.
+    """
+    b, c, h, w = change.shape
+    if len(basis.axes) != c:
+        raise InputError(
+            f"The basis must be one of cells of {c} channels, got {len(basis.axes)} channels."
+        )
+    cells = change.detach().cpu().double().permute(0, 2, 3, 1).reshape(-1, c)
+    codes, lengths, _ = torch.linalg.svd(cells, full_matrices=False)
+    rank = min(len(lengths), len(basis.std))
+    noise = torch.randn(rank, len(basis.std), generator=generator, dtype=torch.float64)
+    frame = torch.linalg.qr(basis.axes.double() @ (noise * basis.std).T).Q
+    turned = (codes * lengths)[:, :rank] @ frame.T
+    # A cell in directions that the basis has no axes for goes along the first one.
+    tiny = 1e-9 * cells.norm(dim=1, keepdim=True)
+    turned = F.normalize(turned + tiny * frame[:, 0], dim=1, eps=1e-300)
+    turned = turned * cells.norm(dim=1, keepdim=True)
+    return turned.reshape(b, h, w, c).permute(0, 3, 1, 2).to(change)
 
 
 def _alike(other: OtherFeatures, features: Features) -> Features:
