@@ -43,7 +43,7 @@ def replacing(path: Path) -> Iterator[Path]:
         yield partial
         flush_to_disk(partial)
         os.replace(partial, path)
-        flush_to_disk(path.parent)
+        _fsync(path.parent)
     except OSError as error:
         if error.filename is None or str(error.filename) == str(partial):
             error.filename, error.filename2 = str(path), None

@@ -123,7 +123,9 @@ def main(
     ] = 0,
     backbone: Annotated[str, typer.Option(help="Backbone of the maps.")] = "tiny/convnext",
     layer: Annotated[str, typer.Option(help="Layer of the maps.")] = "last",
-    n_images: Annotated[int, typer.Option(help="Pictures, spread evenly over the data.")] = 5000,
+    n_images: Annotated[
+        int, typer.Option(help="Pictures, drawn at random; the last tenth is for the report.")
+    ] = 5000,
     n_latents: Annotated[int, typer.Option(help="Latents.")] = 512,
     k: Annotated[int, typer.Option(help="Codes of a cell that are not zero.")] = 8,
     n_steps: Annotated[int, typer.Option(help="Steps of 1,024 cells.")] = 4000,
@@ -135,10 +137,11 @@ def main(
         chosen = list(range(len(images)))
         if held_back_per_class and images.labels is not None:
             chosen = split_held_back(images.labels, held_back_per_class)[0]
-        chosen = chosen[:: max(1, len(chosen) // n_images)][:n_images]
+        order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(seed))
+        chosen = [chosen[i] for i in order[:n_images].tolist()]
         model = load_backbone(backbone, layer)
         cells = read_cells(model, images.pick(chosen))
-        held_out = cells[-len(cells) // 10 :]
+        held_out = cells[-(len(chosen) // 10) * (len(cells) // len(chosen)) :]
         sae = train_sae(
             cells[: -len(held_out)],
             n_latents=n_latents,

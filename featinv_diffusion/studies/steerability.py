@@ -176,6 +176,8 @@ class Trial:
         effect: mean RGB distance of the decoded pictures before and after.
         effect_null: of each random direction.
         carried: mean code of the new picture in the cells, as a share of the value.
+        carried_map: of the edited map itself, which an SAE need not encode to what it was set to:
+            the ceiling.
         carried_before: of the decoded picture before the edit.
         carried_null: of each random direction.
         example: a picture decoded before, after, and along a random direction.
@@ -189,6 +191,7 @@ class Trial:
     effect: Float[Tensor, " p"]
     effect_null: Float[Tensor, "r p"]
     carried: Float[Tensor, " p"]
+    carried_map: Float[Tensor, " p"]
     carried_before: Float[Tensor, " p"]
     carried_null: Float[Tensor, "r p"]
     example: Images
@@ -213,6 +216,7 @@ class Trial:
             "carried": self.carried.mean().item(),
             "carried_active": _mean(self.carried[self.active]),
             "carried_inactive": _mean(self.carried[~self.active]),
+            "carried_map": self.carried_map.mean().item(),
             "carried_before": self.carried_before.mean().item(),
             "carried_null_greatest": self.carried_null.mean(dim=1).max().item(),
             "seen": self.is_seen,
@@ -271,6 +275,7 @@ class _Lab:
             effect=effect[0],
             effect_null=effect[1:],
             carried=carried[0],
+            carried_map=concepts.encode(edited)[:, latent, cells].mean(dim=1) / value,
             carried_before=kept.mean(dim=1) / value,
             carried_null=carried[1:],
             example=torch.stack([shown[-1], after[p - 1], after[2 * p - 1]]),
