@@ -12,9 +12,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from featinv_diffusion.backbones import load_backbone
 from featinv_diffusion.concepts import SAEConcepts, load_concepts
-from featinv_diffusion.concepts.sae_files import read_sae
+from featinv_diffusion.concepts.sae_files import find_concepts_file, read_sae
 from featinv_diffusion.errors import InputError
+from featinv_diffusion.studies.concepts import check_concepts
 from tests.concepts.planted import make_generator
 
 WIDTH, N_LATENTS = 12, 40
@@ -425,3 +427,14 @@ def test_other_layouts_are_refused(tmp_path):
     torch.save(plain_state(), path)
     with pytest.raises(InputError, match="transcoder"):
         read_sae(path)
+
+
+def test_the_bundled_sae_is_of_the_bundled_backbone():
+    concepts = load_concepts("tiny/convnext-sae")
+    assert isinstance(concepts, SAEConcepts)
+    assert concepts.n_concepts == 512
+    assert concepts.report["energy"] > 0.7
+    backbone = load_backbone("tiny/convnext")
+    assert check_concepts("tiny/convnext-sae", backbone).spec == backbone.spec
+    path = find_concepts_file("tiny/convnext-sae")
+    assert path.stat().st_size < 1_000_000
