@@ -182,7 +182,13 @@ class SAEConcepts(ConceptDictionary):
         super().__init__(spec)
         self.sae: SparseAutoencoder | None = None
         self._encode_cells, self._decode_codes = encode, decode
-        n_latents = _try(encode, decode, spec.channels)
+        try:
+            n_latents = _try(encode, decode, spec.channels)
+        except (RuntimeError, IndexError, TypeError) as error:
+            raise InputError(
+                f"encode and decode must take float32 cells [n, {spec.channels}] and their codes, "
+                f"on the CPU too, but they failed: {str(error).splitlines()[0]}."
+            ) from error
         self._begin(n_latents, _linear(decode, n_latents))
 
     @classmethod

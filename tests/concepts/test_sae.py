@@ -121,6 +121,8 @@ def test_callables_that_do_not_fit_are_refused(tmp_path):
         SAEConcepts(encode, lambda codes: codes, SPEC)
     with pytest.raises(InputError, match="each cell by itself"):
         SAEConcepts(lambda cells: encode(cells - cells.mean(dim=0)), decode, SPEC)
+    with pytest.raises(InputError, match=r"must take float32 cells \[n, 10\]"):
+        SAEConcepts(nn.Linear(7, 3), decode, SPEC)
     with pytest.raises(InputError, match="finite"):
         SAEConcepts(lambda cells: encode(cells) / 0, decode, SPEC)
     with pytest.raises(InputError, match="cannot be saved"):
