@@ -170,7 +170,7 @@ def test_planted_directions_are_recovered():
     places = torch.rand(20_000, 48, generator=generator).argsort(dim=1)[:, :3]
     values = 1 + torch.rand(20_000, 3, generator=generator)
     cells = torch.zeros(20_000, 48).scatter(1, places, values) @ planted
-    sae = train_sae(cells, n_latents=64, k=3, n_steps=1500, batch_size=512, learning_rate=3e-3)
+    sae = train_sae(cells, n_latents=64, k=3, n_steps=900, batch_size=256, learning_rate=3e-3)
     cosine = nn.functional.normalize(sae.decoder, dim=1) @ planted.T
     best = cosine.amax(dim=0)
     assert (best > 0.95).double().mean() >= 0.9, best.sort().values
