@@ -244,6 +244,7 @@ class _Lab:
         self.inverter, self.concepts, self.survey = inverter, concepts, survey
         self.basis, self.seed, self.batch_size = basis, seed, batch_size
         self.seeds = [derive_seed(seed, Path(name).name, 0) for name in images.ids]
+        self.device = inverter.require_backbone().device
         self.unedited: dict[int, tuple[Tensor, Tensor]] = {}
 
     def test(self, latent: int, n_pictures: int, n_directions: int) -> Trial:
@@ -297,7 +298,7 @@ class _Lab:
     def _before(self, pictures: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
         """Returns the decoded unedited map of each picture, and what the backbone sees in it."""
         missing = [i for i in pictures if i not in self.unedited]
-        pairs = ((self.survey.features[i], self.seeds[i]) for i in missing)
+        pairs = ((self.survey.features[i].to(self.device), self.seeds[i]) for i in missing)
         found = []
         for batch in sample_maps(self.inverter, pairs, self.batch_size):
             found += zip(batch.images.cpu(), batch.features.cpu(), strict=True)
@@ -309,7 +310,8 @@ class _Lab:
     ) -> tuple[Images, Float[Tensor, " b"]]:
         """Returns decoded pictures, and the mean code of the latent in the cells of each."""
         images, codes = [], []
-        for batch in sample_maps(self.inverter, zip(maps, seeds, strict=True), self.batch_size):
+        pairs = zip(maps.to(self.device), seeds, strict=True)
+        for batch in sample_maps(self.inverter, pairs, self.batch_size):
             if not all(batch.finite):
                 raise InputError(not_finite(f"Latent {latent}", self.inverter))
             images.append(batch.images.cpu())
