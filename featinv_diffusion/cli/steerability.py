@@ -66,6 +66,7 @@ def steerability(
             n_latents=settings.n_latents,
             n_pictures=settings.n_pictures,
             n_directions=settings.n_directions,
+            dose=settings.dose,
             seed=sampling.seed,
             sae_format=sae_format,
             batch_size=sampling.batch_size,

@@ -85,6 +85,7 @@ class SteerabilitySettings:
     n_directions: int = option(
         9, "Random directions that each latent is compared with: chance is 1 in one more.", least=1
     )
+    dose: float = option(1.0, "Factor on the typical high value that each latent is set to.")
 
     def __post_init__(self) -> None:
         check(self)

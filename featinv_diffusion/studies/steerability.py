@@ -48,6 +48,7 @@ def steerability(
     n_latents: int | None = 30,
     n_pictures: int = 4,
     n_directions: int = 9,
+    dose: float = 1.0,
     seed: int = 0,
     sae_format: str = AUTO,
     batch_size: int = 8,
@@ -69,6 +70,7 @@ def steerability(
         n_latents: latents to test, drawn at random from those that are ever active; None is all.
         n_pictures: pictures to set each in, half of them where it is active.
         n_directions: random directions; without any effect, 1 in n_directions + 1 latents is seen.
+        dose: factor on the typical high value, above 0.
         seed: random seed of the draws and of the noise.
         sae_format: library that made a file of an SAE, see `concepts.sae_files.read_sae`.
         batch_size: samples per batch.
@@ -83,6 +85,8 @@ def steerability(
             "n_pictures must be at least 2, n_directions and n_latents at least 1, got "
             f"{n_pictures}, {n_directions} and {n_latents}."
         )
+    if not 0 < dose < float("inf"):
+        raise InputError(f"dose must be a number above 0, got {dose}.")
     dictionary = check_concepts(concepts, inverter.require_backbone(), sae_format)
     if set(dictionary.sizes) != {1}:
         raise InputError(
@@ -98,11 +102,11 @@ def steerability(
     chosen = alive[order[:n_latents]].sort().values.tolist()
     natural = open_scope(inverter).natural
     basis = fit_basis(survey.features) if natural is None else natural.density.basis
-    lab = _Lab(inverter, dictionary, images, survey, basis, seed, batch_size)
+    lab = _Lab(inverter, dictionary, images, survey, basis, dose, seed, batch_size)
     with advancing(inverter, len(chosen) * n_pictures * (1 + n_directions), progress):
         trials = [lab.test(latent, n_pictures, n_directions) for latent in chosen]
     return _report(
-        inverter, dictionary, images, survey, trials, n_directions, natural is not None, seed
+        inverter, dictionary, images, survey, trials, n_directions, natural is not None, dose, seed
     )
 
 
@@ -238,18 +242,19 @@ class _Lab:
         images: ImageSet,
         survey: _Survey,
         basis: CellBasis,
+        dose: float,
         seed: int,
         batch_size: int,
     ):
         self.inverter, self.concepts, self.survey = inverter, concepts, survey
-        self.basis, self.seed, self.batch_size = basis, seed, batch_size
+        self.basis, self.dose, self.seed, self.batch_size = basis, dose, seed, batch_size
         self.seeds = [derive_seed(seed, Path(name).name, 0) for name in images.ids]
         self.device = inverter.require_backbone().device
         self.unedited: dict[int, tuple[Tensor, Tensor]] = {}
 
     def test(self, latent: int, n_pictures: int, n_directions: int) -> Trial:
         survey, concepts = self.survey, self.concepts
-        top, value = survey.top(latent)[0], survey.value(latent)
+        top, value = survey.top(latent)[0], self.dose * survey.value(latent)
         cells = high_cells(concepts.encode(survey.features[[top]])[0, latent])
         pictures = self._draw(latent, n_pictures)
         features = survey.features[pictures]
@@ -339,6 +344,7 @@ def _report(
     trials: Sequence[Trial],
     n_directions: int,
     has_scope: bool,
+    dose: float,
     seed: int,
 ) -> Steerability:
     shares = {
@@ -358,12 +364,13 @@ def _report(
         "n_directions": n_directions,
         "chance": chance,
         "null": "span of the natural maps of the scope" if has_scope else "span of these pictures",
+        "dose": dose,
         "seed": seed,
         "shares": to_dicts(shares),
     }
     lines = [
         f"{n_alive} of {concepts.n_concepts} latents are active in {len(images)} pictures; "
-        f"{len(trials)} of them were set.",
+        f"{len(trials)} of them were set, to {dose:g} times their typical high value.",
         f"Seen: {_words(shares['seen'])} move the picture more than each of {n_directions} random "
         f"directions of the same length ({chance:.0%} would by chance).",
         f"Steerable: {_words(shares['steerable'])} come back with at least {CARRIED:.0%} of what "
