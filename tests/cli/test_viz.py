@@ -187,7 +187,7 @@ def test_a_latent_of_an_sae(featinv: Featinv, photos: Path, family: Path, monkey
     assert done.code == 2
     assert "--backbone and --layer" in done.err
     assert not Path("out").exists()
-    done = featinv("viz", photos / "a.png", *given, *common, "--backbone", "convnext")
+    done = featinv("viz", photos / "a.png", *given, *common, "--backbone", "tiny/convnext")
     assert (done.code, done.err) == (0, "")
     assert load()["concept"] == 7
     assert "6 of 6 pictures are identical" in featinv("replay", "out", "-o", "again").out
@@ -201,7 +201,7 @@ def test_steerability(featinv: Featinv, photos: Path, family: Path, monkeypatch)
     done = featinv("steerability", *given, *sizes, "--data", photos, "-o", "out")
     assert done.code == 2
     assert "--backbone and --layer" in done.err
-    arguments = [*given, *sizes, "--data", photos, "--backbone", "convnext", "-o", "out"]
+    arguments = [*given, *sizes, "--data", photos, "--backbone", "tiny/convnext", "-o", "out"]
     done = featinv("steerability", *arguments)
     assert done.code == 0, done.err
     assert "random directions" in done.out
