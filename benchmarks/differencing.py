@@ -76,8 +76,7 @@ def main() -> None:
     images, labels = read(arguments.train, 4000, 0, arguments.classes)
     grey = fine_tune(backbone, images, labels, arguments.steps, 0, grey=True)
     nulls = [
-        fine_tune(backbone, images, labels, arguments.steps, seed, grey=False)
-        for seed in (1, 2, 3)
+        fine_tune(backbone, images, labels, arguments.steps, seed, grey=False) for seed in (1, 2, 3)
     ]
     held, _ = read(arguments.data, arguments.n_images, 1, None)
     found = fi.compare_models(inverter, grey, held, fit_on=images[:200], nulls=nulls[:2])

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from featinv_diffusion.backbones import list_backbones, load_backbone, wrap_model, wrap_module
     from featinv_diffusion.backbones.base import Backbone
     from featinv_diffusion.class_embedding.study import TokenReading, read_tokens
-    from featinv_diffusion.concepts import ConceptDictionary
+    from featinv_diffusion.concepts import ConceptDictionary, SAEConcepts, load_concepts
     from featinv_diffusion.diffusion.featinv_controlnet import FeatureControlNet
     from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
     from featinv_diffusion.diffusion.hub import load_pipeline
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from featinv_diffusion.studies.interpolation import Interpolation, interpolate
     from featinv_diffusion.studies.operators import fit_operator
     from featinv_diffusion.studies.patching import Patching, patch_tokens
+    from featinv_diffusion.studies.steerability import Steerability, steerability
     from featinv_diffusion.studies.variability import Variability, variability
     from featinv_diffusion.types import FeatureMaps, FeatureSpec
 
@@ -60,8 +61,10 @@ _MODULES = {
     "Interpolation": "studies.interpolation",
     "Inverter": "inverters.base",
     "Operator": "features.operators",
+    "SAEConcepts": "concepts",
     "Samples": "runs.samples",
     "Patching": "studies.patching",
+    "Steerability": "studies.steerability",
     "TokenReading": "class_embedding.study",
     "Variability": "studies.variability",
     "compare_models": "studies.differencing",
@@ -74,12 +77,14 @@ _MODULES = {
     "list_backbones": "backbones",
     "list_inverters": "inverters.open",
     "load_backbone": "backbones",
+    "load_concepts": "concepts",
     "load_inverter": "inverters.open",
     "load_pipeline": "diffusion.hub",
     "patch_tokens": "studies.patching",
     "read_tokens": "class_embedding.study",
     "sample": "runs.samples",
     "show_concept": "studies.featinv_viz",
+    "steerability": "studies.steerability",
     "variability": "studies.variability",
     "wrap_model": "backbones",
     "wrap_module": "backbones",
@@ -103,7 +108,9 @@ __all__ = [
     "Inverter",
     "Operator",
     "Patching",
+    "SAEConcepts",
     "Samples",
+    "Steerability",
     "TokenReading",
     "Variability",
     "__version__",
@@ -117,12 +124,14 @@ __all__ = [
     "list_backbones",
     "list_inverters",
     "load_backbone",
+    "load_concepts",
     "load_inverter",
     "load_pipeline",
     "patch_tokens",
     "read_tokens",
     "sample",
     "show_concept",
+    "steerability",
     "variability",
     "wrap_model",
     "wrap_module",

@@ -66,8 +66,8 @@ GUIDANCE = ("text", "features")
 ATTENTION = ("native", "xformers")
 DTYPES = ("float32", "float16", "bfloat16")
 OF_PIPELINE = "the pipeline's"
-METHODS = ("mcd", "pca", "nmf", "kmeans", "directions")
-"""Ways to find concepts; `directions` takes them from a file."""
+METHODS = ("mcd", "pca", "nmf", "kmeans", "directions", "sae")
+"""Ways to find concepts; `directions` and `sae` take them from a file."""
 ENCODINGS = ("least_squares", "projection", "sparse")
 """Ways to split features over given directions."""
 AUTO = "auto"
@@ -392,19 +392,30 @@ class ConceptSettings:
         "Method that finds the concepts.",
         metavar="|".join(METHODS),
         choices=METHODS,
-        shown="mcd, or directions where a file is given",
+        shown="mcd, or directions or sae where a file is given",
     )
     n_concepts: str | None = option(
         None,
         "Number of concepts; auto takes the fewest that are half complete (mcd only).",
         metavar="K|auto",
-        shown="3, or all directions of a file",
+        shown="3, all directions of a file, or 6 latents of an SAE",
     )
     directions: str | None = option(
         None,
         "File with a matrix of one direction per row (CAVs, the decoder of an SAE): .npy, or "
         ".safetensors with `directions` and perhaps `offset`.",
         metavar="FILE",
+    )
+    sae: str | None = option(
+        None,
+        "Sparse autoencoder whose latents to take: a file of overcomplete, saev or ViT-Prisma, or "
+        "tiny/convnext-sae.",
+        metavar="FILE",
+    )
+    sae_format: str = option(
+        "auto",
+        "Library that made the file, and what it does not say: overcomplete:top_k=8.",
+        metavar="auto|overcomplete|saev|prisma[:…]",
     )
     encoding: str = option(
         "least_squares", "How features split over the directions of a file.", choices=ENCODINGS
@@ -419,6 +430,11 @@ class ConceptSettings:
     def __post_init__(self) -> None:
         check(self)
         number = self.number
+        if (self.resolved_method == "sae") != (self.sae is not None):
+            raise InputError(
+                "The method sae and the file of an SAE go together, got the method "
+                f"{self.resolved_method} with the file {self.sae or 'none'}."
+            )
         if (self.resolved_method == "directions") != (self.directions is not None):
             raise InputError(
                 "The method directions and a file of directions go together, got the method "
@@ -434,13 +450,17 @@ class ConceptSettings:
     @property
     def resolved_method(self) -> str:
         """The method, also where none was named."""
-        return self.method or ("mcd" if self.directions is None else "directions")
+        given = "mcd" if self.directions is None else "directions"
+        return self.method or (given if self.sae is None else "sae")
 
     @property
     def number(self) -> int | None:
-        """The number of concepts; None lets mcd choose, and keeps all directions of a file."""
+        """The number of concepts; None lets mcd choose, and keeps all directions of a file.
+
+        Of an SAE None keeps the 6 latents that matter most in the pictures.
+        """
         if self.n_concepts is None:
-            return None if self.resolved_method == "directions" else 3
+            return {"directions": None, "sae": 6}.get(self.resolved_method, 3)
         if self.n_concepts == AUTO:
             return None
         try:

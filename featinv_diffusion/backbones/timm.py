@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from dataclasses import replace
 from difflib import get_close_matches
@@ -75,10 +74,10 @@ def load_weights(model: nn.Module, path: Path) -> None:
             found: Any = load_file(path)
         else:
             found = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError) as error:
+    except Exception as error:  # whatever a damaged file makes the readers raise
         raise InputError(
             f"{path} must hold weights and nothing else, as safetensors or a file of torch.save, "
-            f"but cannot be read: {str(error).splitlines()[0]}"
+            f"but cannot be read: {reason_of(error)}."
         ) from None
     for key in ("state_dict_ema", "state_dict", "model"):
         if isinstance(found, dict) and isinstance(found.get(key), dict):

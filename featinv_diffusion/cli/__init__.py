@@ -25,6 +25,7 @@ COMMANDS = {
     "variability": "studies",
     "concepts": "concepts",
     "viz": "studies",
+    "steerability": "steerability",
     "replay": "replay",
     "evaluate": "evaluate",
     "classemb": "classemb",

@@ -39,7 +39,8 @@ def concepts(
 
     Writes the concepts for `featinv viz`, and beside them a figure (pictures that activate each
     concept most, with activation maps), a JSON file, a parquet table (one row per picture and
-    concept) and a manifest for `featinv replay`. Needs no pipeline.
+    concept) and a manifest for `featinv replay`. Needs no pipeline. With --sae the concepts are the
+    latents of a sparse autoencoder that matter most in the pictures.
     """
     from dataclasses import replace
 
@@ -85,6 +86,8 @@ def run(
             n_concepts=settings.n_concepts,
             directions=settings.directions,
             encoding=settings.encoding,
+            sae=settings.sae,
+            sae_format=settings.sae_format,
             max_cells=settings.max_cells,
             seed=settings.seed,
             batch_size=settings.batch_size,

@@ -31,6 +31,14 @@ PictureA = Annotated[
     Path, typer.Argument(metavar="A", help="A picture; the noise depends on its file name.")
 ]
 PictureB = Annotated[Path, typer.Argument(metavar="B", help="Another picture.")]
+SAEFormat = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|overcomplete|saev|prisma[:…]",
+        help="Library that made the file of an SAE, and what it does not say: "
+        "overcomplete:top_k=8.",
+    ),
+]
 Config = Annotated[
     str | None,
     typer.Option(

@@ -45,7 +45,13 @@ VERBS = {
         "featinv_viz",
         "show_concept",
         ("image", "concepts"),
-        {"concept": int, "factor": float, "film": Numbers, "n_directions": int},
+        {
+            "concept": int,
+            "factor": float,
+            "film": Numbers,
+            "sae_format": str,
+            "n_directions": int,
+        },
     ),
 }
 """By command; those of samples and of concepts have manifests of their own."""
@@ -134,6 +140,8 @@ def _replay_study(
 
     command = content["command"]
     verb = VERBS[command]
+    if verb.name == "show_concept":
+        content.setdefault("sae_format", "auto")  # of an earlier version
     kinds = {
         "seeds": Seeds,
         "figure": str,
@@ -175,6 +183,8 @@ def _replay_concepts(
         content["n_concepts"] = str(content["n_concepts"])
     if content.get("max_cells", "") is None:
         content["max_cells"] = 0
+    for name, value in (("sae", None), ("sae_format", "auto")):  # not in earlier versions
+        content.setdefault(name, value)
     kinds = {
         "folder": str,
         "images": list[str],

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from featinv_diffusion.cli import options
+from featinv_diffusion.errors import InputError
 from featinv_diffusion.settings import SampleSettings
 
 Picture = Annotated[
@@ -104,7 +105,11 @@ def viz(
     image: Picture,
     concepts: Annotated[
         Path,
-        typer.Option(metavar="FILE", help="File that `featinv concepts` wrote for the backbone."),
+        typer.Option(
+            metavar="FILE",
+            help="File that `featinv concepts` wrote for the backbone, or a sparse autoencoder: of "
+            "overcomplete, saev or ViT-Prisma, or tiny/convnext-sae.",
+        ),
     ],
     concept: Annotated[int, typer.Option(help="Index of the concept in that file, from 0.")] = 0,
     factor: Annotated[
@@ -118,6 +123,7 @@ def viz(
         int, typer.Option(help="Random directions that the concept is compared with.")
     ] = 3,
     *,
+    sae_format: options.SAEFormat = "auto",
     settings: SampleSettings,
     figure: options.FigureName = "figure.png",
     output: options.Output = Path("outputs/viz"),
@@ -134,7 +140,7 @@ def viz(
 
     factors = options.to_numbers("--film", film)
     check_factors(factor, factors)
-    settings = _with_backbone_of(settings, concepts)
+    settings = with_backbone_of(settings, concepts, sae_format)
     run_study(
         show_concept,
         settings,
@@ -145,21 +151,35 @@ def viz(
         concept=concept,
         factor=factor,
         film=factors,
+        sae_format=sae_format,
         n_directions=n_directions,
     )
 
 
-def _with_backbone_of(settings: SampleSettings, concepts: Path) -> SampleSettings:
+def with_backbone_of(
+    settings: SampleSettings, concepts: Path, sae_format: str = "auto"
+) -> SampleSettings:
     """Returns settings that name the backbone and layer of a file of concepts, where free.
 
     Raises:
-        InputError: no such file, or not one of concepts.
+        InputError: no such file, not one of concepts, or an SAE of another library where no
+            backbone is named.
     """
-    from featinv_diffusion.concepts import ConceptDictionary
+    from featinv_diffusion.concepts import ConceptDictionary, load_concepts
+    from featinv_diffusion.concepts.sae_files import find_concepts_file, is_own_file
     from featinv_diffusion.trust import refuse_code
 
-    spec = ConceptDictionary.load(concepts).spec
+    path = find_concepts_file(concepts)
     named = (settings.pipeline, settings.backbone) != (None, None) or settings.is_deterministic
+    is_foreign = sae_format != "auto" or not is_own_file(path)
+    if is_foreign:
+        load_concepts(path, sae_format=sae_format)
+        if not named:
+            raise InputError(
+                f"The SAE in {concepts} does not say which features it is of. Name the model that "
+                "it was trained on with --backbone and --layer, or --pipeline."
+            )
+    spec = None if is_foreign else ConceptDictionary.load(path).spec
     if spec is None or named:
         return settings
     name = refuse_code(spec.backbone, str(concepts))

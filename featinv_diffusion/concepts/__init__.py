@@ -10,6 +10,8 @@ from featinv_diffusion.concepts.factorisations import (
 )
 from featinv_diffusion.concepts.heads import PooledHead, make_head, read_head
 from featinv_diffusion.concepts.mcd import MCD
+from featinv_diffusion.concepts.sae import SAEConcepts, SparseAutoencoder
+from featinv_diffusion.concepts.sae_files import load_concepts
 
 __all__ = [
     "MCD",
@@ -20,6 +22,9 @@ __all__ = [
     "NMFConcepts",
     "PCAConcepts",
     "PooledHead",
+    "SAEConcepts",
+    "SparseAutoencoder",
+    "load_concepts",
     "make_head",
     "principal_angles",
     "read_head",

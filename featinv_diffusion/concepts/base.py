@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -283,6 +283,11 @@ class ConceptDictionary(ABC):
     # ---- Public methods
 
     @property
+    def is_linear(self) -> bool:
+        """Whether concepts are directions; only an SAE may have a decoder that is not linear."""
+        return True
+
+    @property
     def directions(self) -> Float[Tensor, "k c"]:
         """All concepts' directions, one concept's after the other's."""
         if self._directions is None:
@@ -334,18 +339,52 @@ class ConceptDictionary(ABC):
         Raises:
             InputError: no such concept.
         """
-        return self._part(self.encode(features), self._slice(concept))
+        return self._part(self._strengths(features), self._slice(concept))
 
     def parts(self, features: Features) -> Float[Tensor, "b n_concepts c h w"]:
         """Returns the parts of all concepts; takes n times the memory of the features."""
-        codes = self.encode(features)
+        codes = self._strengths(features)
         slices = map(self._slice, range(self.n_concepts))
         return torch.stack([self._part(codes, chosen) for chosen in slices], dim=1)
 
     def remainder(self, features: Features) -> Features:
         """Returns what no concept holds: features minus all parts."""
-        codes = self.encode(features)[:, : len(self.directions)]
+        codes = self._strengths(features)
         return features - _to_map(_from_map(codes) @ self.directions.to(codes), codes)
+
+    def edit(self, features: Features, codes: Float[Tensor, "b k h w"]) -> Features:
+        """Returns the features with other codes: f + Δc · d, so that what codes miss is kept.
+
+        Args:
+            codes: what `encode` gives, changed as wanted; unchanged codes give the very features.
+
+        Raises:
+            InputError: codes of another shape than `encode` gives.
+        """
+        change = codes.to(features) - self._checked(features, codes)
+        return features + _to_map(_from_map(change) @ self._decoder.to(change), change)
+
+    def set_code(
+        self,
+        features: Features,
+        concept: int,
+        value: float,
+        mask: Bool[Tensor, ...] | None = None,
+    ) -> Features:
+        """Returns the features with one concept's codes set to a value; see `edit`.
+
+        Args:
+            value: of each of the concept's codes.
+            mask: the cells to change, `[h, w]` or `[b, h, w]`; None is all.
+        """
+        codes = self.encode(features)
+        chosen = codes[:, self._slice(concept)]
+        wanted = torch.full_like(chosen, value)
+        if mask is not None:
+            cells = (mask if mask.ndim == 3 else mask[None])[:, None].to(codes.device)
+            wanted = torch.where(cells, wanted, chosen)
+        codes[:, self._slice(concept)] = wanted
+        return self.edit(features, codes)
 
     def activations(
         self, features: Features, scaling: Scaling = "image"
@@ -357,9 +396,7 @@ class ConceptDictionary(ABC):
             scaling: divided by the greatest ‖f‖ of the `image` (as published), by ‖f‖ of each
                 `cell`, or by nothing.
         """
-        codes = self.encode(features)
-        slices = map(self._slice, range(self.n_concepts))
-        norms = torch.stack([self._part(codes, s).norm(dim=1) for s in slices], dim=1)
+        norms = self._part_norms(features)
         if scaling == "none":
             return norms
         lengths = features.norm(dim=1, keepdim=True)
@@ -376,7 +413,7 @@ class ConceptDictionary(ABC):
         `logit − b = Σ_l mean_yx R_l(y, x)`.
         """
         direction = head.direction(class_index).to(features)
-        codes = self.encode(features)[:, : len(self.directions)]
+        codes = self._strengths(features)
         weighted = codes * (self.directions.to(features) @ direction)[:, None, None]
         shares = [weighted[:, self._slice(i)].sum(dim=1) for i in range(self.n_concepts)]
         total = torch.einsum("bchw,c->bhw", features, direction)
@@ -458,7 +495,8 @@ class ConceptDictionary(ABC):
         kind = ConceptDictionary.kinds[header["kind"]]
         dictionary = kind._rebuild(tensors, header["settings"], spec_from_json(header["spec"]))
         dictionary.report, dictionary.origin = header["report"], header.get("origin", {})
-        dictionary._set(tensors["directions"], header["sizes"], tensors.get("offset"))
+        if "directions" in tensors:
+            dictionary._set(tensors["directions"], header["sizes"], tensors.get("offset"))
         return dictionary
 
     @classmethod
@@ -491,6 +529,25 @@ class ConceptDictionary(ABC):
             raise InputError(f"The concept must lie in 0 … {self.n_concepts - 1}, got {concept}.")
         first = sum(self._sizes[:concept])
         return slice(first, first + self._sizes[concept])
+
+    def _strengths(self, features: Features) -> Float[Tensor, "b k h w"]:
+        """Returns the factor on each of the directions; only an SAE's differ from the codes."""
+        return self.encode(features)[:, : len(self.directions)]
+
+    def _checked(self, features: Features, codes: Tensor) -> Tensor:
+        """Returns the codes that the features have, of the same shape as the given ones."""
+        before = self.encode(features)
+        if codes.shape != before.shape:
+            raise InputError(
+                f"Codes of these features must have the shape {list(before.shape)}, "
+                f"got {list(codes.shape)}."
+            )
+        return before
+
+    def _part_norms(self, features: Features) -> Float[Tensor, "b n_concepts h w"]:
+        codes = self._strengths(features)
+        slices = map(self._slice, range(self.n_concepts))
+        return torch.stack([self._part(codes, s).norm(dim=1) for s in slices], dim=1)
 
     def _part(self, codes: Tensor, chosen: slice) -> Tensor:
         return _to_map(_from_map(codes[:, chosen]) @ self.directions[chosen].to(codes), codes)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float
@@ -20,6 +20,8 @@ from featinv_diffusion.errors import InputError
 from featinv_diffusion.images import center_square, to_tensor
 from featinv_diffusion.types import Features
 
+if TYPE_CHECKING:
+    
 FeatureEdit: TypeAlias = Callable[[Features], Features]
 """A function of features that returns others of the same shape and leaves its input unchanged."""
 
@@ -235,17 +237,36 @@ def high_cells(activation: Float[Tensor, "h w"]) -> CellMask:
 def random_like(
     change: Features, frame: Float[Tensor, "c k"], generator: torch.Generator
 ) -> Features:
-    """Returns a change in which each cell keeps its length and all cells point to one random side.
+    """Turns a change of maps to random directions: the null of an edit.
+
+    Each cell of the change keeps its length, and any two the angle between them as far as the
+    frame has directions for it, so that a change along one direction becomes one along a random
+    one.
 
     Args:
-        change: `[1, c, h, w]`.
-        frame: directions whose span is drawn from, each as long as data vary along it, such as
-            principal axes times their standard deviations.
+        change: `[b, c, h, w]`, edited minus unedited maps; all of them turn alike.
+        frame: directions whose span is drawn from, each as long as data vary along it: the axes of
+            natural maps times their standard deviations, or `frame_of_cells`.
         generator: on the CPU.
+
+    Raises:
+        InputError: a frame of another width.
     """
-    drawn = frame @ torch.randn(frame.shape[1], generator=generator).to(frame)
-    direction = (drawn / drawn.norm().clamp_min(1e-12)).to(change)
-    return change.norm(dim=1, keepdim=True) * direction[:, None, None]
+    b, c, h, w = change.shape
+    if len(frame) != c:
+        raise InputError(f"The frame must be one of {c} channels, got {len(frame)}.")
+    frame = frame.cpu().double()
+    cells = change.detach().cpu().double().permute(0, 2, 3, 1).reshape(-1, c)
+    codes, lengths, _ = torch.linalg.svd(cells, full_matrices=False)
+    rank = min(len(lengths), frame.shape[1])
+    noise = torch.randn(rank, frame.shape[1], generator=generator, dtype=torch.float64)
+    drawn = torch.linalg.qr(frame @ noise.T).Q
+    turned = (codes * lengths)[:, :rank] @ drawn.T
+    # A cell in directions that the frame has no room for goes along the first one.
+    tiny = 1e-9 * cells.norm(dim=1, keepdim=True)
+    turned = F.normalize(turned + tiny * drawn[:, 0], dim=1, eps=1e-300)
+    turned = turned * cells.norm(dim=1, keepdim=True)
+    return turned.reshape(b, h, w, c).permute(0, 3, 1, 2).to(change)
 
 
 def frame_of_cells(features: Features) -> Float[Tensor, "c n"]:

@@ -134,6 +134,16 @@ class Interval:
     n: int
 
 
+def share(n_true: int, n: int) -> Interval:
+    """Returns a share with its 95 % interval of Wilson (1927), which holds at 0 and 1 too."""
+    if not 0 <= n_true <= n or n < 1:
+        raise InputError(f"A share must be of at least one, got {n_true} of {n}.")
+    z, p = 1.959964, n_true / n
+    middle = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5
+    return Interval(p, max(0.0, middle - half), min(1.0, middle + half), n)
+
+
 def bootstrap_mean(
     values: Sequence[float] | np.ndarray | Tensor,
     *,

@@ -26,9 +26,12 @@ from featinv_diffusion.concepts import (
     NMFConcepts,
     PCAConcepts,
     PooledHead,
+    SAEConcepts,
+    load_concepts,
     read_head,
 )
 from featinv_diffusion.concepts.base import completeness, orthonormal_rows, read_directions
+from featinv_diffusion.concepts.sae_files import AUTO, find_concepts_file
 from featinv_diffusion.data.classes import find_class
 from featinv_diffusion.data.places import list_pictures
 from featinv_diffusion.errors import InputError
@@ -59,6 +62,8 @@ def find_concepts(
     n_concepts: int | str | None = None,
     directions: str | Path | None = None,
     encoding: str = "least_squares",
+    sae: SAEConcepts | str | Path | None = None,
+    sae_format: str = AUTO,
     max_cells: int | None = 20_000,
     seed: int = 42,
     batch_size: int = 32,
@@ -74,9 +79,13 @@ def find_concepts(
         target: name or index of the class that relevance is measured to; None is the one that
             most pictures are classified as.
         method: one of `settings.METHODS`; None is `mcd`, or `directions` where they are given.
-        n_concepts: None is 3, or all directions of a file; `auto` lets mcd choose.
+        n_concepts: None is 3, all directions of a file, or 6 latents of an SAE; `auto` lets mcd
+            choose.
         directions: file with a matrix of directions, see `concepts.base.read_directions`.
         encoding: how features split over such directions, see `DirectionConcepts`.
+        sae: a sparse autoencoder of these features, or its file, whose latents to take: those that
+            add most to the class, or without a class those of the greatest parts.
+        sae_format: library that made the file, see `concepts.sae_files.read_sae`.
         max_cells: cells that mcd draws where there are more, whose time grows with the square;
             None takes all.
         seed: random seed of whatever the method draws.
@@ -97,17 +106,25 @@ def find_concepts(
         n_concepts=None if n_concepts is None else str(n_concepts),
         directions=None if directions is None else str(Path(directions).absolute()),
         encoding=encoding,
+        sae=None if sae is None else _name_of(sae),
+        sae_format=sae_format,
         max_cells=max_cells or 0,
         seed=seed,
         batch_size=batch_size,
         device=str(backbone.device),
     )
-    concepts = _make(settings, backbone.spec)
+    concepts = (
+        _make(settings, backbone.spec) if sae is None else _open_sae(sae, backbone, sae_format)
+    )
     folder, items = _listed(pictures, folder)
     names, sources, features, logits = _encode(backbone, folder, items, batch_size)
     chosen = find_target(backbone, settings.target, logits)
     _fit(concepts, features, chosen, progress)
-    _arrange(concepts, settings.number, chosen)
+    if isinstance(concepts, SAEConcepts):
+        strengths = _strengths(concepts, features, chosen, batch_size)
+        concepts.keep_strongest(strengths, settings.number or concepts.n_concepts)
+    else:
+        _arrange(concepts, settings.number, chosen)
     concepts.origin = {
         "class_index": None if chosen is None else chosen.index,
         "class_name": None if chosen is None else chosen.name,
@@ -254,6 +271,36 @@ def _make(settings: ConceptSettings, spec: FeatureSpec) -> ConceptDictionary:
     return kinds[settings.resolved_method](n, seed=seed, spec=spec)
 
 
+def _name_of(sae: SAEConcepts | str | Path) -> str:
+    if isinstance(sae, SAEConcepts):
+        return "an SAE in memory"
+    return str(find_concepts_file(sae).absolute())
+
+
+def _open_sae(sae: SAEConcepts | str | Path, backbone: Backbone, sae_format: str) -> SAEConcepts:
+    """Returns an SAE of these features, of which latents can be chosen."""
+    concepts = check_concepts(sae, backbone, sae_format)
+    if not isinstance(concepts, SAEConcepts):
+        raise InputError(
+            f"{sae} must hold a sparse autoencoder, but it holds concepts of {concepts.kind}."
+        )
+    return concepts.copy()
+
+
+def _strengths(
+    concepts: SAEConcepts, features: Features, target: TargetClass | None, batch_size: int
+) -> Float[Tensor, " n_concepts"]:
+    """Returns what each latent adds to the class over all cells, or its energy without one."""
+    total = torch.zeros(concepts.n_concepts, dtype=torch.float64)
+    for batch in features.split(batch_size):
+        if target is not None and target.head is not None:
+            found = concepts.local_relevance(batch, target.head, target.index)[:, :-1]
+        else:
+            found = concepts.activations(batch, "none").square()
+        total += found.double().sum(dim=(0, 2, 3))
+    return total
+
+
 def _fit(
     concepts: ConceptDictionary, features: Features, target: TargetClass | None, progress: bool
 ) -> None:
@@ -336,10 +383,12 @@ class FoundConcepts:
 
     @property
     def _direction(self) -> Tensor | None:
-        return None if self.target is None else self.target.direction
+        known = self.target is not None and self.concepts.is_linear
+        return self.target.direction if self.target is not None and known else None
 
     def numbers(self) -> dict[str, Any]:
-        """Returns all figures; those of relevance are None where it is not defined.
+        """Returns all figures; those of relevance are None where it is not defined, as they are
+        for an SAE whose decoder is not linear.
 
         `relevance` is ‖w_l‖ of the split of the class's unit direction over the concepts,
         `completeness` ‖P w‖ / ‖w‖ of one concept by itself or of all, `energy` the share of the
@@ -362,6 +411,9 @@ class FoundConcepts:
             "concepts": [
                 {
                     "concept": k,
+                    **(
+                        {"latent": concepts.latents[k]} if isinstance(concepts, SAEConcepts) else {}
+                    ),
                     "dimensions": concepts.sizes[k],
                     "relevance": None if relevance is None else relevance[k],
                     "completeness": None
@@ -557,9 +609,17 @@ def _line(row: Sequence[str], widths: Sequence[int]) -> str:
 
 
 def check_concepts(
-    concepts: ConceptDictionary | FoundConcepts | str | Path, backbone: Backbone
+    concepts: ConceptDictionary | FoundConcepts | str | Path,
+    backbone: Backbone,
+    sae_format: str = AUTO,
 ) -> ConceptDictionary:
     """Returns concepts that were found on this backbone and layer, read from a file where named.
+
+    The file of an SAE of another library does not say what it was trained on, so it is taken for
+    one of this backbone and layer if it has their width.
+
+    Args:
+        sae_format: library that made the file, see `concepts.sae_files.read_sae`.
 
     Raises:
         InputError: no concepts, or those of another layer or other weights.
@@ -567,7 +627,7 @@ def check_concepts(
     what = "The concepts"
     if isinstance(concepts, str | Path):
         what = f"The concepts in {concepts}"
-        concepts = ConceptDictionary.load(concepts)
+        concepts = load_concepts(concepts, backbone.spec, sae_format)
     if isinstance(concepts, FoundConcepts):
         concepts = concepts.concepts
     mine, spec = concepts.spec, backbone.spec

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from featinv_diffusion.backbones import Backbone
 from featinv_diffusion.concepts import ConceptDictionary
+from featinv_diffusion.concepts.sae_files import AUTO, find_concepts_file
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.features import scale_part
 from featinv_diffusion.features.edits import CellMask, high_cells, to_pixels
@@ -56,6 +57,7 @@ def show_concept(
     concept: int = 0,
     factor: float = 0.25,
     film: Sequence[float] = (0, 0.5, 1, 1.5, 2),
+    sae_format: str = AUTO,
     n_directions: int = 3,
     n_samples: int = 8,
     seed: int = 0,
@@ -71,11 +73,13 @@ def show_concept(
 
     Args:
         picture: a picture or a feature map `[1, c, h, w]`; the noise depends on its file name.
-        concepts: of this backbone and layer: what `find_concepts` returns, a dictionary, or a file.
-        concept: index of the concept, from 0.
+        concepts: of this backbone and layer: what `find_concepts` returns, a dictionary, an SAE,
+            or a file of one of these.
+        concept: index of the concept, from 0; of an SAE the latent.
         factor: factor on the concept's part in the edit that the map shows (FeatInv, algorithm 1):
             0 removes it, 1 leaves it, 2 doubles it.
         film: further factors to sample.
+        sae_format: library that made a file of an SAE, see `concepts.sae_files.read_sae`.
         n_directions: random directions; they derive from the first seed.
         n_samples: samples of each map, at least 2; deterministic inverters make one.
         seed: random seed.
@@ -93,7 +97,7 @@ def show_concept(
         raise InputError(f"n_directions must be from 1 to {MAX_DIRECTIONS}, got {n_directions}.")
     backbone = inverter.require_backbone()
     path = concepts if isinstance(concepts, str | Path) else None
-    dictionary = check_concepts(concepts, backbone)
+    dictionary = check_concepts(concepts, backbone, sae_format)
     maps = read_maps(inverter, picture)
     seeds = choose_seeds(inverter, maps, seed, n_samples, seeds, least=2)
     source, features = maps.sources[0], maps.as_subclass(Tensor)
@@ -119,7 +123,8 @@ def show_concept(
         arguments={
             "seeds": seeds,
             "image": source.location,
-            "concepts": None if path is None else str(Path(path).absolute()),
+            "concepts": None if path is None else str(find_concepts_file(path).absolute()),
+            "sae_format": sae_format,
             "concept": concept,
             "factor": float(factor),
             "film": [float(each) for each in film],

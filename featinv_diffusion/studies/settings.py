@@ -81,6 +81,31 @@ class OperatorStudySettings:
 
 
 @dataclass(frozen=True)
+class SteerabilitySettings:
+    """How much of a dictionary is tested, and on which pictures; see `studies.steerability`."""
+
+    sampling: SampleSettings = nested(SampleSettings)
+    images: ImageChoice = nested(ImageChoice)
+    held_back_per_class: int = option(
+        0, "Only the last K images of each class, which training holds back.", least=0
+    )
+    n_images: int = option(
+        250, "Pictures in which activations are read, drawn as in `evaluate`.", least=2
+    )
+    n_latents: int = option(30, "Latents to test, drawn from those that are ever active.", least=1)
+    n_pictures: int = option(
+        4, "Pictures to set each latent in, half of them where it is active.", least=2
+    )
+    n_directions: int = option(
+        9, "Random directions that each latent is compared with: chance is 1 in one more.", least=1
+    )
+    dose: float = option(1.0, "Factor on the typical high value that each latent is set to.")
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True)
 class ScopeSettings:
     """How the statistics of natural feature maps are fitted; see `runs.scope`."""
 

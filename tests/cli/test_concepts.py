@@ -197,3 +197,56 @@ def test_places_that_cannot_be(featinv: Featinv, photos: Path):
     assert "ends in .safetensors" in featinv("concepts", photos, "-o", "out").err
     assert "no picture" in featinv("concepts", ".", "-o", "c.safetensors").err
     assert "there is nothing" in featinv("concepts", "none", "-o", "c.safetensors").err
+
+
+# ---- sparse autoencoders -------------------------------------------------------------------------
+
+
+def save_sae(name: str = "sae.pt") -> dict[str, torch.Tensor]:
+    """Writes the state dict of a TopKSAE of overcomplete for the 32 channels of the backbone."""
+    noise = torch.Generator().manual_seed(0)
+    state = {
+        "encoder.final_block.0.weight": torch.randn(48, 32, generator=noise),
+        "encoder.final_block.0.bias": torch.zeros(48),
+        "dictionary._weights": torch.nn.functional.normalize(
+            torch.randn(48, 32, generator=noise), dim=1
+        ),
+    }
+    torch.save(state, name)
+    return state
+
+
+def test_latents_of_an_sae_that_add_most_to_the_class(featinv: Featinv, photos: Path):
+    state = save_sae()
+    given = ["--sae", "sae.pt", "--sae-format", "overcomplete:top_k=5"]
+    done = run(featinv, photos, *given, "--class", 4, "--n-concepts", 3)
+    assert (done.code, done.err) == (0, "")
+    concepts = ConceptDictionary.load("out/c.safetensors")
+    features = features_of(photos)
+    cells = features.permute(0, 2, 3, 1).flatten(0, 2)
+    codes = (cells @ state["encoder.final_block.0.weight"].T).relu()
+    kept = torch.zeros_like(codes).scatter(1, codes.topk(5).indices, codes.topk(5).values)
+    direction = read_head(load_backbone("tiny/convnext")).direction(4)
+    gain = kept * (state["dictionary._weights"] @ direction)
+    head = read_head(load_backbone("tiny/convnext"))
+    scale = head.scale(features).repeat_interleave(64)[:, None]
+    assert concepts.latents == (gain * scale).sum(dim=0).topk(3).indices.tolist()
+    assert [row["latent"] for row in load("c.json")["concepts"]] == concepts.latents
+    assert torch.allclose(concepts.directions, state["dictionary._weights"][concepts.latents])
+    again = featinv("replay", "out/c.manifest.json", "-o", "again")
+    assert "The concepts are identical to" in again.out
+
+
+def test_an_sae_is_refused(featinv: Featinv, photos: Path):
+    save_sae()
+    done = run(featinv, photos, "--sae", "sae.pt")
+    assert done.code == 2
+    assert "overcomplete:top_k=K" in done.err
+    done = run(featinv, photos, "--sae", "sae.pt", "--method", "pca", "--n-concepts", 2)
+    assert done.code == 2
+    assert "go together" in done.err
+    given = ["--sae", "sae.pt", "--sae-format", "overcomplete:relu"]
+    done = run(featinv, photos, *given, "--layer", "stages.0")
+    assert done.code == 2
+    assert "reads 32" in done.err
+    assert not Path("out").exists()

@@ -18,6 +18,7 @@ from featinv_diffusion.inverters import reconstructor
 from featinv_diffusion.seeds import derive_seed
 from featinv_diffusion.types import FeatureSpec
 from tests.cli.conftest import Featinv, Outcome
+from tests.cli.test_concepts import save_sae
 from tests.inverters import encoders
 
 SEEDS = [derive_seed(3, "a.png", j) for j in range(2)]
@@ -175,3 +176,37 @@ def test_one_sample_is_too_few(featinv: Featinv, photos: Path, concepts: str):
     done = run(featinv, photos, n_samples=1)
     assert done.code == 2
     assert "n_samples must be at least 2" in done.err
+
+
+def test_a_latent_of_an_sae(featinv: Featinv, photos: Path, family: Path, monkeypatch):
+    monkeypatch.setattr(names, "ASSETS", family)
+    save_sae("c.pt")
+    given = ["--concepts", "c.pt", "--sae-format", "overcomplete:top_k=5", "--concept", 7]
+    common = ["--n-samples", 2, "--n-directions", 1, "--film", "1", "-o", "out"]
+    done = featinv("viz", photos / "a.png", *given, *common)
+    assert done.code == 2
+    assert "--backbone and --layer" in done.err
+    assert not Path("out").exists()
+    done = featinv("viz", photos / "a.png", *given, *common, "--backbone", "tiny/convnext")
+    assert (done.code, done.err) == (0, "")
+    assert load()["concept"] == 7
+    assert "6 of 6 pictures are identical" in featinv("replay", "out", "-o", "again").out
+
+
+def test_steerability(featinv: Featinv, photos: Path, family: Path, monkeypatch):
+    monkeypatch.setattr(names, "ASSETS", family)
+    save_sae()
+    given = ["--concepts", "sae.pt", "--sae-format", "overcomplete:top_k=5"]
+    sizes = ["--n-latents", 2, "--n-pictures", 2, "--n-directions", 1]
+    done = featinv("steerability", *given, *sizes, "--data", photos, "-o", "out")
+    assert done.code == 2
+    assert "--backbone and --layer" in done.err
+    arguments = [*given, *sizes, "--data", photos, "--backbone", "tiny/convnext", "-o", "out"]
+    done = featinv("steerability", *arguments)
+    assert done.code == 0, done.err
+    assert "random directions" in done.out
+    table = parquet.read_table("out/steerability.parquet").to_pylist()
+    assert len(table) == 48
+    assert sum(row["tested"] for row in table) == 2
+    assert load("metrics")["shares"]["seen"]["n"] == 2
+    assert Path("out/steerability.png").is_file()

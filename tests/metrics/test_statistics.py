@@ -21,6 +21,7 @@ from featinv_diffusion.metrics import (
     bootstrap_mean,
     bootstrap_statistic,
 )
+from featinv_diffusion.metrics.statistics import share
 
 
 def test_bootstrap_of_three_values_is_that_of_all_27_draws():
@@ -190,3 +191,13 @@ def test_moments_refuse_what_is_no_feature():
     moments.update(torch.zeros(1, 5))
     with pytest.raises(InputError, match="at least 2 images, got 1"):
         _ = moments.covariance
+
+
+def test_the_interval_of_a_share_is_that_of_wilson():
+    found = share(3, 10)
+    assert (found.value, found.n) == (0.3, 10)
+    for end in (found.low, found.high):  # where |p − share| is z standard errors at p
+        assert abs(end - 0.3) == pytest.approx(1.959964 * (end * (1 - end) / 10) ** 0.5)
+    assert share(0, 10).low == 0 < share(0, 10).high < 0.31
+    with pytest.raises(InputError, match="at least one"):
+        share(0, 0)

