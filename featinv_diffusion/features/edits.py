@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Bool, Float
@@ -20,8 +20,6 @@ from featinv_diffusion.errors import InputError
 from featinv_diffusion.images import center_square, to_tensor
 from featinv_diffusion.types import Features
 
-if TYPE_CHECKING:
-    
 FeatureEdit: TypeAlias = Callable[[Features], Features]
 """A function of features that returns others of the same shape and leaves its input unchanged."""
 

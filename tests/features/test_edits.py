@@ -229,31 +229,28 @@ def test_edits_keep_the_dtype():
 
 def test_random_changes_keep_lengths_and_angles_and_lie_in_the_natural_span():
     basis = fit_basis(natural.make_maps(200, seed=1))
+    frame = basis.axes * basis.std
     change = torch.randn(3, natural.CHANNELS, *natural.GRID, generator=make_generator())
     change[1:] = change[1:, :2].sum(dim=1, keepdim=True) * change[:1, :, :1, :1]  # one direction
-    turned = random_like(change[1:], basis.axes * basis.std, make_generator(1))
+    turned = random_like(change[1:], frame, make_generator(1))
     torch.testing.assert_close(turned.norm(dim=1), change[1:].norm(dim=1))
     cells = turned.permute(0, 2, 3, 1).flatten(0, 2)
     assert torch.linalg.matrix_rank(cells, rtol=1e-4) == 1
     off = cells - cells @ basis.axes @ basis.axes.T
     assert off.norm() <= 1e-4 * cells.norm()
-    assert torch.equal(turned, random_like(change[1:], basis.axes * basis.std, make_generator(1)))
-    assert not torch.allclose(
-        turned, random_like(change[1:], basis.axes * basis.std, make_generator(2))
-    )
-    every = random_like(change[:1], basis.axes * basis.std, make_generator(1))
+    assert torch.equal(turned, random_like(change[1:], frame, make_generator(1)))
+    assert not torch.allclose(turned, random_like(change[1:], frame, make_generator(2)))
+    every = random_like(change[:1], frame, make_generator(1))
     torch.testing.assert_close(every.norm(dim=1), change[:1].norm(dim=1))
-    assert not random_like(torch.zeros_like(change), basis.axes * basis.std, make_generator()).any()
+    assert not random_like(torch.zeros_like(change), frame, make_generator()).any()
 
 
 def test_random_directions_vary_as_natural_cells_do():
     basis = fit_basis(natural.make_maps(200, seed=1))
+    frame = basis.axes * basis.std
     change = torch.zeros(1, natural.CHANNELS, 1, 1)
     change[:, 0] = 1.0
-    drawn = [
-        random_like(change, basis.axes * basis.std, make_generator(seed)).flatten()
-        for seed in range(2000)
-    ]
+    drawn = [random_like(change, frame, make_generator(seed)).flatten() for seed in range(2000)]
     found = (torch.stack(drawn) @ basis.axes).square().mean(dim=0)
     noise = torch.randn(20_000, len(basis.std), generator=make_generator()) * basis.std
     expected = (noise / noise.norm(dim=1, keepdim=True)).square().mean(dim=0)
