@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from featinv_diffusion.cli import terminal
+from featinv_diffusion.cli import options, terminal
 from featinv_diffusion.cli.command_line import command_line
 
 # ---- `featinv convert`: checkpoints of the original code to pipeline folders, and back -----------
@@ -134,6 +134,7 @@ def _to_checkpoint(source: str, out: Path) -> None:
     from featinv_diffusion.diffusion.hub import load_pipeline
     from featinv_diffusion.runs.record import reserved
 
+    options.check_file(out)
     with reserved(out, is_file=True):
         config_path = write_original(load_pipeline(source), out)
     typer.echo(f"Wrote {out} and {config_path}.")
