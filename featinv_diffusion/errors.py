@@ -16,10 +16,8 @@ def choices_hint(name: str, choices: list[str]) -> str:
     return (f"did you mean {near[0]!r}? " if near else "") + f"Choices: {', '.join(choices)}."
 
 
-OFFLINE = (
-    "The Hugging Face Hub cannot be reached. Check the network and HF_HUB_OFFLINE, or name a "
-    "folder or file of this machine"
-)
+UNREACHABLE = "The Hugging Face Hub cannot be reached. Check the network and HF_HUB_OFFLINE"
+OFFLINE = f"{UNREACHABLE}, or name a folder or file of this machine"
 
 
 def reason_of(error: BaseException) -> str:

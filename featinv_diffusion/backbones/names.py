@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -120,8 +121,11 @@ def read_spec(
     """Reads a `FeatureSpec` from the fields that a file holds.
 
     Raises:
-        InputError: fields that are missing or of another type.
+        InputError: fields that are missing, unknown or of another type.
     """
+    known = [field.name for field in dataclasses.fields(FeatureSpec)]
+    if isinstance(fields, Mapping) and (odd := sorted(map(str, fields.keys() - set(known)))):
+        raise InputError(f"In {source}: {odd[0]!r} is none of {', '.join(known)}.")
     spec: FeatureSpec = schema.convert(fields, FeatureSpec, source)
     return replace(spec, backbone=recorded_name(spec.backbone))
 

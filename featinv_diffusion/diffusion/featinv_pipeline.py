@@ -421,12 +421,12 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
         feature_edit: Callable[[torch.Tensor], torch.Tensor] | None = None,
         prompt: str | Sequence[str] | None = None,
         negative_prompt: str | Sequence[str] = "",
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
+        num_inference_steps: int | np.integer | None = None,
+        guidance_scale: float | np.floating | None = None,
         guidance: str | None = None,
-        controlnet_conditioning_scale: float | Sequence[float] = 1.0,
-        num_images_per_prompt: int = 1,
-        eta: float = 0.0,
+        controlnet_conditioning_scale: float | np.floating | Sequence[float] = 1.0,
+        num_images_per_prompt: int | np.integer = 1,
+        eta: float | np.floating = 0.0,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         prompt_embeds: torch.Tensor | None = None,
@@ -531,7 +531,10 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
         return ImagePipelineOutput(images=output) if return_dict else (output,)
 
     def _defaults(
-        self, steps: int | None, scale: float | None, guidance: str | None
+        self,
+        steps: int | np.integer | None,
+        scale: float | np.floating | None,
+        guidance: str | None,
     ) -> tuple[int, float, str]:
         n_steps: int = self.config["default_num_inference_steps"] if steps is None else steps
         s: float = self.config["default_guidance_scale"] if scale is None else scale

@@ -28,7 +28,14 @@ from featinv_diffusion.diffusion.folders import (
     read_card_info,
     write_model_card,
 )
-from featinv_diffusion.errors import InputError, choices_hint, reason_of, what_is_at
+from featinv_diffusion.errors import (
+    UNREACHABLE,
+    InputError,
+    choices_hint,
+    is_unreachable,
+    reason_of,
+    what_is_at,
+)
 from featinv_diffusion.files import new_folder
 from featinv_diffusion.schema import read_text
 
@@ -242,4 +249,5 @@ def _explain(error: Exception, repo: str, purpose: str) -> str:
             f"The Hub repository {repo} could not {purpose}: the Hub refused (status {status}). "
             "Log in with `hf auth login`, or set HF_TOKEN to a token that may do this."
         )
-    return f"The Hub repository {repo} could not {purpose}: {reason_of(error)}."
+    reason = UNREACHABLE if is_unreachable(error) else reason_of(error)
+    return f"The Hub repository {repo} could not {purpose}: {reason}."

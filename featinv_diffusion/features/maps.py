@@ -174,12 +174,7 @@ def spec_of(path: str | Path) -> FeatureSpec | None:
 
 
 def _to_spec(path: Path, fields: Mapping[str, Any]) -> FeatureSpec:
-    try:
-        return read_spec(fields)
-    except (TypeError, KeyError) as error:
-        raise InputError(
-            f"{path} must declare a whole feature spec, but does not: {error}."
-        ) from None
+    return read_spec(fields, f"the spec in {path}")
 
 
 def _check_spec(path: Path, features: Tensor, header: MapsHeader, spec: FeatureSpec) -> None:

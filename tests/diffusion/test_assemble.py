@@ -53,7 +53,7 @@ def test_assemble_refuses_what_does_not_fit(pipeline, base, backbone_name, tmp_p
     tiny.make_backbone(dims=(8, 16, 24, 40)).save_pretrained(other)
     with pytest.raises(InputError, match=r"32×8×8, but the features are .*40×8×8"):
         assemble(tmp_path / "net", base, f"hf/{other}")
-    with pytest.raises(InputError, match="there is none at"):
+    with pytest.raises(InputError, match="there is nothing at"):
         assemble(tmp_path / "nothing", base, backbone_name)
     with pytest.raises(InputError, match=r"must hold a FeatureControlNet, but .*UNet2DCondition"):
         assemble(base / "unet", base, backbone_name)

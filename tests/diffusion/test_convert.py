@@ -339,7 +339,7 @@ def test_an_unknown_setting_in_our_part_of_the_yaml_is_refused(parts, tmp_path):
         read_original(tmp_path / "m.safetensors", tmp_path / "m.yaml", tokenizer=None)
     config.extras["pipeline"], config.extras["feature_spec"] = {}, {"backbone": "resnet"}
     save_yaml(config, tmp_path / "m.yaml")
-    with pytest.raises(InputError, match="feature_spec of the YAML must be complete"):
+    with pytest.raises(InputError, match="missing required field `layer`"):
         read_original(tmp_path / "m.safetensors", tmp_path / "m.yaml", tokenizer=None)
 
 

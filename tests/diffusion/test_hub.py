@@ -264,7 +264,8 @@ def test_push_refuses_pickles_and_folders_that_do_not_load(copied):
 
 
 def test_push_without_a_network_says_so(copied):
-    with pytest.raises(InputError, match=r"user/name could not be written to: .*offline mode"):
+    words = r"user/name could not be written to: .*cannot be reached. .*HF_HUB_OFFLINE\.$"
+    with pytest.raises(InputError, match=words):
         push_folder(copied, "user/name")
 
 
@@ -298,7 +299,7 @@ def replace_class(path: Path) -> None:
     [
         ("model_index.json", Path.unlink, "model_index.json is missing"),
         ("model_index.json", lambda p: p.write_text("{"), "must hold JSON"),
-        ("model_index.json", lambda p: p.write_text("[]"), "Expected `object`, got `array`"),
+        ("model_index.json", lambda p: p.write_text("[]"), "group of named values"),
         ("model_index.json", replace_class, "must hold a FeatInvPipeline, but .*StableDiffusion"),
         ("unet/config.json", Path.unlink, "unet/config.json is missing"),
         ("unet/diffusion_pytorch_model.safetensors", Path.unlink, "unet/diff.* is missing"),

@@ -460,7 +460,7 @@ def test_a_file_holds_it_bit_for_bit(method, dtype, tmp_path: Path):
 
 
 def test_files_that_are_no_operators(tmp_path: Path):
-    with pytest.raises(InputError, match="but none is at"):
+    with pytest.raises(InputError, match="but there is nothing at"):
         Operator.load(tmp_path / "nothing")
     (tmp_path / "text").write_text("no tensors")
     with pytest.raises(InputError, match="featinv operator fit"):

@@ -152,7 +152,7 @@ def test_weights_that_do_not_fit_are_refused(saved, tmp_path: Path, damage, word
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda config: [config], "must hold a JSON object"),
+        (lambda config: [config], "group of named values"),
         (lambda config: config | {"encoder_hidden_size": "a"}, "could not be read"),
         (lambda config: config | {"_class_name": "AutoencoderKL"}, "is of class AutoencoderKL"),
     ],

@@ -166,7 +166,7 @@ def test_other_channels_and_a_feedforward_that_is_no_multiple() -> None:
     [
         ({"n_heads": 3}, "features, got 3"),
         ({"spec": replace(encoders.SPEC, kind="tokens", grid=(64, 1))}, "must read a map"),
-        ({"spec": replace(encoders.SPEC, grid=(0, 0))}, r"spec\.grid .* at least 1, got 0"),
+        ({"spec": replace(encoders.SPEC, grid=(0, 0))}, r"grid\[0\] must be a whole number >= 1"),
         ({"image_size": (64,)}, r"image_size must be 2 whole numbers, got \(64,\)"),
         ({"depth": -1}, "depth .* at least 0, got -1"),
         ({"n_heads": 0}, "n_heads .* at least 1, got 0"),
@@ -252,14 +252,14 @@ def without_spec(config: dict) -> dict:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda config: [config], "must hold a JSON object, got a list"),
+        (lambda config: [config], "group of named values"),
         (without_spec, "'spec'"),
         (lambda config: config | {"spec": None}, "could not be read"),
         (lambda config: config | {"image_size": 64}, "could not be read"),
         (lambda config: config | {"image_size": [64]}, r"2 whole numbers, got \[64\]"),
         (lambda config: config | {"mean": None}, "could not be read"),
         (lambda config: config | {"depth": "2"}, "could not be read"),
-        (lambda config: config | {"spec": config["spec"] | {"grid": [0, 0]}}, r"spec\.grid"),
+        (lambda config: config | {"spec": config["spec"] | {"grid": [0, 0]}}, r"grid\[0\]"),
         (lambda config: config | {"spec": config["spec"] | {"colour": 1}}, "colour"),
         (lambda config: config | {"depth": 3}, r"12 are missing, blocks\.2"),
         (lambda config: config | {"depth": 1}, r"12 are unexpected, blocks\.1"),

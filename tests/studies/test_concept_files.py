@@ -202,7 +202,7 @@ def test_they_are_saved_in_a_folder_or_under_a_name(tmp_path, backbone):
     ("arguments", "words"),
     [
         ({"method": "mdc"}, "did you mean 'mcd'"),
-        ({"n_concepts": 0}, "at least 1"),
+        ({"n_concepts": 0}, "from 1 to 4096"),
         ({"n_concepts": "some"}, "a number or auto"),
         ({"method": "pca", "n_concepts": "auto"}, "only mcd chooses"),
         ({"method": "directions"}, "go together"),
@@ -216,7 +216,7 @@ def test_what_cannot_be_found(backbone, arguments, words):
 
 
 def test_no_pictures(tmp_path, backbone, caplog):
-    with pytest.raises(InputError, match="there is none"):
+    with pytest.raises(InputError, match="there is nothing"):
         find_concepts(backbone, tmp_path / "none")
     (tmp_path / "a.png").write_text("hello")
     with pytest.raises(InputError, match="a picture that can be read, but holds none"):
