@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import PIL.Image
@@ -44,6 +44,8 @@ from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedModel
 
 logger = logging.get_logger(__name__)
 
+Whole: TypeAlias = int | np.integer
+Number: TypeAlias = float | np.floating | np.integer | torch.Tensor
 SCOPE_FILE = "scope.safetensors"
 SCHEDULERS_THAT_WORK = "DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler"
 GUIDANCE = ("text", "features")
@@ -421,12 +423,12 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
         feature_edit: Callable[[torch.Tensor], torch.Tensor] | None = None,
         prompt: str | Sequence[str] | None = None,
         negative_prompt: str | Sequence[str] = "",
-        num_inference_steps: int | np.integer | None = None,
-        guidance_scale: float | np.floating | None = None,
+        num_inference_steps: Whole | None = None,
+        guidance_scale: Number | None = None,
         guidance: str | None = None,
-        controlnet_conditioning_scale: float | np.floating | Sequence[float] = 1.0,
-        num_images_per_prompt: int | np.integer = 1,
-        eta: float | np.floating = 0.0,
+        controlnet_conditioning_scale: Number | Sequence[float] = 1.0,
+        num_images_per_prompt: Whole = 1,
+        eta: Number = 0.0,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         prompt_embeds: torch.Tensor | None = None,
@@ -564,7 +566,7 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
         for name in tensor_inputs:
             _check_choice("a callback's tensor input", name, self._callback_tensor_inputs)
 
-    def _strengths(self, scale: float | Sequence[float]) -> list[float]:
+    def _strengths(self, scale: Number | Sequence[float]) -> list[float]:
         n_residuals = len(self.controlnet.controlnet_down_blocks) + 1
         if np.ndim(scale) == 0:  # a number of Python, NumPy or torch
             return [float(scale)] * n_residuals  # pyright: ignore[reportArgumentType]
@@ -575,7 +577,7 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
             )
         return [float(s) for s in scale]
 
-    def _step_kwargs(self, eta: float, generator: Any) -> dict[str, Any]:
+    def _step_kwargs(self, eta: Number, generator: Any) -> dict[str, Any]:
         accepted = inspect.signature(self.scheduler.step).parameters
         kwargs: dict[str, Any] = {}
         if "eta" in accepted:
