@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from threading import Timer
 from types import FrameType
 from typing import NoReturn
 
@@ -20,14 +21,16 @@ from featinv_diffusion.errors import OFFLINE, InputError, is_unreachable
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 INTERRUPTED, TERMINATED = 130, 143
+SWALLOWED = 5.0
+"""Seconds after which a signal that did not end the run is sent again."""
 
 
 class Stopped(BaseException):
     """Ctrl-C or SIGTERM; no `KeyboardInterrupt`, of which typer makes an exit code of its own."""
 
-    def __init__(self, code: int):
+    def __init__(self, code: int, again: Timer | None = None):
         super().__init__(code)
-        self.code = code
+        self.code, self.again = code, again
 
 
 def run(program: Callable[[], object]) -> None:
@@ -57,6 +60,8 @@ def run(program: Callable[[], object]) -> None:
             raise
         _stop(f"{OFFLINE}.")
     except Stopped as stopped:
+        if stopped.again is not None:
+            stopped.again.cancel()
         _stop("The run was stopped; nothing is left half-written.", stopped.code)
 
 
@@ -121,7 +126,11 @@ def _catch_signals() -> None:
         code = TERMINATED if number == signal.SIGTERM else INTERRUPTED
         if os.getpid() != owner:  # a data worker, which its parent ends
             os._exit(code)
-        raise Stopped(code)
+        # A callback of a library, such as a destructor, may swallow the exception.
+        again = Timer(SWALLOWED, os.kill, (owner, number))
+        again.daemon = True
+        again.start()
+        raise Stopped(code, again)
 
     with suppress(ValueError):  # outside the main thread nothing can be caught
         signal.signal(signal.SIGTERM, stop)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
+from msgspec import Meta
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from featinv_diffusion import schema
 from featinv_diffusion.backbones.names import read_spec
 from featinv_diffusion.concepts.heads import PooledHead
 from featinv_diffusion.errors import InputError, choices_hint, what_is_at
@@ -236,6 +238,18 @@ def orthogonalise(
 
 
 Scaling = Literal["image", "cell", "none"]
+
+
+@dataclass(frozen=True)
+class _Header:
+    """The schema of a file of concepts."""
+
+    kind: str
+    sizes: list[Annotated[int, Meta(ge=1)]]
+    settings: dict[str, Any]
+    spec: dict[str, Any] | None
+    report: Any
+    origin: dict[str, Any] = field(default_factory=dict)
 
 
 class ConceptDictionary(ABC):
@@ -486,17 +500,30 @@ class ConceptDictionary(ABC):
         Raises:
             InputError: no such file, or not one of concepts.
         """
-        tensors, header = read_concepts(Path(path))
-        if header["kind"] not in ConceptDictionary.kinds:
-            hint = choices_hint(header["kind"], sorted(ConceptDictionary.kinds))
+        tensors, content = read_concepts(Path(path))
+        header: _Header = schema.convert(content, _Header, f"{path} (its header)")
+        if header.kind not in ConceptDictionary.kinds:
+            hint = choices_hint(header.kind, sorted(ConceptDictionary.kinds))
             raise InputError(
-                f"{path} must hold a known kind of concepts, got {header['kind']!r}; {hint}"
+                f"{path} must hold a known kind of concepts, got {header.kind!r}; {hint}"
             )
-        kind = ConceptDictionary.kinds[header["kind"]]
-        dictionary = kind._rebuild(tensors, header["settings"], spec_from_json(header["spec"]))
-        dictionary.report, dictionary.origin = header["report"], header.get("origin", {})
+        kind = ConceptDictionary.kinds[header.kind]
+        try:
+            dictionary = kind._rebuild(tensors, header.settings, spec_from_json(header.spec))
+        except (TypeError, KeyError) as error:
+            raise InputError(
+                f"{path} must hold the settings of {header.kind} concepts: {error}."
+            ) from None
+        dictionary.report, dictionary.origin = header.report, header.origin
         if "directions" in tensors:
-            dictionary._set(tensors["directions"], header["sizes"], tensors.get("offset"))
+            directions, offset = tensors["directions"], tensors.get("offset")
+            fits = directions.ndim == 2 and sum(header.sizes) == len(directions)
+            if not fits or (offset is not None and offset.shape != directions.shape[1:]):
+                raise InputError(
+                    f"{path} must hold a direction for each of its {sum(header.sizes)} axes, got "
+                    f"an array of the shape {list(directions.shape)}."
+                )
+            dictionary._set(directions, header.sizes, offset)
         return dictionary
 
     @classmethod

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from featinv_diffusion.backbones import Backbone, wrap_model
 from featinv_diffusion.backbones.base import weights_sha256
 from featinv_diffusion.concepts import ConceptDictionary, DirectionConcepts
-from featinv_diffusion.concepts.base import read_directions
+from featinv_diffusion.concepts.base import read_directions, write_concepts
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.studies.concepts import check_concepts, find_concepts, find_target
 from tests import tiny
@@ -222,3 +222,27 @@ def test_no_pictures(tmp_path, backbone, caplog):
     with pytest.raises(InputError, match="a picture that can be read, but holds none"):
         find_concepts(backbone, tmp_path)
     assert "A picture is left out" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda header: header.pop("kind"),
+        lambda header: header.update(kind=3),
+        lambda header: header.update(kind="nothing"),
+        lambda header: header.update(sizes=[5]),
+        lambda header: header.update(sizes="many"),
+        lambda header: header.update(settings={"nosuch": 1}),
+        lambda header: header.update(spec={"backbone": "x"}),
+    ],
+)
+def test_a_damaged_header_is_refused(tmp_path, damage):
+    path = tmp_path / "c.safetensors"
+    header = {"kind": "directions", "sizes": [1, 1], "settings": {}, "spec": None, "report": {}}
+    header["origin"] = {}
+    write_concepts(path, {"directions": torch.eye(2, 4)}, header)
+    assert ConceptDictionary.load(path).n_concepts == 2
+    damage(header)
+    write_concepts(path, {"directions": torch.eye(2, 4)}, header)
+    with pytest.raises(InputError, match=r"c\.safetensors|description of the features"):
+        ConceptDictionary.load(path)
