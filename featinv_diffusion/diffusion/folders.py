@@ -32,6 +32,7 @@ from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
 from featinv_diffusion.diffusion.objective import make_scheduler
 from featinv_diffusion.errors import InputError, reason_of, what_is_at
 from featinv_diffusion.files import write_text
+from featinv_diffusion.trust import FACTORY
 from featinv_diffusion.types import FeatureSpec
 
 # ---- Model cards ----
@@ -526,7 +527,8 @@ def assemble(
             f"The ControlNet in {controlnet} must declare which backbone it reads, as feature_spec "
             "in its config, but does not. Name the backbone."
         )
-    model = load_backbone_component(name)
+    # A backbone that code makes stays with its user, who names it where the pipeline is opened.
+    model = None if FACTORY.fullmatch(name) else load_backbone_component(name)
     if model is not None and spec is not None:
         check_backbone(model, spec)
     _check_base(Path(base))

@@ -506,9 +506,9 @@ class Edited(Result):
             return f"{self._edits()} changes nothing in this map."
         found, n = self.main_figures(), len(self.nulls)
         above = found["n_null_above"]["rgb"]
-        verdict = (
-            "more than all" if above == 0 else f"no more than {above}"
-        ) + f" of {n} random edits of the same size"
+        verdict = f"more than each of {n} random edits of the same size does"
+        if above:
+            verdict = f"and {above} of {n} random edits of the same size do as much or more"
         parts = [
             f"{self._edits()} changes the map by {self.size:.0%} of its length and the pictures by "
             f"{found['effect']['rgb']:.3f} in mean RGB, {verdict} ({found['null']['rgb']:.3f} on "

@@ -260,7 +260,12 @@ class Patching(Result):
             2,
             4 if has_class else 3,
             f"Cells of {self.arguments['at']} that come from B",
-            [settings_line(self.settings), self.summary()],
+            [
+                settings_line(self.settings),
+                self.summary(),
+                "Maps by cell: change of the picture; absolute change of the class probability, "
+                "from 0 to the greatest of the two maps.",
+            ],
             right=0.75,
             after_first=0.22,
         )
@@ -285,9 +290,9 @@ class Patching(Result):
             if values is None:
                 continue
             axes = board.tile_axes(figure, row, 3)
-            lowest = max(float(-m.min()) for m, _ in pairs if m is not None)
-            figures.show_map(axes, -values, 0, max(lowest, 1e-3))
+            highest = max(float(m.abs().max()) for m, _ in pairs if m is not None)
+            figures.show_map(axes, values.abs(), 0, max(highest, 1e-3))
             figures.label(axes, f"class, {name}")
-            figures.caption(axes, f"mean {values.mean().item():+.3f}")
+            figures.caption(axes, f"up to {values.abs().max().item():.2f}")
         figures.add_colour_bar(board, figure, 0, image, "mean |ΔRGB|")
         return figure
