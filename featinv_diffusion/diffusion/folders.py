@@ -11,6 +11,7 @@ import diffusers
 import torch
 import transformers
 from diffusers.models.modeling_utils import ModelMixin
+from huggingface_hub import model_info, try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
 from msgspec import Meta
 from safetensors import SafetensorError, safe_open
@@ -30,7 +31,7 @@ from featinv_diffusion.backbones.transformers import load_transformers
 from featinv_diffusion.diffusion.featinv_controlnet import FeatureControlNet
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
 from featinv_diffusion.diffusion.objective import make_scheduler
-from featinv_diffusion.errors import InputError, reason_of, what_is_at
+from featinv_diffusion.errors import OFFLINE, InputError, is_unreachable, reason_of, what_is_at
 from featinv_diffusion.files import write_text
 from featinv_diffusion.trust import FACTORY
 from featinv_diffusion.types import FeatureSpec
@@ -631,8 +632,23 @@ def _load_base(base: Path, torch_dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
+def check_reachable(repo: str) -> None:
+    """Raises `InputError` at once where a Hub repository is neither cached nor within reach.
+
+    The libraries would try again for minutes.
+    """
+    if Path(repo).exists() or isinstance(try_to_load_from_cache(repo, INDEX), str):
+        return
+    try:
+        model_info(repo, timeout=10)
+    except Exception as error:  # all others are told when it is loaded
+        if is_unreachable(error):
+            raise InputError(f"{OFFLINE}; {repo!r} is none.") from error
+
+
 def _check_base(base: Path) -> None:
     if not base.is_dir():
+        check_reachable(str(base))
         return  # a Hub repository, or an error when it is downloaded
     index = read_index(base)
     missing = [name for name in BASE_COMPONENTS if not (index.get(name) or [None])[0]]

@@ -30,6 +30,7 @@ from featinv_diffusion.data.crops import (
 )
 from featinv_diffusion.diffusion.featinv_controlnet import FeatureControlNet
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
+from featinv_diffusion.diffusion.folders import check_reachable
 from featinv_diffusion.diffusion.objective import (
     PUBLISHED_PROMPT,
     draw_dropout,
@@ -269,6 +270,7 @@ class ControlNetTask:
 
 def load_frozen_parts(config: ControlNetModelConfig) -> FrozenParts:
     """Loads backbone, VAE, UNet and scheduler, and encodes the two prompts once."""
+    check_reachable(config.base)
     tokenizer = _load_sub(CLIPTokenizer, config.base, "tokenizer")
     text_encoder = _load_sub(CLIPTextModel, config.base, "text_encoder")
     # Where its files are missing, transformers gives an empty tokenizer without an error.

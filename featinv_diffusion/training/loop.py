@@ -263,6 +263,7 @@ class _Run:
             for name in ("losses.jsonl", "validation.jsonl"):
                 _cut_back(self.output / name, resumed_at)
         self.accelerator.wait_for_everyone()
+        validated = _last_step(self.output / "validation.jsonl") == resumed_at
         self.log = _LossLog(self.output / "losses.jsonl")
         bar = TrainingBar(
             self.n_steps,
@@ -274,8 +275,9 @@ class _Run:
             for batch in self._batches():
                 self._micro_step(batch, bar)
         self._list_unreadable()
-        if self.progress.step > resumed_at:
+        if self.progress.step > resumed_at or not validated:
             self._validate()
+        if self.progress.step > resumed_at:
             self._checkpoint()
         final = self.output / "final"
         if self.accelerator.is_main_process:
@@ -560,3 +562,9 @@ def _trainable(module: nn.Module) -> list[nn.Parameter]:
 def _frozen_dtype(run: RunConfig) -> torch.dtype:
     table = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     return table[run.mixed_precision]
+
+
+def _last_step(path: Path) -> int | None:
+    """Returns the step of the last record of a log; None where there is none."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return json.loads(lines[-1])["step"] if lines else None
