@@ -240,13 +240,13 @@ def _attributes(
 def _test(
     a: dict[str, np.ndarray], b: dict[str, np.ndarray], nulls: list[dict[str, np.ndarray]]
 ) -> list[dict[str, Any]]:
-    """Returns one row per attribute, largest standardised effect first."""
+    """Returns one row per attribute, largest change beyond the null first."""
     rows = []
     for name in a:
         change = b[name] - a[name]
         null = np.mean([one[name] for one in nulls], axis=0) if nulls else np.zeros_like(change)
         beyond = change - null
-        spread = beyond.std(ddof=1)
+        spread = a[name].std(ddof=1)  # as A's own pictures differ, whatever the attribute's unit
         p_value = wilcoxon_signed_rank(change.tolist(), null.tolist()).p_value
         interval = bootstrap_mean(change)
         rows.append(
