@@ -23,8 +23,8 @@ def refuse_code(name: str, source: str) -> str:
     if FACTORY.fullmatch(name):
         raise InputError(
             f"{source} names the code {name!r} as its backbone, which is not run because a file "
-            "says so. If you trust it, say it yourself: as --backbone, or as model.backbone=… of a "
-            "training."
+            "says so. If you trust it, say it yourself: as --backbone, as model.backbone=… of a "
+            "training, or by replay --trust-code."
         )
     return name
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,11 +13,14 @@ from featinv_diffusion.errors import InputError
 from featinv_diffusion.settings import SampleSettings
 
 _GIVEN = "featinv edits"
+_meta: ContextVar[dict[str, Any]] = ContextVar("meta")
+"""What click keeps of the running command."""
 
 
 def _collect(context: Any, param: Any, values: list[str] | None) -> list[str] | None:
     """Notes the edits of an option; click calls this in the order of the command line."""
     kind = str(param.name).replace("_", "-")
+    _meta.set(context.meta)
     context.meta.setdefault(_GIVEN, []).extend(f"{kind} {value}" for value in values or ())
     return values
 
@@ -27,7 +31,6 @@ def _edit_option(metavar: str, help: str) -> Any:
 
 @options.with_settings(SampleSettings)
 def edit(
-    context: typer.Context,
     image: Annotated[
         str,
         typer.Argument(metavar="IMAGE|MAPS", help="A picture, or a file of one feature map."),
@@ -79,7 +82,7 @@ def edit(
     from featinv_diffusion.cli.run import run_study
     from featinv_diffusion.studies.edit import edit as study
 
-    edits = context.meta.get(_GIVEN, [])
+    edits = _meta.get().get(_GIVEN, [])
     if not edits:
         raise InputError(
             "At least one edit must be given: --steer, --ablate-channels, --ablate-box, "

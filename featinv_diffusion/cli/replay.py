@@ -75,6 +75,9 @@ def replay(
             show_default="the manifest's",
         ),
     ] = None,
+    trust_code: Annotated[
+        bool, typer.Option("--trust-code", help="Run the code that the manifest names as backbone.")
+    ] = False,
 ) -> None:
     """Make the pictures (or concepts) of a manifest again, from the seeds and settings in it.
 
@@ -83,20 +86,22 @@ def replay(
     nothing there but what an earlier run made.
     """
     from featinv_diffusion.runs.record import path_of, read_content
+    from featinv_diffusion.trust import trusting_code
 
-    path = path_of(manifest)
-    content = read_content(path)
-    folder = manifest if manifest.is_dir() else manifest.parent
-    target = output or _default_output(folder)
-    command = content.get("command")
-    if command is None:
-        _replay_samples(path, folder, target, device)
-    elif command == "concepts":
-        _replay_concepts(path, content, folder, target, device)
-    elif str(command) in VERBS:
-        _replay_study(path, content, folder, target, device)
-    else:
-        raise InputError(f"{path} is of the command {command!r}, which has no replay.")
+    with trusting_code(trust_code):
+        path = path_of(manifest)
+        content = read_content(path)
+        folder = manifest if manifest.is_dir() else manifest.parent
+        target = output or _default_output(folder)
+        command = content.get("command")
+        if command is None:
+            _replay_samples(path, folder, target, device)
+        elif command == "concepts":
+            _replay_concepts(path, content, folder, target, device)
+        elif str(command) in VERBS:
+            _replay_study(path, content, folder, target, device)
+        else:
+            raise InputError(f"{path} is of the command {command!r}, which has no replay.")
 
 
 def _default_output(folder: Path) -> Path:

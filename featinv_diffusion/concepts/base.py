@@ -241,10 +241,16 @@ Scaling = Literal["image", "cell", "none"]
 
 
 @dataclass(frozen=True)
-class _Header:
-    """The schema of a file of concepts."""
+class _Kind:
+    """What every file of concepts tells, also of a later version."""
 
     kind: str
+
+
+@dataclass(frozen=True)
+class _Header(_Kind):
+    """The schema of a file of concepts."""
+
     sizes: list[Annotated[int, Meta(ge=1)]]
     settings: dict[str, Any]
     spec: dict[str, Any] | None
@@ -501,13 +507,13 @@ class ConceptDictionary(ABC):
             InputError: no such file, or not one of concepts.
         """
         tensors, content = read_concepts(Path(path))
-        header: _Header = schema.convert(content, _Header, f"{path} (its header)")
-        if header.kind not in ConceptDictionary.kinds:
-            hint = choices_hint(header.kind, sorted(ConceptDictionary.kinds))
-            raise InputError(
-                f"{path} must hold a known kind of concepts, got {header.kind!r}; {hint}"
-            )
-        kind = ConceptDictionary.kinds[header.kind]
+        source = f"{path} (its header)"
+        name = schema.convert(content, _Kind, source).kind
+        if name not in ConceptDictionary.kinds:
+            hint = choices_hint(name, sorted(ConceptDictionary.kinds))
+            raise InputError(f"{path} must hold a known kind of concepts, got {name!r}; {hint}")
+        header: _Header = schema.convert(content, _Header, source)
+        kind = ConceptDictionary.kinds[name]
         try:
             dictionary = kind._rebuild(tensors, header.settings, spec_from_json(header.spec))
         except (TypeError, KeyError) as error:

@@ -31,7 +31,7 @@ from featinv_diffusion.backbones.transformers import load_transformers
 from featinv_diffusion.diffusion.featinv_controlnet import FeatureControlNet
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
 from featinv_diffusion.diffusion.objective import make_scheduler
-from featinv_diffusion.errors import OFFLINE, InputError, is_unreachable, reason_of, what_is_at
+from featinv_diffusion.errors import UNREACHABLE, InputError, is_unreachable, reason_of, what_is_at
 from featinv_diffusion.files import write_text
 from featinv_diffusion.trust import FACTORY
 from featinv_diffusion.types import FeatureSpec
@@ -643,7 +643,10 @@ def check_reachable(repo: str) -> None:
         model_info(repo, timeout=10)
     except Exception as error:  # all others are told when it is loaded
         if is_unreachable(error):
-            raise InputError(f"{OFFLINE}; {repo!r} is none.") from error
+            raise InputError(
+                f"The base {repo!r} must be a Stable Diffusion folder or Hub repository, but no "
+                f"folder is there. {UNREACHABLE}."
+            ) from error
 
 
 def _check_base(base: Path) -> None:

@@ -49,7 +49,10 @@ def test_any_backbone_is_inverted_and_replayed(
     assert [eye["backbone"] for eye in eyes.values()] == [own, "tiny/convnext"]
     assert second_eye_line(eyes) in done.out
     assert "only pipelines of the diffusion inverter" in done.out
-    done = featinv("replay", "out", "-o", "again")
+    refused = featinv("replay", "out", "-o", "again")
+    assert refused.code == 2
+    assert "not run because a file says so" in refused.err
+    done = featinv("replay", "out", "-o", "again", "--trust-code")
     assert done.code == 0, done.err
     assert "4 of 4 pictures are identical" in done.out
 

@@ -240,5 +240,5 @@ def test_a_prior_that_is_none_is_refused(base, tmp_path) -> None:
 
 
 def test_guided_takes_no_more_steps_than_the_prior_has(base) -> None:
-    with pytest.raises(InputError, match="at most 1000 steps"):
+    with pytest.raises(InputError, match="steps must be at most 1000"):
         fi.load_inverter("guided", steps=1001, device="cpu")
