@@ -281,7 +281,7 @@ def _report(
     how = "as they are" if model.ridge is None else "by a ridge map of cells"
     alarms = [row for row in rows if row["alarm"]]
     named = [
-        f"{row['attribute']} {'falls' if row['change'] < row['null'] else 'rises'} "
+        f"{row['attribute']} {_direction(row['change'], row['null'])} "
         f"({row['mean_a']:.3g} → {row['mean_a'] + row['change']:.3g}, null {row['null']:+.3g})"
         for row in alarms
     ]
@@ -305,25 +305,32 @@ def _report(
     return Analysis(metrics, {"compare.png": _draw(shown, lines)}, lines, rows)
 
 
+def _direction(change: float, null: float) -> str:
+    verb = "falls" if change < 0 else "rises"
+    return verb if (change < 0) == (change < null) else f"{verb} less than in the null"
+
+
 def _draw(shown: tuple[Any, Images, Images], lines: list[str]) -> Any:
     sources, of_a, of_b = shown
     n = min(len(of_a), MAX_SHOWN)
-    board = Board(4, n, "One inverter, two models", lines, right=0.75)
+    has_originals = any(source.square is not None for source in sources[:n])
+    names = ("original",) * has_originals + ("A", "B", "|A − B|")
+    board = Board(len(names), n, "One inverter, two models", lines, right=0.75)
     figure = board.make()
     change = (of_a - of_b).abs().mean(dim=1)
     high = max(change[:n].max().item(), 1e-3)
     image = None
     for j in range(n):
-        tiles = [board.tile_axes(figure, row, j) for row in range(4)]
-        if sources[j].square is not None:
+        tiles = [board.tile_axes(figure, row, j) for row in range(len(names))]
+        if has_originals and sources[j].square is not None:
             figures.show_picture(tiles[0], sources[j].square)
-        figures.caption(tiles[0], figures.short_name(sources[j].name, 14), color=figures.GREY)
-        figures.show_picture(tiles[1], of_a[j])
-        figures.show_picture(tiles[2], of_b[j])
-        image = figures.show_map(tiles[3], change[j], 0, high)
-        figures.caption(tiles[3], f"mean {change[j].mean().item():.3f}")
+            figures.caption(tiles[0], figures.short_name(sources[j].name, 14), color=figures.GREY)
+        figures.show_picture(tiles[-3], of_a[j])
+        figures.show_picture(tiles[-2], of_b[j])
+        image = figures.show_map(tiles[-1], change[j], 0, high)
+        figures.caption(tiles[-1], f"mean {change[j].mean().item():.3f}")
         if j == 0:
-            for axes, name in zip(tiles, ("original", "A", "B", "|A − B|"), strict=True):
+            for axes, name in zip(tiles, names, strict=True):
                 figures.side_label(axes, name)
-    figures.add_colour_bar(board, figure, 3, image, "mean |ΔRGB|")
+    figures.add_colour_bar(board, figure, len(names) - 1, image, "mean |ΔRGB|")
     return figure
