@@ -4,7 +4,7 @@
 
 Fine-tunes tiny/convnext four times: to give a picture the features of its grey version (the planted
 case), and to its classes with three orders of the images (the nulls). Prints the table of the
-planted case against two of the nulls, and how often one null is an alarm against the two others,
+planted case against the nulls, and how often one null is an alarm against the two others,
 over random halves of the pictures.
 """
 
@@ -79,7 +79,7 @@ def main() -> None:
         fine_tune(backbone, images, labels, arguments.steps, seed, grey=False) for seed in (1, 2, 3)
     ]
     held, _ = read(arguments.data, arguments.n_images, 1, None)
-    found = fi.compare_models(inverter, grey, held, fit_on=images[:200], nulls=nulls[:2])
+    found = fi.compare_models(inverter, grey, held, fit_on=images[:200], nulls=nulls)
     print(found.summary())
     for row in found.metrics["attributes"]:
         print(json.dumps(row))

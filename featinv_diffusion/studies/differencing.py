@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from jaxtyping import Float
+from scipy.stats import t as student_t
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -54,7 +55,9 @@ def compare_models(
     For each picture, attributes of the two decoded pictures are compared: colourfulness,
     brightness, contrast, fine detail, and the probability that A gives its own class. An attribute
     is an alarm where B's change differs from that of the nulls at 5 % over all attributes
-    (Wilcoxon's signed ranks, Holm's correction). The nulls are further models, such as other
+    (Holm's correction) both over the pictures (Wilcoxon's signed ranks) and over the nulls, whose
+    means differ too (a t test with one degree of freedom fewer than there are nulls; give three or
+    more). The nulls are further models, such as other
     training seeds of A; without any, the ridge map is fitted anew on bootstrap resamples of the
     pictures, or, where there is no map, no change at all.
 
@@ -248,6 +251,8 @@ def _test(
         beyond = change - null
         spread = a[name].std(ddof=1)  # as A's own pictures differ, whatever the attribute's unit
         p_value = wilcoxon_signed_rank(change.tolist(), null.tolist()).p_value
+        means = [float(one[name].mean()) for one in nulls]
+        p_value = max(p_value, _p_of_training(float(change.mean()), means))
         interval = bootstrap_mean(change)
         rows.append(
             {
@@ -265,6 +270,21 @@ def _test(
         row["p_value"] = p_value
         row["alarm"] = p_value < LEVEL
     return sorted(rows, key=lambda row: -abs(row["effect"]))
+
+
+def _p_of_training(change: float, nulls: list[float]) -> float:
+    """Returns the p-value of one more mean among those of the nulls, which differ too.
+
+    Pictures alone would call any two trainings different. With fewer than two nulls it is 0: then
+    nothing is known of how trainings differ.
+    """
+    if len(nulls) < 2:
+        return 0.0
+    spread = float(np.std(nulls, ddof=1)) * (1 + 1 / len(nulls)) ** 0.5
+    beyond = abs(change - float(np.mean(nulls)))
+    if spread == 0:
+        return float(beyond == 0)
+    return float(2 * student_t.sf(beyond / spread, len(nulls) - 1))
 
 
 # ---- What is shown -------------------------------------------------------------------------------

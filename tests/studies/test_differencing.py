@@ -51,7 +51,9 @@ def inverter():
 
 def test_a_model_without_colour_is_named_first(inverter):
     grey = model(torch.tensor([[0.299, 0.587, 0.114]] * 3), "grey")
-    nulls = [model(torch.eye(3) + 0.01 * torch.randn(3, 3), "null")]
+    generator = torch.Generator().manual_seed(1)
+    noise = [0.01 * torch.randn(3, 3, generator=generator) for _ in range(4)]
+    nulls = [model(torch.eye(3) + each, "null") for each in noise]
     for mapping in ("none", "ridge"):
         found = compare_models(inverter, grey, pictures(), nulls=nulls, mapping=mapping)
         first = found.metrics["attributes"][0]
@@ -70,6 +72,20 @@ def test_a_model_in_other_coordinates_is_mapped_and_raises_no_alarm(inverter):
     same = compare_models(inverter, inverter.require_backbone(), pictures())
     assert same.metrics["mapping"] == "none"
     assert not any(row["alarm"] for row in same.metrics["attributes"])
+
+
+def test_another_training_is_no_alarm_though_all_its_pictures_differ(inverter):
+    """Each null is brighter or darker than A in every picture, and so is B."""
+    shifts = (0.98, 1.01, 0.97, 1.02)
+    nulls = [model(shift * torch.eye(3), "null") for shift in shifts]
+    found = compare_models(
+        inverter, model(0.99 * torch.eye(3), "b"), pictures() * 0.9, nulls=nulls, mapping="none"
+    )
+    assert not any(row["alarm"] for row in found.metrics["attributes"])
+    far = compare_models(
+        inverter, model(0.7 * torch.eye(3), "b"), pictures() * 0.9, nulls=nulls, mapping="none"
+    )
+    assert "brightness falls" in far.summary()
 
 
 def test_too_few_pictures_are_refused(inverter):
