@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
 from featinv_diffusion import schema
-from featinv_diffusion.errors import InputError
+from featinv_diffusion.errors import InputError, reason_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -146,6 +146,8 @@ def holding(target: Path) -> Iterator[None]:
     folder, stem = (target, "") if target.is_dir() else (target.parent, f".{target.name[:100]}")
     folder.mkdir(parents=True, exist_ok=True)
     path, owner = folder / f"{stem}.lock", folder / f"{stem}.lock-owner"
+    if path.is_symlink():  # it would be made, and emptied, where somebody else's link leads
+        raise InputError(f"{path} must be a lock of this program, but is a link. Remove it.")
     lock = FileLock(path, timeout=0, is_singleton=True)
     try:
         lock.acquire()
@@ -157,7 +159,7 @@ def holding(target: Path) -> Iterator[None]:
     try:
         if lock.lock_counter == 1:
             _remove_partials(folder, target)
-            owner.write_text(f" ({os.getpid()} on {platform.node()})", encoding="utf-8")
+            write_text(owner, f" ({os.getpid()} on {platform.node()})")
         yield
     finally:
         if lock.lock_counter == 1:
@@ -242,6 +244,25 @@ def read_tensors(
         )
     header = schema.parse_json(metadata["header"], dict[str, Any], f"{path} (its header)", advice)
     return tensors, header
+
+
+def read_torch(path: Path, what: str) -> Any:
+    """Reads what `torch.save` wrote of tensors and plain values; nothing in the file is run.
+
+    Args:
+        what: the file must hold, in words.
+
+    Raises:
+        InputError: a damaged file, or one that holds other objects.
+    """
+    import torch  # which options must not wait for
+
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged file makes the reader raise
+        raise InputError(
+            f"{path} must hold {what} and nothing else, but cannot be read: {reason_of(error)}."
+        ) from error
 
 
 def expand_path(name: str | Path) -> Path:

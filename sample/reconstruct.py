@@ -65,7 +65,8 @@ def main(
     found = open_pictures(images, exclude=output)
     if accelerator.is_main_process:
         say_notes(found)
-    manifest = reconstruct_all(accelerator, settings, found, shard_size, output)
+    with reserved(output) if accelerator.is_main_process else nullcontext():
+        manifest = reconstruct_all(accelerator, settings, found, shard_size, output)
     accelerator.end_training()
     if manifest is not None and manifest.failures:
         raise typer.Exit(1)
@@ -79,17 +80,6 @@ def reconstruct_all(
     output: Path,
 ) -> Manifest | None:
     """Does this process's share; returns the manifest of all on the main process, else None."""
-    with reserved(output) if accelerator.is_main_process else nullcontext():
-        return _reconstruct_all(accelerator, settings, images, shard_size, output)
-
-
-def _reconstruct_all(
-    accelerator: Accelerator,
-    settings: SampleSettings,
-    images: ImageSet,
-    shard_size: int,
-    output: Path,
-) -> Manifest | None:
     with accelerator.main_process_first():  # one downloads, the others find it there
         inverter = open_inverter(settings)
         scope = open_scope(inverter)

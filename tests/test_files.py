@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from featinv_diffusion.files import replacing, write_text
+from featinv_diffusion.errors import InputError
+from featinv_diffusion.files import holding, replacing, write_text
 
 
 def test_a_file_appears_at_the_end_only(tmp_path):
@@ -40,3 +41,18 @@ def test_a_full_disk_names_the_file_itself(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert caught.value.filename == str(tmp_path / "a.txt")
     assert caught.value.filename2 is None
+
+
+def test_a_lock_follows_no_link(tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_text("keep me")
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    (folder / ".lock-owner").symlink_to(precious)
+    with holding(folder):
+        assert "on" in (folder / ".lock-owner").read_text()
+    assert precious.read_text() == "keep me"
+    (folder / ".lock").symlink_to(precious)
+    with pytest.raises(InputError, match="is a link"), holding(folder):
+        pass
+    assert precious.read_text() == "keep me"

@@ -239,11 +239,12 @@ class Backbone(nn.Module, ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.model.parameters()).dtype
+        return next((p.dtype for p in self.model.parameters()), torch.float32)
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        held = (*self.model.parameters(), *self.model.buffers())
+        return held[0].device if held else torch.device("cpu")
 
     def train(self, mode: bool = True) -> Backbone:
         """Does nothing but keep the model in evaluation mode: a backbone is frozen."""
@@ -307,7 +308,8 @@ def _with_first_tensor(output: Any, edit: LayerEdit, path: str) -> Any:
         copy[first] = _with_first_tensor(output[first], edit, path)
         return copy
     if isinstance(output, list | tuple) and output:
-        return type(output)([_with_first_tensor(output[0], edit, path), *output[1:]])
+        items = [_with_first_tensor(output[0], edit, path), *output[1:]]
+        return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
     raise InputError(f"The layer {path!r} must put out a tensor to be edited, but does not.")
 
 

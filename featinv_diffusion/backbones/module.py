@@ -202,19 +202,6 @@ class ModuleBackbone(Backbone):
         """Whether a way to class scores was given."""
         return self._classify not in (None, False)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return next((p.dtype for p in self.model.parameters()), torch.float32)
-
-    @property
-    def device(self) -> torch.device:
-        held = (*self.model.parameters(), *self.model.buffers())
-        return held[0].device if held else torch.device("cpu")
-
-    def preprocess(self, images: Images) -> Tensor:
-        """Resizes and normalises images, in float32, then casts."""
-        return self.preprocessing(images).to(self.dtype)
-
     def _features(self, images: Images) -> Features:
         return self._layout.to_map(self._output(images, self.spec.layer))
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from featinv_diffusion.backbones.base import LAST, Preprocessing
 from featinv_diffusion.backbones.traced import Axes, LastLayer, Layout, TracedBackbone
 from featinv_diffusion.errors import InputError, reason_of
+from featinv_diffusion.files import read_torch
 
 # ---- timm models by name -------------------------------------------------------------------------
 
@@ -69,16 +70,15 @@ def load_weights(model: nn.Module, path: Path) -> None:
     Raises:
         InputError: another kind of file, or weights that are missing, left over or of other shapes.
     """
-    try:
-        if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors":
+        try:
             found: Any = load_file(path)
-        else:
-            found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged file makes the readers raise
-        raise InputError(
-            f"{path} must hold weights and nothing else, as safetensors or a file of torch.save, "
-            f"but cannot be read: {reason_of(error)}."
-        ) from None
+        except (OSError, SafetensorError) as error:
+            raise InputError(
+                f"{path} must be a whole safetensors file: {reason_of(error)}."
+            ) from None
+    else:
+        found = read_torch(path, "weights")
     for key in ("state_dict_ema", "state_dict", "model"):
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]

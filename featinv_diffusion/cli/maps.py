@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -101,15 +101,17 @@ def decode(
 
 def decode_maps(settings: SampleSettings, maps: Path, output: Path, *, film: bool = False) -> None:
     """Samples the maps of a file as `featinv sample` samples pictures, and writes everything."""
-    from featinv_diffusion.cli.run import quiet_libraries, report
-    from featinv_diffusion.features.maps import load_maps
+    from featinv_diffusion.cli.run import named_by, quiet_libraries, report
+    from featinv_diffusion.features.maps import load_maps, spec_of
+    from featinv_diffusion.figures.grid import make_strip, write_film
+    from featinv_diffusion.images import write_png
     from featinv_diffusion.inverters.open import open_inverter
     from featinv_diffusion.runs.record import reserved
     from featinv_diffusion.runs.samples import sample
 
     quiet_libraries()
     with reserved(output):
-        inverter = open_inverter(named_by(settings, maps))
+        inverter = open_inverter(named_by(settings, spec_of(maps), maps))
         found = sample(
             inverter,
             load_maps(maps, inverter.spec),
@@ -121,48 +123,7 @@ def decode_maps(settings: SampleSettings, maps: Path, output: Path, *, film: boo
         found.save(output)
         firsts = [done.samples[0] for done in found.reconstructions]
         if len(firsts) > 1:
-            save_strip(firsts, output / STRIP)
+            write_png(make_strip(firsts), output / STRIP)
         if film:
-            save_film(firsts, output / FILM)
+            write_film(firsts, output / FILM)
     report(found.manifest, output)
-
-
-def named_by(settings: SampleSettings, maps: Path) -> SampleSettings:
-    """Returns settings with the backbone and layer of a file of maps, where nothing is named."""
-    from featinv_diffusion.features.maps import spec_of
-    from featinv_diffusion.trust import refuse_code
-
-    named = (settings.pipeline, settings.backbone) != (None, None) or settings.is_deterministic
-    spec = None if named else spec_of(maps)
-    if spec is None:
-        return settings
-    name = refuse_code(spec.backbone, str(maps))
-    return replace(settings, backbone=name, layer=settings.layer or spec.layer)
-
-
-def save_strip(pictures: list, path: Path) -> None:
-    """Writes pictures side by side."""
-    from PIL import Image
-
-    from featinv_diffusion.images import write_png
-
-    width, height = pictures[0].size
-    strip = Image.new("RGB", (width * len(pictures), height))
-    for i, picture in enumerate(pictures):
-        strip.paste(picture, (i * width, 0))
-    write_png(strip, path)
-
-
-def save_film(pictures: list, path: Path, *, milliseconds: int = 200) -> None:
-    """Writes pictures as an animated GIF that repeats."""
-    from featinv_diffusion.files import replacing
-
-    with replacing(path) as partial:
-        pictures[0].save(
-            partial,
-            format="GIF",
-            save_all=True,
-            append_images=pictures[1:],
-            duration=milliseconds,
-            loop=0,
-        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from featinv_diffusion.runs.samples import GRID, Manifest
 from featinv_diffusion.runs.scope import scope_line
 from featinv_diffusion.runs.second_eye import second_eye_line
 from featinv_diffusion.settings import SampleSettings
+from featinv_diffusion.trust import refuse_code
+from featinv_diffusion.types import FeatureSpec
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +70,19 @@ def run_study(
     print(f"Wrote {output / figure}, {result.command}.json, .parquet and manifest.json.")
     terminal.finish(output / MANIFEST, output)
     return result
+
+
+def named_by(settings: SampleSettings, spec: FeatureSpec | None, source: Path) -> SampleSettings:
+    """Returns settings with the backbone and layer that a file declares, where none are named.
+
+    Raises:
+        InputError: the file names code as its backbone.
+    """
+    named = (settings.pipeline, settings.backbone) != (None, None) or settings.is_deterministic
+    if spec is None or named:
+        return settings
+    name = refuse_code(spec.backbone, str(source))
+    return replace(settings, backbone=name, layer=settings.layer or spec.layer)
 
 
 def say_notes(images: ImageSet) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -165,9 +164,9 @@ def with_backbone_of(
         InputError: no such file, not one of concepts, or an SAE of another library where no
             backbone is named.
     """
+    from featinv_diffusion.cli.run import named_by
     from featinv_diffusion.concepts import ConceptDictionary, load_concepts
     from featinv_diffusion.concepts.sae_files import find_concepts_file, is_own_file
-    from featinv_diffusion.trust import refuse_code
 
     path = find_concepts_file(concepts)
     named = (settings.pipeline, settings.backbone) != (None, None) or settings.is_deterministic
@@ -180,7 +179,4 @@ def with_backbone_of(
                 "it was trained on with --backbone and --layer, or --pipeline."
             )
     spec = None if is_foreign else ConceptDictionary.load(path).spec
-    if spec is None or named:
-        return settings
-    name = refuse_code(spec.backbone, str(concepts))
-    return replace(settings, backbone=name, layer=settings.layer or spec.layer)
+    return named_by(settings, spec, concepts)

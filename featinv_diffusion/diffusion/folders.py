@@ -397,7 +397,7 @@ def load_component(
         )
     except UNREADABLE as error:
         raise InputError(
-            f"The weights in {folder} must fit their {CONFIG}, but do not load: {first_line(error)}"
+            f"The weights in {folder} must fit their {CONFIG}, but do not load: {reason_of(error)}"
         ) from error
     for kind in ("missing", "mismatched"):
         if keys := sorted(map(str, found[f"{kind}_keys"])):
@@ -726,7 +726,7 @@ def load_network(
         )
     except UNREADABLE as error:
         raise InputError(
-            f"{name} must be {wanted}, but it could not be read: {first_line(error)}"
+            f"{name} must be {wanted}, but it could not be read: {reason_of(error)}"
         ) from error
     for kind in ("missing", "unexpected"):
         if keys := found[f"{kind}_keys"]:
@@ -735,8 +735,3 @@ def load_network(
                 f"{len(keys)} are {kind}, {min(keys)} among them."
             )
     return network.float()
-
-
-def first_line(error: Exception) -> str:
-    """Returns the first line of a library's message, or the error's name if it has no message."""
-    return reason_of(error)

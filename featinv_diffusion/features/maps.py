@@ -14,14 +14,14 @@ import numpy as np
 import pyarrow as pa
 import torch
 from pyarrow import parquet
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from featinv_diffusion.backbones.names import read_spec
 from featinv_diffusion.errors import InputError
-from featinv_diffusion.files import read_tensors, replacing, write_tensors, write_text
-from featinv_diffusion.schema import convert, parse_json, read_json
+from featinv_diffusion.files import replacing, write_tensors, write_text
+from featinv_diffusion.schema import parse_json, read_json
 from featinv_diffusion.types import FeatureMaps, FeatureSpec, Source
 
 logger = logging.getLogger(__name__)
@@ -126,7 +126,8 @@ def load_maps(path: str | Path, spec: FeatureSpec | None = None) -> FeatureMaps:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"Feature maps must be a file, but none is at {path}.")
-    found, header = _READERS[path.suffix.lower()](path)
+    header = _read_header(path)
+    found = _READERS[path.suffix.lower()](path, header)
     features = found["features"].float()
     features = features[None] if features.ndim == 3 else features
     if features.ndim != 4:
@@ -165,11 +166,11 @@ def read_arrays(path: Path) -> dict[str, Tensor]:
 
 
 def spec_of(path: str | Path) -> FeatureSpec | None:
-    """Returns the spec that a file of maps declares; None where it declares none."""
+    """Returns the spec that a file of maps declares, without reading the maps; None without one."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f"Feature maps must be a file, but none is at {path}.")
-    _, header = _READERS[path.suffix.lower()](path)
+    header = _read_header(path)
     return None if header.spec is None else _to_spec(path, header.spec)
 
 
@@ -193,16 +194,27 @@ def _check_spec(path: Path, features: Tensor, header: MapsHeader, spec: FeatureS
 
 # ---- Readers -------------------------------------------------------------------------------------
 
-_Found = tuple[dict[str, Tensor], MapsHeader]
 
-
-def _read_safetensors(path: Path) -> _Found:
-    advice = "`featinv encode` writes such files."
+def _read_header(path: Path) -> MapsHeader:
+    """Returns what a file says of its maps; arrays of other programs say nothing."""
+    suffix, source = path.suffix.lower(), f"the header of {path}"
+    if suffix in (".npy", ".npz"):
+        beside = _beside(path)
+        return read_json(beside, MapsHeader) if beside.is_file() else MapsHeader()
     try:
-        tensors, header = read_tensors(path, FORMAT, advice)
-    except InputError:
-        tensors, header = read_arrays(path), {}
-    return _one_of(path, tensors), convert(header, MapsHeader, str(path))
+        if suffix == ".parquet":
+            text = (parquet.read_schema(path).metadata or {}).get(KEY)
+        else:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+            text = metadata.get("header") if metadata.get("format") == FORMAT else None
+    except (OSError, SafetensorError, pa.ArrowException) as error:
+        raise InputError(f"{path} must be a whole file of feature maps: {error}.") from None
+    return MapsHeader() if text is None else parse_json(text, MapsHeader, source)
+
+
+def _read_safetensors(path: Path, header: MapsHeader) -> dict[str, Tensor]:
+    return _one_of(path, read_arrays(path))
 
 
 def _numpy_arrays(path: Path) -> dict[str, Tensor]:
@@ -215,39 +227,28 @@ def _numpy_arrays(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path} must hold arrays of numbers: {error}.") from None
 
 
-def _read_numpy(path: Path) -> _Found:
-    beside = _beside(path)
-    header = MapsHeader()
-    if beside.is_file():
-        header = read_json(beside, MapsHeader)
-    return _one_of(path, _numpy_arrays(path)), header
+def _read_numpy(path: Path, header: MapsHeader) -> dict[str, Tensor]:
+    return _one_of(path, _numpy_arrays(path))
 
 
-def _read_parquet(path: Path) -> _Found:
+def _read_parquet(path: Path, header: MapsHeader) -> dict[str, Tensor]:
+    if header.spec is None:
+        raise InputError(f"{path} must be written by `featinv encode`, but declares no spec.")
+    spec = _to_spec(path, header.spec)
     try:
         table = parquet.read_table(path)
-        text = (table.schema.metadata or {}).get(KEY)
-        if text is None:
-            raise InputError(f"{path} must be written by `featinv encode`, but holds other things.")
-        header = parse_json(text, MapsHeader, f"the header of {path}")
         tensors = {}
         for name in set(table.column_names) - {"name"}:
-            column = table[name].combine_chunks()
-            rows = column.flatten().to_numpy().reshape(len(table), -1)
+            rows = table[name].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
             tensors[name] = torch.from_numpy(rows.copy())
-    except (OSError, pa.ArrowException, ValueError, KeyError) as error:
-        if isinstance(error, InputError):
-            raise
+    except (OSError, pa.ArrowException, ValueError) as error:
         raise InputError(f"{path} must be a whole parquet file of maps: {error}.") from None
-    if header.spec is None:
-        raise InputError(f"{path} must declare the spec of its maps, but does not.")
-    spec = _to_spec(path, header.spec)
     found = _one_of(path, tensors)
     try:
         found["features"] = found["features"].unflatten(1, (spec.channels, *spec.grid))
     except RuntimeError:
         raise InputError(f"{path} must hold a {spec} in each row, but does not.") from None
-    return found, header
+    return found
 
 
 _READERS = {

@@ -6,11 +6,13 @@ import math
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeAlias
 
 from PIL import Image, ImageDraw, ImageFont
 
 from featinv_diffusion.errors import InputError
+from featinv_diffusion.files import replacing
 
 Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
@@ -154,3 +156,28 @@ def _drawable(words: str) -> str:
 
 def _line_height(font: Font) -> int:
     return math.ceil(font.getbbox("Ag")[3])
+
+
+# ---- Pictures in their order -----------------------------------------------------------------
+
+
+def make_strip(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Returns pictures of one size side by side."""
+    width, height = pictures[0].size
+    strip = Image.new("RGB", (width * len(pictures), height))
+    for i, picture in enumerate(pictures):
+        strip.paste(picture, (i * width, 0))
+    return strip
+
+
+def write_film(pictures: Sequence[Image.Image], path: Path, *, milliseconds: int = 200) -> None:
+    """Writes pictures as an animated GIF that repeats, each for so long."""
+    with replacing(path) as partial:
+        pictures[0].save(
+            partial,
+            format="GIF",
+            save_all=True,
+            append_images=pictures[1:],
+            duration=milliseconds,
+            loop=0,
+        )

@@ -18,9 +18,9 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from featinv_diffusion.backbones.base import Backbone
-from featinv_diffusion.diffusion.folders import UNREADABLE, first_line
+from featinv_diffusion.diffusion.folders import UNREADABLE
 from featinv_diffusion.diffusion.objective import PUBLISHED_PROMPT
-from featinv_diffusion.errors import InputError
+from featinv_diffusion.errors import InputError, reason_of
 from featinv_diffusion.inverters.base import Generators
 from featinv_diffusion.inverters.optimise import GradientInverter, find_part, load_part
 from featinv_diffusion.inverters.refine import Latents, draw_noise, pull
@@ -202,5 +202,5 @@ def _load(kind: Any, prior: str, part: str) -> Any:
     except UNREADABLE as error:
         raise InputError(
             f"{prior} must be a Stable Diffusion folder or Hub repository, but its {part} could "
-            f"not be read: {first_line(error)}"
+            f"not be read: {reason_of(error)}"
         ) from error

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers import SiglipVisionModel
 
 from featinv_diffusion.backbones.base import LAST, Backbone, Preprocessing
-from featinv_diffusion.diffusion.folders import UNREADABLE, class_name, first_line, load_network
-from featinv_diffusion.errors import InputError
+from featinv_diffusion.diffusion.folders import UNREADABLE, class_name, load_network
+from featinv_diffusion.errors import InputError, reason_of
 from featinv_diffusion.files import expand_path
 from featinv_diffusion.inverters.base import Generators, Inverter
 from featinv_diffusion.types import Features, FeatureSpec, Images
@@ -121,7 +121,7 @@ def _class_on_hub(name: str, wanted: str) -> Any:
         config: Any = AutoencoderRAE.load_config(name)
     except UNREADABLE as error:
         raise InputError(
-            f"{name!r} must be {wanted}, but it could not be read: {first_line(error)}"
+            f"{name!r} must be {wanted}, but it could not be read: {reason_of(error)}"
         ) from error
     return config.get("_class_name")
 

@@ -24,9 +24,9 @@ from torch.nn import functional as F
 from featinv_diffusion.backbones import Backbone, load_named_backbone, wrap_model
 from featinv_diffusion.backbones.base import LAST
 from featinv_diffusion.backbones.names import canonical_name, read_spec
-from featinv_diffusion.diffusion.folders import CONFIG, class_name, first_line, load_network
+from featinv_diffusion.diffusion.folders import CONFIG, class_name, load_network
 from featinv_diffusion.errors import InputError, choices_hint
-from featinv_diffusion.files import expand_path, new_folder
+from featinv_diffusion.files import expand_path, new_folder, read_torch
 from featinv_diffusion.inverters.base import Generators, Inverter
 from featinv_diffusion.types import Features, FeatureSpec, Images
 
@@ -422,13 +422,7 @@ def from_original(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _read_checkpoint(path: Path) -> Mapping[str, Tensor]:
-    try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged file makes the reader raise
-        raise InputError(
-            f"{path} must be a state dict that torch.save wrote, but cannot be read: "
-            f"{first_line(error)}"
-        ) from error
+    content = read_torch(path, "a state dict that torch.save wrote")
     is_state = isinstance(content, Mapping) and all(isinstance(v, Tensor) for v in content.values())
     if not is_state:
         raise InputError(f"{path} must hold a state dict, got a {type(content).__name__}.")

@@ -17,6 +17,7 @@ from featinv_diffusion.backbones import Backbone, resolve_backbone
 from featinv_diffusion.backbones.timm import create_timm
 from featinv_diffusion.backbones.transformers import load_transformers
 from featinv_diffusion.errors import InputError, choices_hint
+from featinv_diffusion.files import read_torch
 from featinv_diffusion.images import to_pil, to_tensor
 from featinv_diffusion.types import Images
 
@@ -51,13 +52,7 @@ def read_weights(path: Path, *, what: str) -> dict[str, Any]:
     Raises:
         InputError: the file holds something else.
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged file makes the reader raise
-        raise InputError(
-            f"{path} must hold the weights of {what}, but cannot be read: "
-            f"{str(error).strip().splitlines()[0]}"
-        ) from error
+    state = read_torch(path, f"the weights of {what}")
     if not isinstance(state, dict):
         raise InputError(
             f"{path} must hold the weights of {what}, but holds a {type(state).__name__}."

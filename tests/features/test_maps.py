@@ -82,3 +82,12 @@ def test_damaged_headers_are_refused(tmp_path: Path):
         beside.write_text(text)
         with pytest.raises(InputError, match=words):
             load_maps(path, SPEC)
+
+
+def test_damaged_files_are_refused(tmp_path: Path):
+    for suffix in ("safetensors", "parquet"):
+        path = tmp_path / f"maps.{suffix}"
+        write_maps(path, make_maps(), SPEC)
+        path.write_bytes(path.read_bytes()[:-200])
+        with pytest.raises(InputError, match="whole"):
+            load_maps(path, SPEC)
