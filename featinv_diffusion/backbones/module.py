@@ -302,12 +302,12 @@ class ModuleBackbone(Backbone):
         chosen = candidates[0]
         if chosen.axes == "NLC" and wanted.n_prefix is None and wanted.grid is None:
             logger.warning(
-                "The %d tokens of %r are read as %d prefix tokens and a grid of %d×%d; give "
-                "n_prefix or grid where that is wrong.",
+                "The %d tokens of %r are read as a grid of %d×%d with n_prefix=%d; give n_prefix "
+                "or grid where that is wrong.",
                 output.shape[1],
                 layer,
-                chosen.n_prefix,
                 *chosen.grid,
+                chosen.n_prefix,
             )
         return chosen
 

@@ -92,7 +92,7 @@ def edit(
     run_study(study, settings, output, figure, image, edits, at=at, box=region, n_null=n_null)
 
 
-@options.with_settings(SampleSettings, n_samples=1)
+@options.with_settings(SampleSettings, without=("n_samples",), n_samples=1)
 def patch(
     a: options.PictureA,
     b: options.PictureB,

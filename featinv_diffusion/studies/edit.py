@@ -20,7 +20,7 @@ from featinv_diffusion.backbones.base import LayerEdit
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.features import box_mask, paste
 from featinv_diffusion.features.edits import FeatureEdit, frame_of_cells, in_sequence, random_like
-from featinv_diffusion.features.maps import is_maps_file
+from featinv_diffusion.features.maps import is_maps_file, read_arrays
 from featinv_diffusion.figures import board as figures
 from featinv_diffusion.figures.board import Board
 from featinv_diffusion.files import expand_path
@@ -269,8 +269,6 @@ def load_vector(path: Path) -> Float[Tensor, " c"]:
     Raises:
         InputError: no such file, not one vector, or values that are not finite.
     """
-    from featinv_diffusion.features.maps import read_arrays
-
     arrays = read_arrays(path)
     vectors = [array.float().flatten() for array in arrays.values() if array.squeeze().ndim == 1]
     if len(arrays) != 1 or len(vectors) != 1 or not bool(vectors[0].isfinite().all()):

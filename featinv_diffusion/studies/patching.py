@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from featinv_diffusion.backbones import Backbone
+from featinv_diffusion.errors import InputError
 from featinv_diffusion.features.edits import frame_of_cells, random_like
 from featinv_diffusion.figures import board as figures
 from featinv_diffusion.figures.board import Board
@@ -55,7 +56,7 @@ def patch_tokens(
         at: the layer; prefix tokens, such as the class token, are left as they are.
         seed: random seed; all samples have the same noise.
         seeds: that noise itself, as a manifest keeps it.
-        n_samples: only 1 is possible, for every cell is sampled.
+        n_samples: of each cell; more than 1 is refused.
         batch_size: samples per batch.
         progress: show a progress bar on stderr.
 
@@ -63,6 +64,8 @@ def patch_tokens(
         InputError: no such layer or none that is reached, pictures that cannot be read, or samples
             that are not finite.
     """
+    if n_samples != 1:
+        raise InputError(f"Each cell is sampled once, so n_samples must be 1, got {n_samples}.")
     backbone = inverter.require_backbone()
     for picture in (a, b):
         check_picture(picture, at)

@@ -247,12 +247,8 @@ class _Lab:
         batch_size: int,
     ):
         self.inverter, self.concepts, self.survey = inverter, concepts, survey
-        self.frame, self.dose, self.seed, self.batch_size = (
-            basis.axes * basis.std,
-            dose,
-            seed,
-            batch_size,
-        )
+        self.frame = basis.axes * basis.std
+        self.dose, self.seed, self.batch_size = dose, seed, batch_size
         self.seeds = [derive_seed(seed, Path(name).name, 0) for name in images.ids]
         self.device = inverter.require_backbone().device
         self.unedited: dict[int, tuple[Tensor, Tensor]] = {}

@@ -148,6 +148,8 @@ def test_patching_a_picture_with_itself_changes_nothing(vit_painting):
     assert found.effect.abs().max() == 0
     assert torch.equal(found.before, found.after)
     assert found.effect.shape == (4, 4)
+    with pytest.raises(InputError, match="n_samples must be 1, got 4"):
+        patch_tokens(vit_painting, a, a, at="blocks.0", n_samples=4)
 
 
 def test_patching_one_cell_by_hand(vit_painting):
