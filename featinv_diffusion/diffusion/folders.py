@@ -637,10 +637,11 @@ def check_reachable(repo: str) -> None:
 
     The libraries would try again for minutes.
     """
-    if Path(repo).exists() or isinstance(try_to_load_from_cache(repo, INDEX), str):
+    if Path(repo).exists():
         return
     try:
-        model_info(repo, timeout=10)
+        if not isinstance(try_to_load_from_cache(repo, INDEX), str):
+            model_info(repo, timeout=10)
     except Exception as error:  # all others are told when it is loaded
         if is_unreachable(error):
             raise InputError(

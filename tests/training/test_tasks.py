@@ -346,6 +346,7 @@ def test_dry_run_writes_nothing_and_names_the_shapes(
     ("override", "said"),
     [
         ("model.base=absent", "Stable Diffusion"),
+        ("model.base=x y", "x y"),
         ("data.held_back_per_class=0", "held_back_per_class"),
         ("optim.batch_size=64", "got 16 images"),
         ("model.attention=xformers", "needs a CUDA device and the package xformers"),
