@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/any_model.py --data validation.parquet --n-images 100
 
 Prints a table: cosine that the own backbone and two others see, each beside that of another image,
-and CPU seconds per picture; draws the first pictures side by side. The same pictures for all.
+and CPU seconds per picture, on the same pictures for all; draws what each makes of crops of photos.
 """
 
 from __future__ import annotations
@@ -13,16 +13,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pages import interval, table
+from pages import crops, interval, table
 
 from featinv_diffusion import evaluate, load_inverter
-from featinv_diffusion.data.selection import select_items
-from featinv_diffusion.data.sets import open_images
 from featinv_diffusion.figures.grid import GridRow, make_grid
-from featinv_diffusion.images import center_square, write_png
+from featinv_diffusion.images import write_png
 from featinv_diffusion.inverters.base import Inverter
 from featinv_diffusion.runs.samples import sample
-from featinv_diffusion.settings import Selection
 
 OTHERS = ("tiny/resnet", "tiny/vit")
 INVERTERS: dict[str, dict[str, Any]] = {
@@ -34,7 +31,6 @@ INVERTERS: dict[str, dict[str, Any]] = {
     "reconstructor, of siglip2": {"name": "siglip2"},
 }
 """Of tiny/convnext where no other backbone is named."""
-N_SHOWN = 3
 
 
 class Timed:
@@ -63,9 +59,7 @@ def main() -> None:
     parser.add_argument("--n-images", type=int, default=100)
     parser.add_argument("--figure", type=Path, default=Path("any-model.png"))
     options = parser.parse_args()
-    images = open_images(options.data, "validation", None)
-    items = select_items(images, Selection(n_images=options.n_images), 0)[:N_SHOWN]
-    shown = [images.read(item.index) for item in items]
+    shown = [crop for _, crop in crops(2)]
     rows, made = [], {}
     for title, opened in INVERTERS.items():
         inverter = load_inverter(device="cpu", **opened)
@@ -92,7 +86,7 @@ def main() -> None:
     print(table(f"inverter|own backbone (another image)|{others}|CPU s per picture", rows))
     grid = [
         GridRow(
-            center_square(picture, 64),
+            picture,
             "",
             [made[title].reconstructions[i].samples[0] for title in INVERTERS],
             [f"{made[title].cosine[i, 0]:.2f}" for title in INVERTERS],

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from pages import crops
 from PIL import Image
 
 from featinv_diffusion.images import builtin_photo, read_image, write_png
@@ -117,12 +118,8 @@ def write_photos() -> None:
     for path in (builtin_photo(), builtin_photo().with_name("china.jpg")):
         photo = read_image(path)
         _write(photo, ROOT / "photos" / path.name)
-        side = photo.height // 2
-        for i in range(8):
-            for j in range(4):
-                x, y = i * (photo.width - side) // 7, j * (photo.height - side) // 3
-                crop = photo.crop((x, y, x + side, y + side)).resize((64, 64))
-                write_png(crop, ROOT / "crops" / f"{path.stem}-{j}{i}.png")
+    for name, crop in crops(8, 4):
+        write_png(crop, ROOT / "crops" / f"{name}.png")
 
 
 def _write(photo: Image.Image, path: Path) -> None:

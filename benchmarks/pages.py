@@ -5,8 +5,12 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+
+from PIL import Image
+
+from featinv_diffusion.images import builtin_photo, read_image
 
 
 def run(done: Path, arguments: Sequence[str]) -> None:
@@ -27,6 +31,22 @@ def run(done: Path, arguments: Sequence[str]) -> None:
     whole = [sys.executable, "-m", "featinv_diffusion", *arguments, "--output", str(output)]
     subprocess.run(whole, check=True)
     record.write_text(command)
+
+
+def crops(columns: int, rows: int = 1) -> Iterator[tuple[str, Image.Image]]:
+    """Yields `columns` × `rows` named crops of 64 pixels from each of scikit-learn's two photos.
+
+    Pictures that may be shown: data sets forbid it, these two are CC BY 2.0.
+    """
+    for path in (builtin_photo(), builtin_photo("china.jpg")):
+        photo = read_image(path)
+        side = photo.height // 2
+        for i in range(columns):
+            for j in range(rows):
+                x = i * (photo.width - side) // max(columns - 1, 1)
+                y = j * (photo.height - side) // (rows - 1) if rows > 1 else 0
+                crop = photo.crop((x, y, x + side, y + side)).resize((64, 64))
+                yield f"{path.stem}-{j}{i}", crop
 
 
 def table(header: str, rows: Sequence[Sequence[str]]) -> str:

@@ -6,7 +6,6 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 
 from featinv_diffusion.data.sets import ImageSet
 from featinv_diffusion.errors import InputError
@@ -65,7 +64,7 @@ def select_items(images: ImageSet, selection: Selection, seed: int = 0) -> list[
             index=index,
             id=images.ids[index],
             label=None if images.labels is None else images.labels[index],
-            seed=derive_seed(seed, PurePosixPath(images.ids[index]).name, 0),
+            seed=derive_seed(seed, images.noise_name(index), 0),
             has_null=position in with_null,
         )
         for position, index in enumerate(drawn)

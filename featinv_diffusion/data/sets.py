@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import posixpath
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from PIL import Image
+from torch import Tensor
 
 from featinv_diffusion.data.classes import read_classes
 from featinv_diffusion.data.containers import PARQUET, TAR, Container, open_container, open_hub
@@ -35,6 +37,7 @@ from featinv_diffusion.data.places import (
 )
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.images import decode_image, picture_id
+from featinv_diffusion.types import FeatureMaps
 
 EXAMPLE = "e.g. --data validation.parquet, --data photos/ or --data ILSVRC/imagenet-1k"
 
@@ -52,6 +55,8 @@ class ImageSet:
         notes: what a user may not expect, a sentence each.
         locations: where each image is found again with `read_location`: an absolute path,
             `FILE.parquet:ROW`, `FILE.tar:KEY` or a URL.
+        maps: feature maps in place of pictures, as `set_of_maps` makes them; such a set has no
+            pictures to read.
     """
 
     ids: list[str]
@@ -62,9 +67,16 @@ class ImageSet:
     fingerprint: str = ""
     notes: tuple[str, ...] = ()
     locations: list[str] = field(default_factory=list)
+    maps: FeatureMaps | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def noise_name(self, index: int) -> str:
+        """Returns what the noise of an image's samples depends on: its file name."""
+        if self.maps is not None:
+            return self.maps.sources[index].name
+        return PurePosixPath(self.ids[index]).name
 
     def pick(self, indices: Sequence[int]) -> ImageSet:
         """Returns these images in this order."""
@@ -74,7 +86,31 @@ class ImageSet:
             labels=None if self.labels is None else [self.labels[i] for i in indices],
             read=partial(_read_picked, self.read, indices),
             locations=[self.locations[i] for i in indices],
+            maps=None if self.maps is None else self.maps[list(indices)],
         )
+
+
+def set_of_maps(maps: FeatureMaps) -> ImageSet:
+    """Returns feature maps as a set whose members have no pictures."""
+
+    def read(_index: int) -> Image.Image:
+        raise InputError("Feature maps have no pictures to read.")
+
+    content = maps.as_subclass(Tensor).cpu().contiguous().numpy()
+    names = [source.name for source in maps.sources]
+    return ImageSet(
+        ids=[f"map-{i:05d}" for i in range(len(maps))],  # names of a foreign file may be anything
+        labels=None,
+        class_names=None,
+        read=read,
+        fingerprint=hashlib.sha256("\n".join(names).encode() + content.tobytes()).hexdigest(),
+        notes=(
+            "Feature maps were given instead of pictures. There is nothing to compare pixels with, "
+            "so PSNR, SSIM, the ceilings and normalised agreement are missing.",
+        ),
+        locations=[source.location or "" for source in maps.sources],
+        maps=maps,
+    )
 
 
 def open_images(

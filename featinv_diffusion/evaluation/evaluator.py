@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,6 +61,11 @@ class View:
         logits = None if self.logits is None else self.logits[index]
         return View(self.features[index], logits)
 
+    def to(self, device: torch.device) -> View:
+        """Returns the view on a device."""
+        logits = None if self.logits is None else self.logits.to(device)
+        return View(self.features.to(device), logits)
+
     @property
     def is_finite(self) -> Bool[Tensor, " b"]:
         """Whether features and class scores of each picture are finite."""
@@ -93,7 +99,8 @@ class Measured:
 
     Args:
         items: those that were measured; rows of everything below.
-        digests: SHA-256 of the pixels of each original, at the resolution of the samples.
+        digests: SHA-256 of the pixels of each original, at the resolution of the samples, or of
+            its map, where maps are evaluated.
         columns: float64, NaN where a figure was not taken.
         failures: `id` and `error` of each image that could not be measured.
         partial_failures: `id`, `figure` and `error` of what could not be measured of others, e.g.
@@ -135,9 +142,11 @@ class Measured:
 
 @dataclass(frozen=True, eq=False)
 class _Batch:
+    """Of given maps `originals` is None."""
+
     items: list[Item]
     views: Views
-    originals: Pixels
+    originals: Pixels | None
     samples: Pixels
 
 
@@ -189,8 +198,10 @@ class Evaluator:
         if not batches:
             return result
         views = join_views([b.views for b in batches])
-        originals = torch.cat([b.originals for b in batches])
-        result.digests = [sha256(square.numpy().tobytes()).hexdigest() for square in originals]
+        pixels = [b.originals for b in batches if b.originals is not None]
+        originals = torch.cat(pixels) if pixels else None
+        given = views[OWN].features.float().cpu() if originals is None else originals
+        result.digests = [sha256(one.numpy().tobytes()).hexdigest() for one in given]
         result.pixels = samples = torch.cat([b.samples for b in batches])
         seen = self._view(samples)
         everyone = range(len(result.items))
@@ -199,8 +210,11 @@ class Evaluator:
         if partners := find_partners([item.label for item in result.items]):
             others = self._compare(views, originals, take_views(seen, partners), samples[partners])
             result.put(f"{OTHER_IMAGE}_", everyone, others)
-        self._put_ceilings(result, views, originals)
+        if originals is not None:
+            self._put_ceilings(result, views, originals)
         self._put_sampled_nulls(result, views, originals)
+        if originals is None:
+            return result
         for name, extractor in self.extractors.items():
             result.reconstructed[name] = self._extract(extractor, samples)
             result.original[name] = self._extract(extractor, originals)
@@ -212,9 +226,7 @@ class Evaluator:
     # ---- reconstructions -----------------------------------------------------------------------
 
     def _reconstruct(self, items: Sequence[Item], failures: list[Failure]) -> Iterator[_Batch]:
-        for batch in batched(self._read(items, failures), self.batch_size):
-            members, pictures = [item for item, _ in batch], [picture for _, picture in batch]
-            views = self._view_pictures(pictures)
+        for members, views, pictures in self._encode(items, failures):
             finite = views[OWN].is_finite
             features = views[OWN].features.nan_to_num(posinf=0, neginf=0)
             advice = advice_on_overflow(self.inverter)
@@ -226,13 +238,32 @@ class Evaluator:
                     _fail(failures, item, f"its sample holds NaN values. {advice}")
             kept = [i for i, fine in enumerate((finite & sampled).tolist()) if fine]
             if kept:
-                squares = [center_square(pictures[i], samples.shape[-1]) for i in kept]
+                originals = None
+                if pictures is not None:
+                    squares = [center_square(pictures[i], samples.shape[-1]) for i in kept]
+                    originals = to_pixels(to_tensor(squares))
                 yield _Batch(
                     [members[i] for i in kept],
                     take_views(views, kept),
-                    to_pixels(to_tensor(squares)),
+                    originals,
                     samples[kept],
                 )
+
+    def _encode(
+        self, items: Sequence[Item], failures: list[Failure]
+    ) -> Iterator[tuple[list[Item], Views, list[Image.Image] | None]]:
+        """Yields items a batch at a time, with what is seen in them and their pictures."""
+        if (maps := self.images.maps) is not None:
+            for members in batched(items, self.batch_size):
+                given: Any = maps[[item.index for item in members]]
+                scores = [source.logits for source in given.sources if source.logits is not None]
+                logits = torch.stack(scores) if len(scores) == len(given) else None
+                view = View(given.as_subclass(Tensor), logits)
+                yield members, {OWN: view.to(self.own.device)}, None
+            return
+        for batch in batched(self._read(items, failures), self.batch_size):
+            pictures = [picture for _, picture in batch]
+            yield [item for item, _ in batch], self._view_pictures(pictures), pictures
 
     def _read(
         self, items: Sequence[Item], failures: list[Failure]
@@ -264,11 +295,13 @@ class Evaluator:
 
     # ---- comparisons ---------------------------------------------------------------------------
 
-    def _compare(self, views: Views, originals: Pixels, seen: Views, pixels: Pixels) -> Columns:
+    def _compare(
+        self, views: Views, originals: Pixels | None, seen: Views, pixels: Pixels
+    ) -> Columns:
         """Compares row by row, a batch at a time; `views` are those of the originals."""
         parts = [
             _compare_views(take_views(views, rows), take_views(seen, rows))
-            | self._compare_pixels(originals[rows], pixels[rows])
+            | ({} if originals is None else self._compare_pixels(originals[rows], pixels[rows]))
             for rows in batched(range(len(pixels)), self.batch_size)
         ]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -293,7 +326,7 @@ class Evaluator:
             made = ((to_pixels(images), finite_rows(images)) for images in trips)
             self._put_made(result, VAE_ROUND_TRIP, everyone, views, originals, made)
 
-    def _put_sampled_nulls(self, result: Measured, views: Views, originals: Pixels) -> None:
+    def _put_sampled_nulls(self, result: Measured, views: Views, originals: Pixels | None) -> None:
         """Measures the nulls that cost a sample each, with the noise of the reconstruction."""
         rows = [i for i, item in enumerate(result.items) if item.has_null]
         if not rows:
@@ -324,14 +357,17 @@ class Evaluator:
         kind: str,
         rows: Sequence[int],
         views: Views,
-        originals: Pixels,
+        originals: Pixels | None,
         made: Iterable[tuple[Pixels, Bool[Tensor, " b"]]],
     ) -> None:
         """Compares pictures that were made for some rows; those of NaN have no figures."""
         pixels, finite = (torch.cat(part) for part in zip(*made, strict=True))
         index = list(rows)
         columns = self._compare(
-            take_views(views, index), originals[index], self._view(pixels), pixels
+            take_views(views, index),
+            None if originals is None else originals[index],
+            self._view(pixels),
+            pixels,
         )
         broken = ~finite
         columns = {name: values.masked_fill(broken, torch.nan) for name, values in columns.items()}

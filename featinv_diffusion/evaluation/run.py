@@ -25,7 +25,7 @@ from featinv_diffusion.backbones import Backbone, load_backbone, same_backbone
 from featinv_diffusion.backbones.base import LAST, weights_sha256, without_progress_bars
 from featinv_diffusion.data.crops import to_images
 from featinv_diffusion.data.selection import Item, digest, select_items
-from featinv_diffusion.data.sets import ImageSet, open_images, open_pictures
+from featinv_diffusion.data.sets import ImageSet, open_images, open_pictures, set_of_maps
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.evaluation.evaluator import OWN, Evaluator, Measured, match_labels
 from featinv_diffusion.evaluation.report import cosine_bars, describe, summarise, to_markdown
@@ -38,6 +38,7 @@ from featinv_diffusion.evaluation.storage import (
     merge_rows,
     write_unit,
 )
+from featinv_diffusion.features.maps import is_maps_file, load_maps
 from featinv_diffusion.images import Picture, as_picture, to_pil, write_png
 from featinv_diffusion.inverters.base import Inverter
 from featinv_diffusion.inverters.diffusion import DiffusionInverter
@@ -59,12 +60,13 @@ from featinv_diffusion.runs.units import (
     share,
 )
 from featinv_diffusion.settings import SampleSettings, changed, flat_fields, from_flat, to_flat
+from featinv_diffusion.types import FeatureMaps, FeatureSpec
 
 logger = logging.getLogger(__name__)
 
 METRICS, TABLE, PER_IMAGE, IMAGES = "metrics.json", "metrics.md", "per_image.parquet", "images"
 
-Data: TypeAlias = "str | Path | ImageSet | Picture | Sequence[Picture]"
+Data: TypeAlias = "str | Path | ImageSet | FeatureMaps | Picture | Sequence[Picture]"
 
 
 def evaluate(
@@ -89,7 +91,8 @@ def evaluate(
 
     Args:
         data: a folder of pictures, a parquet file or a Hub name, as of `featinv evaluate --data`;
-            or pictures: paths, PIL images, arrays or tensors.
+            or pictures: paths, PIL images, arrays or tensors; or feature maps, a file of them or
+            `FeatureMaps`, of which the cosine, matches and their nulls are taken.
         n_images: number of images, drawn evenly over classes; None takes all.
         n_null_images: images for the nulls that cost a sample each.
         evaluated_by: names of other backbones that look at the reconstructions.
@@ -111,7 +114,7 @@ def evaluate(
         EvaluationSettings,
         {
             **to_flat(_sampling_of(inverter, seed, batch_size)),
-            "data": str(data) if is_named else "pictures given in Python",
+            "data": str(data) if is_named else _in_python(data),
             "n_images": n_images,
             "n_null_images": n_null_images,
             "evaluated_by": tuple(evaluated_by),
@@ -120,7 +123,7 @@ def evaluate(
         },
     )
     exclude = None if output is None else Path(output)
-    images = _open_named(settings, exclude) if is_named else _to_set(data)
+    images = _open_named(settings, exclude, inverter.spec) if is_named else _to_set(data)
     with _folder(output) as folder:
         result = _measure(inverter, images, settings, folder, Alone(), progress)
         assert result is not None
@@ -154,6 +157,8 @@ def _run_evaluation(
         inverter = open_inverter(settings.sampling)
     assert inverter.settings is not None
     settings = replace(settings, sampling=inverter.settings)
+    if images.maps is not None:
+        images = _open_named(settings, output, inverter.spec)
     result = _measure(inverter, images, settings, output, accelerator, True, command)
     if result is not None:
         result.save(output)
@@ -327,7 +332,11 @@ def _folder(output: str | Path | None) -> Iterator[Path]:
 # ---- What is evaluated ---------------------------------------------------------------------------
 
 
-def _open_named(settings: EvaluationSettings, output: Path | None) -> ImageSet:
+def _open_named(
+    settings: EvaluationSettings, output: Path | None, spec: FeatureSpec | None = None
+) -> ImageSet:
+    if is_maps_file(settings.data):
+        return set_of_maps(load_maps(str(settings.data), spec))
     return open_images(settings.data, settings.split, settings.classes, exclude=output)
 
 
@@ -335,6 +344,8 @@ def _to_set(data: Data) -> ImageSet:
     """Returns pictures as a set without classes; names that are not unique get their number."""
     if isinstance(data, ImageSet):
         return data
+    if isinstance(data, FeatureMaps):
+        return set_of_maps(data)
     is_one = isinstance(data, Image.Image) or getattr(data, "ndim", 4) == 3
     pictures: list[Any] = [data] if is_one else list(data)  # pyright: ignore[reportArgumentType]
     if not pictures:
@@ -352,6 +363,12 @@ def _to_set(data: Data) -> ImageSet:
     count = Counter(images.ids)
     ids = [name if count[name] == 1 else f"{i}/{name}" for i, name in enumerate(images.ids)]
     return replace(images, ids=ids)
+
+
+def _in_python(data: Data) -> str:
+    """Returns what the record says of data without a name."""
+    maps = isinstance(data, FeatureMaps) or (isinstance(data, ImageSet) and data.maps is not None)
+    return f"{'feature maps' if maps else 'pictures'} given in Python"
 
 
 def _content_of(picture: Picture) -> str:
@@ -404,10 +421,13 @@ def open_evaluator(inverter: Inverter, images: ImageSet, settings: EvaluationSet
     """
     own = inverter.require_backbone()
     settings, notes = _without_own(settings, own)
+    if images.maps is not None:
+        inverter.spec.check_features(images.maps)
+        _check_no_pictures_needed(settings)
     others = _load_others(settings, own.device)
     matched_by, class_of_label = match_labels(images, own)
     lpips = Lpips(settings.lpips, settings.lpips_weights).to(own.device) if settings.lpips else None
-    extractors = load_extractors(settings, own)
+    extractors = load_extractors(settings, own) if images.maps is None else {}
     check_references(settings.reference, extractors)
     evaluator = Evaluator(
         inverter=inverter,
@@ -425,6 +445,16 @@ def open_evaluator(inverter: Inverter, images: ImageSet, settings: EvaluationSet
     digests = {name: weights_sha256({"": model}) for name, model in evaluators.items()}
     weights = {**describe_inverter(inverter, own), "evaluators_sha256": digests}
     return Opened(evaluator, settings, matched_by, weights, notes)
+
+
+def _check_no_pictures_needed(settings: EvaluationSettings) -> None:
+    """Raises `InputError` where a figure is asked for that only pictures can give."""
+    for name in ("evaluated_by", "lpips", "fid", "fd_dinov2"):
+        if getattr(settings, name):
+            raise InputError(
+                f"--{name.replace('_', '-')} compares with pictures, but {settings.data} holds "
+                "feature maps. Leave it out, or give the pictures that they come from."
+            )
 
 
 def _without_own(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from accelerate.state import AcceleratorState
 from PIL import Image
+from torch import Tensor
 
 import featinv_diffusion as fi
 from featinv_diffusion.data.sets import open_images
@@ -17,8 +19,10 @@ from featinv_diffusion.errors import InputError
 from featinv_diffusion.evaluation.evaluator import Evaluator
 from featinv_diffusion.evaluation.report import to_markdown
 from featinv_diffusion.evaluation.run import Evaluation, evaluate
+from featinv_diffusion.features.maps import load_maps, write_maps
 from featinv_diffusion.images import to_pil
 from featinv_diffusion.inverters import DiffusionInverter
+from featinv_diffusion.types import FeatureMaps
 from tests import tiny
 
 N = 3
@@ -164,3 +168,53 @@ def test_what_the_inverter_decides_and_unknown_options_are_refused(inverter, pho
         evaluate(inverter, photos, steps=5)
     with pytest.raises(InputError, match="did you mean 'per_class'"):
         evaluate(inverter, photos, per_clas=5)
+
+
+# ---- feature maps in place of pictures -----------------------------------------------------------
+
+
+@pytest.fixture
+def maps_file(inverter, photos: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "maps.safetensors"
+    write_maps(path, inverter.encode(sorted(photos.glob("*.png"))), inverter.spec)
+    return path
+
+
+def test_maps_give_the_figures_of_their_pictures(inverter, photos, whole, maps_file):
+    for data in (maps_file, load_maps(maps_file)):
+        of_maps = evaluate(inverter, data, **QUICK)
+        for name in ("cosine", "other_image_cosine", "top1_match"):
+            found, wanted = (sorted(r.table[name].to_pylist()) for r in (of_maps, whole))
+            assert found == pytest.approx(wanted, abs=1e-5)
+        assert of_maps.metrics["normalised_agreement"] is None
+        assert not {"psnr", "ssim"} & of_maps.metrics.keys()
+        assert any("instead of pictures" in note for note in of_maps.metrics["notes"])
+        assert "cosine" in to_markdown(of_maps.metrics)
+        of_maps.figure()
+
+
+@pytest.mark.parametrize(
+    "option", [{"evaluated_by": ("tiny/resnet",)}, {"lpips": "alex"}, {"fd_dinov2": "x"}]
+)
+def test_maps_refuse_what_compares_with_pictures(inverter, maps_file, option):
+    (name,) = option
+    with pytest.raises(InputError, match=f"--{name.replace('_', '-')} compares with pictures"):
+        evaluate(inverter, maps_file, **QUICK, **option)
+
+
+def test_maps_of_another_spec_are_refused(inverter, maps_file, tmp_path):
+    other = replace(inverter.spec, backbone="another")
+    path = tmp_path / "other.safetensors"
+    write_maps(path, load_maps(maps_file), other)
+    with pytest.raises(InputError, match="another"):
+        evaluate(inverter, path, **QUICK)
+
+
+def test_names_of_foreign_maps_lead_nowhere(inverter, maps_file, tmp_path):
+    maps = load_maps(maps_file)
+    named = FeatureMaps.of(
+        maps.as_subclass(Tensor), [replace(s, name=f"../../{s.name}") for s in maps.sources]
+    )
+    evaluate(inverter, named, output=tmp_path / "a" / "b" / "out", save_images=True, **QUICK)
+    assert not list((tmp_path / "a").glob("*.png"))
+    assert len(list((tmp_path / "a" / "b" / "out" / "images").glob("*.png"))) == N
