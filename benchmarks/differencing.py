@@ -5,7 +5,7 @@
 Fine-tunes tiny/convnext four times: to give a picture the features of its grey version (the planted
 case), and to its classes with three orders of the images (the nulls). Prints the table of the
 planted case against the nulls, and how often one null is an alarm against the two others,
-over random halves of the pictures.
+over random halves of the pictures. `--figure` draws the planted case on crops of two photos.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import copy
 import json
 
 import torch
+from pages import crops
 from torch.nn import functional as F
 
 import featinv_diffusion as fi
@@ -69,6 +70,7 @@ def main() -> None:
     parser.add_argument("--n-images", type=int, default=64)
     parser.add_argument("--n-halves", type=int, default=20)
     parser.add_argument("--output", default=None)
+    parser.add_argument("--figure", default=None)
     arguments = parser.parse_args()
     torch.manual_seed(0)
     inverter = fi.load_inverter("tiny/convnext")
@@ -85,6 +87,10 @@ def main() -> None:
         print(json.dumps(row))
     if arguments.output:
         found.save(arguments.output)
+    if arguments.figure:
+        photos = [crop for _, crop in crops(4)]
+        shown = fi.compare_models(inverter, grey, photos, fit_on=images[:200], nulls=nulls)
+        shown.figure().savefig(arguments.figure)
     alarms = 0
     for k in range(arguments.n_halves):
         half = torch.randperm(len(held), generator=torch.Generator().manual_seed(k))
