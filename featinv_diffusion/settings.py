@@ -48,7 +48,7 @@ DIFFUSION = "diffusion"
 BY_GRADIENT = ("guided", "optimise")
 """Inverters that need no training, but gradients through any backbone that they are given."""
 PARAMETRISATIONS = ("latents", "pixels")
-LATER = ("parametrise",)
+LATER = ("capture", "parametrise", "quality", "refine")
 """Settings that older manifests lack; what they recorded was made with the default."""
 SCHEDULERS = (
     "ddim",
@@ -63,6 +63,8 @@ SCHEDULERS = (
     "unipc",
 )
 GUIDANCE = ("text", "features")
+QUALITIES = ("draft", "standard", "best", "published")
+"""Presets of steps, refinement and guidance: see `inverters.quality`."""
 ATTENTION = ("native", "xformers")
 DTYPES = ("float32", "float16", "bfloat16")
 OF_PIPELINE = "the pipeline's"
@@ -238,7 +240,9 @@ class SampleSettings:
         backbone: must be the pipeline's; None takes it, or `convnext` without a pipeline. Any for
             `optimise` and `guided`.
         layer: must be the pipeline's; None takes it.
-        steps, guidance_scale, guidance: see `DiffusionInverter`; None is the pipeline's default.
+        quality: a name of `QUALITIES`, which sets what is not set here: see `inverters.quality`.
+        steps, guidance_scale, guidance, refine, capture: see `DiffusionInverter`; None is what
+            the quality says.
         scheduler: a name of `SCHEDULERS`; None is the pipeline's own.
         batch_size: samples per batch; it decides the last bits of the pictures.
         attention: `native` is PyTorch's scaled dot product; `xformers` needs that extra.
@@ -271,6 +275,13 @@ class SampleSettings:
     seed: Seed = option(
         0, "Random seed; the noise also depends on the file name and the sample index."
     )
+    quality: str | None = option(
+        None,
+        "How much to spend on a picture: draft (2 steps), standard, best (refined) or published "
+        "(50 steps of ddim, guidance text 1.75). Other options prevail.",
+        choices=QUALITIES,
+        shown="standard",
+    )
     steps: int | None = option(
         None, "Denoising steps, or those of optimise.", shown=OF_PIPELINE, least=1, most=1000
     )
@@ -290,6 +301,16 @@ class SampleSettings:
         choices=GUIDANCE,
     )
     strength: float = option(1.0, "Factor on the residuals of the ControlNet.")
+    refine: int | None = option(
+        None,
+        "Steps that move a finished sample towards the features, as its own backbone sees them.",
+        shown="0, best: the pipeline's",
+        least=0,
+        most=1000,
+    )
+    capture: bool = option(
+        False, "Trace the networks once, which takes seconds and speeds up many small pictures."
+    )
     batch_size: int = option(8, "Samples per batch.", least=1, most=MAX_BATCH)
     attention: str = option("native", "Attention kernels.", choices=ATTENTION)
     device: str = option("auto", "Device to compute on: auto, cpu, cuda, cuda:1, mps …")

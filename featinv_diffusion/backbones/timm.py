@@ -19,6 +19,7 @@ from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import Tensor, nn
 
 from featinv_diffusion.backbones.base import LAST, Preprocessing
+from featinv_diffusion.backbones.public_weights import load_packed, packed_weights
 from featinv_diffusion.backbones.traced import Axes, LastLayer, Layout, TracedBackbone
 from featinv_diffusion.errors import InputError, reason_of
 from featinv_diffusion.files import read_torch
@@ -27,12 +28,16 @@ from featinv_diffusion.files import read_torch
 
 
 def create_timm(timm_id: str, *, pretrained: bool, **model_kwargs: Any) -> nn.Module:
-    """Returns a timm model.
+    """Returns a timm model; weights come from an installed package of `PACKED`, else from the Hub.
 
     Raises:
         InputError: no pretrained weights, or they can neither be found nor downloaded.
     """
     if pretrained and not {"pretrained_cfg", "pretrained_cfg_overlay"} & model_kwargs.keys():
+        if (path := packed_weights(timm_id)) is not None:
+            model = timm.create_model(timm_id, **model_kwargs)
+            load_packed(model, timm_id, path)
+            return model
         _check_has_weights(timm_id)
     try:
         return timm.create_model(timm_id, pretrained=pretrained, **model_kwargs)

@@ -95,9 +95,9 @@ def report(manifest: Manifest, output: Path) -> None:
     """Prints what was written and how good it is; failures go to stderr."""
     for failure in manifest.failures:
         print(f"Failed: {failure['error']}", file=sys.stderr)
-    print(manifest.summary())
-    print(manifest.scope_line())
     if manifest.second_eye is not None:
         print(second_eye_line(manifest.second_eye))
+    print(manifest.summary())
+    print(manifest.scope_line())
     print(f"Wrote {output / GRID} and {output / MANIFEST}.")
     terminal.finish(output / MANIFEST, output)

@@ -21,6 +21,7 @@ import re
 import shlex
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -132,6 +133,8 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
         default_prompt: the prompt of training.
         default_num_inference_steps: used where the call names no number of steps; likewise
             `default_guidance_scale` and `default_guidance`.
+        best_refine: steps of refinement of the best quality, of which another backbone than the
+            pipeline's judged that they help; 0 where none has judged.
         feature_layer: dotted path of a module of the timm model, or `last` for the last spatial
             map before pooling; None takes the layer of the controlnet's `feature_spec`.
     """
@@ -153,6 +156,7 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
         default_num_inference_steps: int = 50,
         default_guidance_scale: float = 1.75,
         default_guidance: str = "text",
+        best_refine: int = 0,
         feature_layer: str | None = None,
     ):
         super().__init__()
@@ -184,17 +188,21 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
             default_num_inference_steps=int(default_num_inference_steps),
             default_guidance_scale=float(default_guidance_scale),
             default_guidance=default_guidance,
+            best_refine=int(best_refine),
             feature_layer=feature_layer or trained_layer or "last",
         )
         self.vae_scale_factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self._interrupt = False
+        self._graphs: dict[tuple[Any, ...], Any] | None = None
         self.scope_file: Path | None = None
         """Statistics of natural feature maps, which a saved folder takes along."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("text_encoder", "tokenizer"):
             self.__dict__["_prompt_cache"] = {}
+        if name in ("unet", "controlnet") and self.__dict__.get("_graphs"):
+            self._graphs = {}
         super().__setattr__(name, value)
 
     @property
@@ -228,6 +236,12 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
                 input size, bilinear with antialiasing; or a tensor `[b, 3, h, w]` in [0, 1],
                 scaled whole as the backbone's configuration says.
         """
+        features = self._see(images)
+        self._check_features(features, f"the backbone {self.backbone.config.architecture!r} gives")
+        return features
+
+    def _see(self, images: Image | Sequence[Image] | torch.Tensor) -> torch.Tensor:
+        """Returns the maps of images; gradients flow to a tensor of them."""
         backbone = self._timm_backbone()
         pixels = self._preprocess(images).to(self._execution_device, backbone.dtype)
         layer = self.config["feature_layer"]
@@ -236,7 +250,6 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
                 features = self._last_map(backbone.timm_model, pixels)
             else:
                 features = self._map_of_layer(backbone.timm_model, pixels, layer)
-        self._check_features(features, f"the backbone {backbone.config.architecture!r} gives")
         return features
 
     def _last_map(self, model: Any, pixels: torch.Tensor) -> torch.Tensor:
@@ -415,6 +428,20 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
 
     # ---- sampling ------------------------------------------------------------------------------
 
+    def enable_capture(self) -> None:
+        """Runs controlnet and UNet as one traced graph, which spares Python's share of each step.
+
+        A graph is traced at the first step of each batch size and size of images, which takes
+        seconds, and is kept until `disable_capture`, so it pays for many images of small models.
+        It reads the weights where they are: those that change in place are followed. After
+        changing modules, such as attention processors or adapters, call this again.
+        """
+        self._graphs = {}
+
+    def disable_capture(self) -> None:
+        """Forgets the graphs and runs the modules themselves."""
+        self._graphs = None
+
     @torch.no_grad()
     def __call__(
         self,
@@ -429,6 +456,9 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
         controlnet_conditioning_scale: Number | Sequence[float] = 1.0,
         num_images_per_prompt: Whole = 1,
         eta: Number = 0.0,
+        refine: Whole = 0,
+        refine_learning_rate: Number = 0.1,
+        refine_backbone: Callable[[torch.Tensor], torch.Tensor] | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         prompt_embeds: torch.Tensor | None = None,
@@ -457,6 +487,13 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
             controlnet_conditioning_scale: strength of the features, one number or one for each
                 residual, the middle block last. At 0 only the prompt is left.
             eta: of DDIM; refused by schedulers that have none.
+            refine: Adam steps on the final latents, so that what the backbone sees in the decoded
+                images comes nearer to the features. Two or three raise the agreement that others
+                see too; with more the images are made for this backbone alone. Any cosine that it
+                reports was then optimised: let another backbone judge.
+            refine_learning_rate: of Adam, in units of the latents.
+            refine_backbone: from images `[b, 3, h, w]` in [0, 1] to features, differentiable; None
+                takes the pipeline's backbone.
             generator: one for all samples, drawn from in order, or one per sample. Noise is drawn
                 in float32 on the generator's device, so that with a CPU generator of its own a
                 sample does not depend on the batch or on the device.
@@ -483,6 +520,7 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
         self._check_call(
             images, features, num_images_per_prompt, output_type, callback_on_step_end_tensor_inputs
         )
+        refine = self._check_refine(refine, refine_learning_rate, refine_backbone)
         strengths = self._strengths(controlnet_conditioning_scale)
         step_kwargs = self._step_kwargs(eta, generator)
         self._interrupt, self._guidance_scale = False, scale
@@ -505,10 +543,11 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
         self.scheduler.set_timesteps(steps, device=self._execution_device)
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
+        dtypes = self.controlnet.dtype, self.unet.dtype  # each read walks through a whole model
         x = x * self.scheduler.init_noise_sigma
         with self.progress_bar(total=len(timesteps)) as bar:  # pyright: ignore[reportCallIssue]
             for i, t in enumerate(timesteps):
-                eps = self._guided_noise(x, t, embeds, encoded_cond, strengths)
+                eps = self._guided_noise(x, t, embeds, encoded_cond, strengths, dtypes)
                 x = self.scheduler.step(eps, t, x, **step_kwargs, return_dict=False)[0]
                 if callback_on_step_end is not None:
                     held = {"latents": x, "prompt_embeds": embeds, "encoded_cond": encoded_cond}
@@ -525,6 +564,9 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
                 if self._interrupt:
                     break
 
+        if refine:
+            target = features.repeat_interleave(n_samples, dim=0)
+            x = self._refine(x, target, refine, float(refine_learning_rate), refine_backbone)
         output: Any = x
         if output_type != "latent":
             pixels = self._decode_latents(x)
@@ -629,11 +671,13 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
         prompt_embeds: torch.Tensor,
         encoded_cond: torch.Tensor,
         strengths: Sequence[float],
+        dtypes: tuple[torch.dtype, torch.dtype],
     ) -> torch.Tensor:
         guided = self.do_classifier_free_guidance
         model_input = torch.cat([latents, latents]) if guided else latents
         model_input = self.scheduler.scale_model_input(model_input, t)
-        eps = self._predict_noise(model_input, t, prompt_embeds, encoded_cond, strengths)
+        predict = self._predict_noise if self._graphs is None else self._predict_by_graph
+        eps = predict(model_input, t, prompt_embeds, encoded_cond, strengths, dtypes)
         if not guided:
             return eps
         eps_negative, eps_positive = eps.chunk(2)
@@ -646,30 +690,98 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
         prompt_embeds: torch.Tensor,
         encoded_cond: torch.Tensor,
         strengths: Sequence[float],
+        dtypes: tuple[torch.dtype, torch.dtype],
     ) -> torch.Tensor:
-        """Returns the UNet's prediction in float32; at strength 0 the controlnet does not run."""
+        """Returns the UNet's prediction in float32; at strength 0 the controlnet does not run.
+
+        Args:
+            dtypes: of the controlnet and of the UNet.
+        """
         residuals = {}
+        of_controlnet, of_unet = dtypes
         if any(strengths):
-            dtype = self.controlnet.dtype
             down, mid = self.controlnet(
-                model_input.to(dtype),
+                model_input.to(of_controlnet),
                 t,
-                encoder_hidden_states=prompt_embeds.to(dtype),
+                encoder_hidden_states=prompt_embeds.to(of_controlnet),
                 encoded_cond=encoded_cond,
                 return_dict=False,
             )
             pairs = zip((*down, mid), strengths, strict=True)
-            scaled = [(residual * s).to(self.unet.dtype) for residual, s in pairs]
+            scaled = [(r if s == 1 else r * s).to(of_unet) for r, s in pairs]
             residuals["down_block_additional_residuals"] = scaled[:-1]
             residuals["mid_block_additional_residual"] = scaled[-1]
         prediction = self.unet(
-            model_input.to(self.unet.dtype),
+            model_input.to(of_unet),
             t,
             encoder_hidden_states=prompt_embeds,
             return_dict=False,
             **residuals,
         )[0]
         return prediction.float()
+
+    def _predict_by_graph(
+        self,
+        model_input: torch.Tensor,
+        t: torch.Tensor,
+        prompt_embeds: torch.Tensor,
+        encoded_cond: torch.Tensor,
+        strengths: Sequence[float],
+        dtypes: tuple[torch.dtype, torch.dtype],
+    ) -> torch.Tensor:
+        """As `_predict_noise`, by the graph of these shapes; traces one where it is missing."""
+        assert self._graphs is not None
+        inputs = (model_input, t, prompt_embeds, encoded_cond)
+        key = (*((x.shape, x.dtype, x.device) for x in inputs), tuple(strengths), dtypes)
+        if key not in self._graphs:
+            if any(hasattr(module, "_hf_hook") for module in (self.unet, self.controlnet)):
+                raise ValueError(
+                    "A captured pipeline must hold its weights on one device, but they are "
+                    "offloaded. Call disable_capture, or load the pipeline without offloading."
+                )
+            network = _Network(self.unet, self.controlnet, self._predict_noise, strengths, dtypes)
+            with warnings.catch_warnings():  # of branches on shapes, which are the key
+                warnings.simplefilter("ignore")
+                self._graphs[key] = torch.jit.trace(network, inputs, check_trace=False)
+        return self._graphs[key](*inputs)
+
+    def _check_refine(self, refine: Any, learning_rate: Any, backbone: Any) -> int:
+        n_steps = _to_int("refine", refine)
+        if n_steps < 0:
+            raise ValueError(f"refine must be at least 0, got {n_steps}.")
+        if not 0 < float(learning_rate) < math.inf:
+            raise ValueError(f"refine_learning_rate must be positive, got {learning_rate}.")
+        if n_steps and backbone is None:
+            self._timm_backbone()
+        return n_steps
+
+    def _refine(
+        self,
+        latents: torch.Tensor,
+        target: torch.Tensor,
+        n_steps: int,
+        learning_rate: float,
+        backbone: Callable[[torch.Tensor], torch.Tensor] | None,
+    ) -> torch.Tensor:
+        """Takes Adam steps on 1 − the mean cosine of cells, through the decoder and the backbone.
+
+        The samples of a batch do not see each other: the losses are summed, and Adam works on each
+        number alone.
+        """
+        see = backbone or self._see
+        moved = latents.detach().clone().requires_grad_()
+        adam = torch.optim.Adam([moved], lr=learning_rate)
+        target = target.to(moved.device, torch.float32)
+        modules = [self.vae, *([] if backbone else [self.backbone])]
+        with _frozen(*modules), self._vae_that_does_not_overflow():
+            for _ in range(n_steps):
+                with torch.enable_grad():
+                    pixels = (self._decode_latents(moved) / 2 + 0.5).clamp(0, 1)
+                    cosine = F.cosine_similarity(see(pixels).float(), target, dim=1)
+                    loss = (1 - cosine.mean(dim=(1, 2))).sum()
+                    (moved.grad,) = torch.autograd.grad(loss, moved)
+                adam.step()
+        return moved.detach()
 
     def _decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Returns pixels `[b, 3, h, w]` in float32, about [-1, 1]."""
@@ -680,15 +792,21 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
             latents = latents * latents.new_tensor(config.latents_std).view(1, -1, 1, 1) + mean
         if config.get("shift_factor") is not None:
             latents = latents + config.shift_factor
+        with self._vae_that_does_not_overflow():
+            return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
+
+    @contextmanager
+    def _vae_that_does_not_overflow(self) -> Iterator[None]:
+        """Puts an autoencoder in float16 to float32: activations of many overflow there."""
         dtype = self.vae.dtype
-        # Activations of many autoencoders overflow in float16.
-        upcast = dtype == torch.float16 and config.get("force_upcast", True)
+        upcast = dtype == torch.float16 and self.vae.config.get("force_upcast", True)
         if upcast:
             self.vae.to(dtype=torch.float32)
-        pixels = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
-        if upcast:
-            self.vae.to(dtype=dtype)
-        return pixels
+        try:
+            yield
+        finally:
+            if upcast:
+                self.vae.to(dtype=dtype)
 
     # ---- saving and loading --------------------------------------------------------------------
 
@@ -832,6 +950,47 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
             if _PACKAGE and isinstance(value, list) and value[:1] == [_CONTROLNET_STEM]:
                 config[name] = [f"{_PACKAGE}.{_CONTROLNET_STEM}", value[1]]
         return loaded
+
+
+class _Network(torch.nn.Module):
+    """UNet and controlnet as one module, so that a trace holds their weights as parameters."""
+
+    def __init__(
+        self,
+        unet: torch.nn.Module,
+        controlnet: torch.nn.Module,
+        predict: Callable[..., torch.Tensor],
+        strengths: Sequence[float],
+        dtypes: tuple[torch.dtype, torch.dtype],
+    ):
+        super().__init__()
+        self.unet, self.controlnet = unet, controlnet
+        self.predict, self.strengths, self.dtypes = predict, strengths, dtypes
+        self.training = unet.training  # tracing sets the mode of every child to this
+
+    def forward(
+        self,
+        model_input: torch.Tensor,
+        t: torch.Tensor,
+        prompt_embeds: torch.Tensor,
+        encoded_cond: torch.Tensor,
+    ) -> torch.Tensor:
+        return self.predict(
+            model_input, t, prompt_embeds, encoded_cond, self.strengths, self.dtypes
+        )
+
+
+@contextmanager
+def _frozen(*modules: torch.nn.Module) -> Iterator[None]:
+    """Keeps weights out of a graph of gradients, and gives them back as they were."""
+    moving = [p for module in modules for p in module.parameters() if p.requires_grad]
+    for parameter in moving:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in moving:
+            parameter.requires_grad_(True)
 
 
 @contextmanager

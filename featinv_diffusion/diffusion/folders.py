@@ -124,6 +124,7 @@ class Index(TypedDict, total=False):
     default_num_inference_steps: Annotated[int, Meta(ge=1, le=100_000)]
     default_guidance_scale: Annotated[float, Meta(ge=-1e6, le=1e6)]
     default_guidance: str
+    best_refine: Annotated[int, Meta(ge=0, le=1000)]
     feature_layer: str | None
 
 

@@ -124,8 +124,16 @@ too large; compare such figures only at equal n."""
 
 
 def describe(metrics: Estimate) -> str:
-    """Returns the main figures in one sentence."""
-    parts = [f"cosine {to_cell(metrics['cosine'])}"]
+    """Returns the main figures in one sentence; what was optimised comes last."""
+    own = metrics.get("optimised_for")
+    parts = [
+        f"cosine by {name} {to_cell(figures['cosine'])}"
+        for name, figures in metrics["evaluated_by"].items()
+        if own is not None
+    ]
+    parts.append(f"cosine {to_cell(metrics['cosine'])}")
+    if own is not None:
+        parts[-1] = f"{parts[-1]} by {own}, which the pictures were optimised for"
     if normalised := metrics["normalised_agreement"]:
         parts.append(f"normalised {to_cell(normalised)}")
     for name in AGREEMENT[1:]:
@@ -149,19 +157,21 @@ def cosine_bars(metrics: Estimate) -> Figure:
 def to_markdown(metrics: Estimate) -> str:
     """Returns a page: agreement beside nulls and ceilings, other backbones, distances, settings."""
     settings = metrics["settings"]
+    optimised = metrics.get("optimised_for")
+    others = ["", *_evaluated_by_table(metrics)] if metrics["evaluated_by"] else []
     lines = [
         f"# Evaluation of {_subject(settings)}",
         "",
         f"{metrics['n_images']} images of {settings['data']}, backbone {settings['backbone']}, "
         f"layer {settings['layer']}{_sampling_words(settings)}.",
+        *(_optimised_lines(optimised, others) if optimised else []),
         "",
         *_agreement_table(metrics),
         "",
         f"Normalised agreement: {_cell(metrics['normalised_agreement'], '', metrics)}.",
     ]
     lines += _label_lines(metrics)
-    if metrics["evaluated_by"]:
-        lines += ["", *_evaluated_by_table(metrics)]
+    lines += [] if optimised else others
     if metrics.get("distribution"):
         lines += ["", *_distribution_table(metrics["distribution"])]
     if metrics["failures"]:
@@ -178,6 +188,15 @@ def to_markdown(metrics: Estimate) -> str:
     return "\n".join(lines)
 
 
+def _optimised_lines(own: str, others: list[str]) -> list[str]:
+    """Returns who is no judge of the pictures, after what the others see."""
+    warning = (
+        f"The pictures were optimised for {own}: what it sees in them is no evidence. "
+        "The other backbones took no part."
+    )
+    return ["", warning, *others]
+
+
 def _subject(settings: Estimate) -> str:
     inverter = settings["inverter"]
     if inverter == DIFFUSION:
@@ -192,8 +211,9 @@ def _sampling_words(settings: Estimate) -> str:
     if settings["inverter"] != DIFFUSION:
         return ", deterministic"
     scheduler = f" of {settings['scheduler']}" if settings["scheduler"] else ""
+    refined = f", refined by {settings['refine']} steps" if settings.get("refine") else ""
     return (
-        f", {settings['steps']} steps{scheduler}, guidance "
+        f", {settings['steps']} steps{scheduler}{refined}, guidance "
         f"{settings['guidance']} {settings['guidance_scale']:g}, strength "
         f"{settings['strength']:g}, seed {settings['seed']}"
     )
@@ -231,8 +251,12 @@ def _agreement_table(metrics: Estimate) -> list[str]:
 
 
 def _evaluated_by_table(metrics: Estimate) -> list[str]:
-    names = [metrics["settings"]["backbone"], *metrics["evaluated_by"]]
+    own = metrics["settings"]["backbone"]
+    names = [own, *metrics["evaluated_by"]]
     figures = [metrics, *metrics["evaluated_by"].values()]
+    if metrics.get("optimised_for"):  # whoever took no part comes first
+        names = [*names[1:], f"{own} (optimised)"]
+        figures = [*figures[1:], figures[0]]
     rows = [
         [name, *(_cell(figure.get(metric), metric, metrics) for metric in AGREEMENT)]
         for name, figure in zip(names, figures, strict=True)

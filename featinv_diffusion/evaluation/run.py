@@ -48,6 +48,7 @@ from featinv_diffusion.processes import Alone, Processes, device_name
 from featinv_diffusion.runs.progress import advancing
 from featinv_diffusion.runs.record import RunFolder, read_environment, reserved
 from featinv_diffusion.runs.scope import sampling_of
+from featinv_diffusion.runs.second_eye import second_eye_of
 from featinv_diffusion.runs.units import (
     FILES,
     Unit,
@@ -95,7 +96,8 @@ def evaluate(
             `FeatureMaps`, of which the cosine, matches and their nulls are taken.
         n_images: number of images, drawn evenly over classes; None takes all.
         n_null_images: images for the nulls that cost a sample each.
-        evaluated_by: names of other backbones that look at the reconstructions.
+        evaluated_by: names of other backbones that look at the reconstructions. Where these were
+            made by looking through the own one, at least one other looks.
         split: split of the data, where they have any.
         seed: random seed; the noise also depends on the file name.
         batch_size: samples per batch; it decides the last bits.
@@ -284,6 +286,7 @@ def _join(
         **figures,
         "distribution": distribution,
         "n_images": len(rows.ids),
+        "optimised_for": opened.evaluator.own.name if evaluator.inverter.is_optimised else None,
         "failures": rows.failures,
         "partial_failures": rows.partial_failures,
         "notes": notes,
@@ -421,6 +424,8 @@ def open_evaluator(inverter: Inverter, images: ImageSet, settings: EvaluationSet
     """
     own = inverter.require_backbone()
     settings, notes = _without_own(settings, own)
+    if inverter.is_optimised and images.maps is None and not settings.evaluated_by:
+        settings = replace(settings, evaluated_by=(second_eye_of(own.name),))
     if images.maps is not None:
         inverter.spec.check_features(images.maps)
         _check_no_pictures_needed(settings)

@@ -47,6 +47,11 @@ class Inverter(ABC):
         """Whether it makes one picture of a map, whatever the noise."""
         return True
 
+    @property
+    def is_optimised(self) -> bool:
+        """Whether pictures are made by looking through the backbone, which then is no judge."""
+        return False
+
     @abstractmethod
     def _invert(self, features: Features, generator: Generators) -> Images:
         """As `invert`, of features that fit `spec`."""

@@ -27,6 +27,7 @@ class DiffusionInverter(Inverter):
         guidance_scale: s in ε_u + s (ε_c − ε_u); 1 is no guidance.
         guidance: `text` (only the prompt is dropped from ε_u) or `features` (both are).
         strength: factor on all residuals of the ControlNet.
+        refine: Adam steps on the final latents towards the features, through the backbone.
 
     Raises:
         InputError: the ControlNet does not declare its features, or the backbone makes others.
@@ -41,6 +42,7 @@ class DiffusionInverter(Inverter):
         guidance_scale: float | None = None,
         guidance: str | None = None,
         strength: float = 1.0,
+        refine: int = 0,
     ):
         default = pipeline.config
         self.pipeline = pipeline
@@ -55,12 +57,19 @@ class DiffusionInverter(Inverter):
         )
         self.guidance_scale: float = _first(guidance_scale, default["default_guidance_scale"])
         self.guidance: str = _first(guidance, default["default_guidance"])
-        self.strength = strength
+        self.strength, self.refine = strength, refine
+        if refine:
+            self.require_backbone().check_gradient()
 
     @property
     def is_deterministic(self) -> bool:
         """Noise decides a sample."""
         return False
+
+    @property
+    def is_optimised(self) -> bool:
+        """Refined samples were moved until the backbone agreed."""
+        return self.refine > 0
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -71,7 +80,7 @@ class DiffusionInverter(Inverter):
         return height * factor, width * factor
 
     def _invert(self, features: Features, generator: Generators) -> Images:
-        return self._sample(features, self.strength, generator)
+        return self._sample(features, self.strength, generator, self.refine)
 
     @torch.no_grad()
     def sample_prior(self, n: int, *, generator: Generators = None) -> Images:
@@ -96,13 +105,17 @@ class DiffusionInverter(Inverter):
             vae.to(dtype=dtype)
         return decoded.clamp(0, 1)
 
-    def _sample(self, features: Features, strength: float, generator: Generators) -> Images:
+    def _sample(
+        self, features: Features, strength: float, generator: Generators, refine: int = 0
+    ) -> Images:
         (images,) = self.pipeline(
             features=features,
             num_inference_steps=self.num_inference_steps,
             guidance_scale=self.guidance_scale,
             guidance=self.guidance,
             controlnet_conditioning_scale=strength,
+            refine=refine,
+            refine_backbone=self.backbone.features if self.backbone and refine else None,
             generator=generator,
             output_type="pt",
             callback_on_step_end=self._report(len(features)),

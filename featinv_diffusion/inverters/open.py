@@ -30,6 +30,7 @@ from featinv_diffusion.inverters import guided, modular, optimise, rae, reconstr
 from featinv_diffusion.inverters.base import Inverter
 from featinv_diffusion.inverters.chain import MapChain
 from featinv_diffusion.inverters.diffusion import DiffusionInverter, declared_spec
+from featinv_diffusion.inverters.quality import with_quality
 from featinv_diffusion.settings import DIFFUSION, SampleSettings
 from featinv_diffusion.trust import FACTORY
 from featinv_diffusion.types import FeatureSpec
@@ -37,11 +38,14 @@ from featinv_diffusion.types import FeatureSpec
 DEFAULT_BACKBONE = "tiny/convnext"
 BUNDLED = "tiny/"
 OF_DIFFUSION = (
+    "quality",
     "steps",
     "scheduler",
     "guidance_scale",
     "guidance",
     "strength",
+    "refine",
+    "capture",
     "attention",
     "dtype",
 )
@@ -57,11 +61,14 @@ def load_inverter(
     pipeline: str | None = None,
     backbone: Backbone | str | None = None,
     layer: str | None = None,
+    quality: str | None = None,
     steps: int | None = None,
     scheduler: str | None = None,
     guidance_scale: float | None = None,
     guidance: str | None = None,
     strength: float = 1.0,
+    refine: int | None = None,
+    capture: bool = False,
     parametrise: str = "latents",
     attention: str = "native",
     device: str = "auto",
@@ -79,8 +86,13 @@ def load_inverter(
             `wrap_module` of yours; for a pipeline that does not hold it, the one that it was
             trained on. Default is found by name.
         layer: of the backbone where that is named.
-        steps, scheduler, guidance_scale, guidance: of a diffusion pipeline; None is its default.
+        quality: `draft`, `standard`, `best` or `published`: presets of a diffusion pipeline, see
+            `inverters.quality`.
+        steps, scheduler, guidance_scale, guidance: of a diffusion pipeline; None is what the
+            quality says.
         strength: factor on the residuals of the ControlNet.
+        refine: steps that move a finished sample towards the features, through its own backbone.
+        capture: whether UNet and ControlNet are traced once and kept, which pays for many images.
         parametrise: what `optimise` changes: `latents` of the autoencoder or `pixels`.
         attention: `native` or `xformers`.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps` …
@@ -96,11 +108,14 @@ def load_inverter(
         pipeline=pipeline,
         backbone=backbone if isinstance(backbone, str) else None,
         layer=layer,
+        quality=quality,
         steps=steps,
         scheduler=scheduler,
         guidance_scale=guidance_scale,
         guidance=guidance,
         strength=strength,
+        refine=refine,
+        capture=capture,
         parametrise=parametrise,
         attention=attention,
         device=device,
@@ -469,6 +484,7 @@ def _open_diffusion(
     pipeline = load_pipeline(name)
     spec = declared_spec(pipeline)
     _check_fits(name, spec, settings)
+    settings = with_quality(settings, pipeline)
     _prepare(pipeline, settings, device)
     inverter = DiffusionInverter(
         pipeline,
@@ -477,7 +493,10 @@ def _open_diffusion(
         guidance_scale=settings.guidance_scale,
         guidance=settings.guidance,
         strength=settings.strength,
+        refine=settings.refine or 0,
     )
+    if settings.capture:
+        pipeline.enable_capture()
     n_train = pipeline.scheduler.config["num_train_timesteps"]
     if inverter.num_inference_steps > n_train:
         raise InputError(

@@ -54,6 +54,11 @@ class GradientInverter(Inverter):
         """Noise decides where a sample starts."""
         return False
 
+    @property
+    def is_optimised(self) -> bool:
+        """Each picture is pulled until the backbone agrees."""
+        return True
+
 
 class OptimiseInverter(GradientInverter):
     """Starts from noise and takes Adam steps, see `refine.pull`.

@@ -248,6 +248,8 @@ class Manifest:
         n_samples = sum(len(entry["outputs"]) for entry in self.images)
         match = self.mean("top5_match")
         matched = "" if match is None else f", top-5 match {match:.0%}"
+        if self.second_eye is not None:  # the backbone was asked until it agreed
+            matched += ", for which the pictures were optimised"
         return (
             f"{count(n_samples, 'sample')} of {count(len(self.images), 'picture')}: "
             f"mean cosine {self.mean('cosine'):.2f} "
@@ -473,6 +475,7 @@ def _setting_parts(s: SampleSettings) -> list[str]:
         f"{s.steps} steps" + (f" of {s.scheduler}" if s.scheduler else ""),
         f"guidance {s.guidance} {s.guidance_scale:g}",
         f"strength {s.strength:g}",
+        *([f"refined by {s.refine} steps"] if s.refine else []),
         f"seed {s.seed}",
     ]
 

@@ -118,6 +118,7 @@ def sampling_of(inverter: Inverter) -> dict[str, Any]:
         "guidance_scale": inverter.guidance_scale,
         "guidance": inverter.guidance,
         "strength": inverter.strength,
+        **({"refine": inverter.refine} if inverter.refine else {}),
     }
 
 

@@ -10,14 +10,17 @@ import torch
 from torch import Tensor
 
 from featinv_diffusion.backbones import Backbone, load_backbone, same_backbone
+from featinv_diffusion.backbones.public_weights import packed_weights
 from featinv_diffusion.images import builtin_photo, center_square, read_image, to_tensor
 from featinv_diffusion.inverters.base import Inverter
-from featinv_diffusion.inverters.optimise import GradientInverter
 from featinv_diffusion.metrics import feature_cosine
 from featinv_diffusion.runs.sampling import Reconstruction
 
-SECOND, OTHERWISE = "tiny/convnext", "tiny/resnet"
-"""The backbone that looks too, and the one that does where the former made the pictures."""
+EYES = ("tf_efficientnet_lite0", "tiny/convnext", "tiny/resnet")
+"""Who looks too: the first that is at hand and did not make the pictures.
+
+The public EfficientNet-Lite0 of the extra `real` shares nothing with the bundled models.
+"""
 OTHERS = ("flower.jpg", "china.jpg")
 """The photos that stand for another image; one that is the original itself is left out."""
 RISE = 0.02
@@ -60,8 +63,8 @@ class SecondEye:
     """Looks at pictures with the backbone that they were made by, and with another one."""
 
     def __init__(self, own: Backbone):
-        name = OTHERWISE if same_backbone(own.name, SECOND) else SECOND
-        self.eyes = {"own": Eye(own), "second": Eye(load_backbone(name).to(own.device))}
+        second = load_backbone(second_eye_of(own.name)).to(own.device)
+        self.eyes = {"own": Eye(own), "second": Eye(second)}
         self.size = max(own.input_size)
         photos = [center_square(read_image(builtin_photo(photo)), self.size) for photo in OTHERS]
         self.others = [to_tensor(photo) for photo in photos]
@@ -83,16 +86,21 @@ class SecondEye:
         return {name: eye.content() for name, eye in self.eyes.items()}
 
 
+def second_eye_of(own: str) -> str:
+    """Returns the name of the backbone that judges pictures which another one made."""
+    at_hand = EYES if packed_weights(EYES[0]) else EYES[1:]
+    return next(name for name in at_hand if not same_backbone(own, name))
+
+
 def open_second_eye(inverter: Inverter) -> SecondEye | None:
     """Returns the eyes for an inverter that looks through its backbone; None for any other."""
-    return SecondEye(inverter.backbone) if isinstance(inverter, GradientInverter) else None
+    return SecondEye(inverter.require_backbone()) if inverter.is_optimised else None
 
 
 def second_eye_line(content: dict[str, Any]) -> str:
     """Returns what the two saw, in one line, and a warning where the second does not agree."""
     own, second = (
-        f"{seen['backbone']} sees cosine {seen['cosine']:.2f} (another image "
-        f"{seen['other_image']:.2f})"
+        f"cosine {seen['cosine']:.2f} (another image {seen['other_image']:.2f})"
         for seen in (content["own"], content["second"])
     )
     verdict = ""
@@ -101,4 +109,7 @@ def second_eye_line(content: dict[str, Any]) -> str:
             " The pictures fool the backbone that they were made by: the other one sees no more of "
             "the original in them than of another image."
         )
-    return f"Second eye: {own}, {second}.{verdict}"
+    return (
+        f"Second eye: {content['second']['backbone']}, which took no part, sees {second}; "
+        f"{content['own']['backbone']}, which the pictures were optimised for, sees {own}.{verdict}"
+    )

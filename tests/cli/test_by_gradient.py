@@ -10,6 +10,7 @@ import torch
 
 from featinv_diffusion import load_inverter, sample
 from featinv_diffusion.images import read_image
+from featinv_diffusion.runs import second_eye
 from featinv_diffusion.runs.second_eye import second_eye_line
 from tests.cli.conftest import Featinv
 
@@ -32,6 +33,12 @@ def own(tmp_path: Path) -> str:
 
 def load(folder: str) -> dict:
     return json.loads((Path(folder) / "manifest.json").read_text())
+
+
+@pytest.fixture(autouse=True)
+def _without_outside_eye(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Takes away the extra `real`, so that these tests do not depend on it."""
+    monkeypatch.setattr(second_eye, "packed_weights", lambda _name: None)
 
 
 @pytest.mark.parametrize("inverter", ["optimise", "guided"])
@@ -87,6 +94,9 @@ def test_evaluate(featinv: Featinv, photos: Path, own: str) -> None:
     assert metrics["n_images"] == 2
     assert metrics["settings"]["backbone"] == own
     assert list(metrics["evaluated_by"]) == ["tiny/resnet"]
+    assert metrics["optimised_for"] == own
+    assert f"optimised for {own}" in Path("out/metrics.md").read_text()
+    assert done.out.startswith("2 images: cosine by tiny/resnet")
     assert "2 steps, seed 0" in Path("out/metrics.md").read_text()
 
 
@@ -104,12 +114,34 @@ def test_the_line_warns_where_the_second_eye_does_not_agree() -> None:
     line = second_eye_line(
         {"own": own, "second": {"backbone": "b", "cosine": 0.58, "other_image": 0.57}}
     )
-    assert "a sees cosine 0.93 (another image 0.11), b sees cosine 0.58 (another" in line
+    assert "b, which took no part, sees cosine 0.58 (another image 0.57); a, which" in line
+    assert "optimised for, sees cosine 0.93 (another image 0.11)." in line
     assert "fool the backbone" in line
     line = second_eye_line(
         {"own": own, "second": {"backbone": "b", "cosine": 0.8, "other_image": 0.57}}
     )
     assert "fool" not in line
+
+
+def test_the_second_eye_is_one_that_took_no_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert second_eye.second_eye_of("tiny/vit") == "tiny/convnext"
+    assert second_eye.second_eye_of("tiny/convnext") == "tiny/resnet"
+    monkeypatch.setattr(second_eye, "packed_weights", lambda name: Path(name))
+    assert second_eye.second_eye_of("tiny/convnext") == "tf_efficientnet_lite0"
+    assert second_eye.second_eye_of("tf_efficientnet_lite0") == "tiny/convnext"
+
+
+def test_a_refined_sample_says_who_judges(featinv: Featinv, photos: Path) -> None:
+    options = ["--steps", 1, "--refine", 2, "--n-samples", 1]
+    done = featinv("sample", photos / "a.png", *options, "-o", "out")
+    assert done.code == 0, done.err
+    manifest = load("out")
+    assert (manifest["refine"], manifest["quality"]) == (2, "standard")
+    assert manifest["second_eye"]["second"]["backbone"] == "tiny/resnet"
+    lines = done.out.splitlines()[1:]
+    assert lines[0].startswith("Second eye: tiny/resnet, which took no part, sees")
+    assert "for which the pictures were optimised" in lines[1]
+    assert "1 of 1 pictures are identical" in featinv("replay", "out").out
 
 
 def test_a_trained_inverter_has_no_second_eye(featinv: Featinv, photos: Path) -> None:

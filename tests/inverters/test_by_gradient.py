@@ -16,6 +16,7 @@ from featinv_diffusion.inverters.guided import GuidedInverter
 from featinv_diffusion.inverters.open import name_inverter, open_inverter
 from featinv_diffusion.inverters.optimise import OptimiseInverter
 from featinv_diffusion.inverters.refine import FourierPixels, Latents, feature_loss, pull, shift
+from featinv_diffusion.runs.second_eye import second_eye_of
 from featinv_diffusion.settings import SampleSettings
 from tests import tiny
 
@@ -175,7 +176,7 @@ def test_a_wrapped_network_of_ones_own(base, name: str) -> None:
     assert found.images.shape[:2] == (1, 2)
     assert (settings.backbone, settings.layer, settings.steps) == ("own", "2", 2)
     assert settings.pipeline == "tiny/base"
-    assert found.manifest.second_eye["second"]["backbone"] == "tiny/convnext"
+    assert found.manifest.second_eye["second"]["backbone"] == second_eye_of("own")
 
 
 def test_a_wrapped_torchvision_resnet() -> None:

@@ -36,6 +36,7 @@ PIPELINE_SETTINGS = (
     "default_num_inference_steps",
     "default_guidance_scale",
     "default_guidance",
+    "best_refine",
 )
 
 # What the original constructors allow and diffusers' SD1.x models cannot express.
