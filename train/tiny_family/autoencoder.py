@@ -22,7 +22,6 @@ from transformers import TimmWrapperForImageClassification
 from featinv_diffusion.cli.train import run_recipe
 from featinv_diffusion.config import to_yaml
 from featinv_diffusion.data.crops import DataConfig, open_training_images, to_images
-from featinv_diffusion.errors import InputError
 from featinv_diffusion.settings import Depth, NotNegative, Seed, Size, check
 from featinv_diffusion.training.config import OptimConfig, RunConfig
 from featinv_diffusion.training.entry import load_component, make_datasets, stack_images
@@ -39,7 +38,6 @@ class AutoencoderModelConfig:
             loss; None leaves that loss out.
         start: folder of an AutoencoderKL of the same sizes whose weights begin the training;
             None begins with random weights.
-        decoder_only: keeps the encoder of `start`, so that models of its latents stay valid.
     """
 
     block_out_channels: tuple[Size, ...] = (16, 32, 64, 128)
@@ -50,15 +48,9 @@ class AutoencoderModelConfig:
     perceptual_weight: NotNegative = 0.05
     perceptual_classifier: str | None = None
     start: str | None = None
-    decoder_only: bool = False
 
     def __post_init__(self) -> None:
         check(self)
-        if self.decoder_only and self.start is None:
-            raise InputError(
-                "A decoder alone is trained for an encoder that exists, and model.start is not "
-                "given. Give model.start=FOLDER, or leave model.decoder_only out."
-            )
 
 
 @dataclass(frozen=True)
@@ -171,8 +163,7 @@ class AutoencoderTask:
 
     def save(self, module: nn.Module, folder: Path) -> None:
         vae = self.vae_of(module)
-        if not self.config.decoder_only:
-            vae.register_to_config(scaling_factor=self._scaling_factor(vae))
+        vae.register_to_config(scaling_factor=self._scaling_factor(vae))
         vae.save_pretrained(folder / "vae")
 
     def _scaling_factor(self, vae: AutoencoderKL) -> float:
@@ -221,10 +212,6 @@ def train_autoencoder(config: AutoencoderConfig) -> Path:
     if config.model.start:
         start = load_component(AutoencoderKL, config.model.start)
         vae.load_state_dict(start.float().state_dict())
-        vae.register_to_config(scaling_factor=start.config["scaling_factor"])
-    if config.model.decoder_only:
-        vae.encoder.requires_grad_(False)
-        vae.quant_conv.requires_grad_(False)
     task = AutoencoderTask(vae, config.model, stack_images(held, 250)[0])
     return fit(task, train, accelerator, config.optim, config.run, to_yaml(config))
 
