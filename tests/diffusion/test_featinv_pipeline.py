@@ -116,7 +116,8 @@ def test_one_prediction_at_initialisation_equals_the_unet(pipeline):
     x = torch.randn(2, 4, 8, 8)
     encoded = pipeline.controlnet.encode_condition(tiny.make_features(), (8, 8))
     embeds, t = embed(pipeline, "a cat"), torch.tensor(500)
-    ours = pipeline._predict_noise(x, t, embeds, encoded, [1.0] * 5)
+    dtypes = (torch.float32, torch.float32)
+    ours = pipeline._predict_noise(x, t, embeds, encoded, [1.0] * 5, dtypes)
     assert torch.equal(ours, pipeline.unet(x, t, embeds).sample)
 
 
