@@ -58,7 +58,7 @@ def encode(
     quiet_libraries()
     options.check_file(output)
     check_maps_path(output)
-    found = open_pictures(images or [builtin_photo()], exclude=output.parent / output.stem)
+    found = open_pictures(images or [builtin_photo()])
     say_notes(found)
     with reserved(output, is_file=True), torch.no_grad():
         if inverter is None:

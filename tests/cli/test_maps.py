@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -62,3 +64,11 @@ def test_bad_arguments_are_refused(featinv: Featinv, arguments, words):
     assert done.code == 2
     assert words in done.err
     assert not list(Path().rglob("*.png"))
+
+
+def test_a_file_beside_the_folder_of_its_name(featinv: Featinv, photos):
+    Path("walk").mkdir()
+    shutil.copy(photos[0], "walk")
+    done = featinv("encode", "walk", "-o", "walk.npy")
+    assert done.code == 0, done.err
+    assert len(np.load("walk.npy")) == 1
