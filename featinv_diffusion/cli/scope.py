@@ -28,7 +28,9 @@ def scope(
     from featinv_diffusion.cli.run import quiet_libraries
     from featinv_diffusion.data.sets import open_images
     from featinv_diffusion.diffusion.folders import SCOPE_FILE, check_pipeline_folder
+    from featinv_diffusion.inverters.diffusion import DiffusionInverter
     from featinv_diffusion.inverters.open import load_inverter
+    from featinv_diffusion.inverters.quality import other_qualities
     from featinv_diffusion.runs.progress import progress_bar
     from featinv_diffusion.runs.record import reserved
     from featinv_diffusion.runs.scope import fit_scope, split_images
@@ -42,9 +44,16 @@ def scope(
     n_all = len(parts.fitted) + len(parts.held_out)
     with reserved(output, is_file=True):
         inverter = load_inverter(pipeline, device=settings.device)
+        assert isinstance(inverter, DiffusionInverter)
         with progress_bar(n_all, doing="fitting", noun="images") as advance:
             natural = fit_scope(
-                inverter, images, parts, settings.n_reconstructions, settings.batch_size, advance
+                inverter,
+                images,
+                parts,
+                settings.n_reconstructions,
+                settings.batch_size,
+                advance,
+                others=other_qualities(inverter),
             )
         natural.save(output)
     counts = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -360,6 +360,7 @@ class NaturalMaps:
         backbone_sha256: digest of the backbone's weights.
         sampling: settings of the reconstructions for calibration; None if there were none.
         n_fitted: number of images that the density was fitted on.
+        others: further settings, each with cosines `[r]` of reconstructions of the same maps.
     """
 
     spec: FeatureSpec
@@ -368,6 +369,16 @@ class NaturalMaps:
     calibration: Calibration
     sampling: dict[str, Any] | None
     n_fitted: int
+    others: tuple[tuple[dict[str, Any], Tensor], ...] = ()
+
+    def calibrated_for(self, sampling: Mapping[str, Any]) -> NaturalMaps | None:
+        """Returns the statistics whose cosines are of such samples; None where none are."""
+        own = [] if self.sampling is None else [(self.sampling, self.calibration.cosines)]
+        for settings, cosines in (*own, *self.others):
+            if settings == sampling:
+                calibration = replace(self.calibration, cosines=cosines)
+                return replace(self, sampling=settings, calibration=calibration)
+        return None
 
     def p_values(self, features: Features, cosines: Sequence[float] | None = None) -> list[float]:
         """Returns how often a natural map scores as unnatural as each of these does.
@@ -423,11 +434,13 @@ class NaturalMaps:
             for name, value in vars(held).items()
             if isinstance(value, Tensor)
         }
+        tensors |= {f"others.{i}": cosines for i, (_, cosines) in enumerate(self.others)}
         header = {
             "spec": asdict(self.spec),
             "backbone_sha256": self.backbone_sha256,
             "sampling": self.sampling,
             "n_fitted": self.n_fitted,
+            "others": [settings for settings, _ in self.others],
         }
         write_tensors(path, tensors, header, FORMAT)
 
@@ -458,6 +471,7 @@ class NaturalMaps:
             Calibration(**_part("calibration", tensors)),
             held.sampling,
             held.n_fitted,
+            tuple((s, tensors[f"others.{i}"]) for i, s in enumerate(held.others)),
         )
 
 
@@ -467,6 +481,7 @@ class _Header:
     backbone_sha256: str
     sampling: dict[str, Any] | None
     n_fitted: int
+    others: list[dict[str, Any]] = field(default_factory=list)
 
 
 def _part(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

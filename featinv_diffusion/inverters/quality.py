@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
+from featinv_diffusion.inverters.diffusion import DiffusionInverter
 from featinv_diffusion.settings import SampleSettings
 
 STANDARD = "standard"
@@ -32,3 +33,25 @@ def with_quality(settings: SampleSettings, pipeline: FeatInvPipeline) -> SampleS
     preset["refine"] = pipeline.config["best_refine"] if quality == "best" else 0
     unset = {name: value for name, value in preset.items() if getattr(settings, name) is None}
     return replace(settings, quality=quality, **unset)
+
+
+def other_qualities(inverter: DiffusionInverter) -> list[DiffusionInverter]:
+    """Returns draft and best of a standard inverter, where they differ; they share its weights."""
+    steps = {PRESETS["draft"]["steps"]: 0, inverter.num_inference_steps: _best_refine(inverter)}
+    return [
+        DiffusionInverter(
+            inverter.pipeline,
+            backbone=inverter.backbone,
+            num_inference_steps=n_steps,
+            guidance_scale=inverter.guidance_scale,
+            guidance=inverter.guidance,
+            strength=inverter.strength,
+            refine=refine,
+        )
+        for n_steps, refine in steps.items()
+        if (n_steps, refine) != (inverter.num_inference_steps, inverter.refine)
+    ]
+
+
+def _best_refine(inverter: DiffusionInverter) -> int:
+    return inverter.pipeline.config["best_refine"]

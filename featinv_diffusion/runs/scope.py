@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -105,7 +105,8 @@ def open_scope(inverter: Inverter) -> Scope:
         return Scope()
     natural = NaturalMaps.load(path)
     natural.check(inverter.spec, weights_sha256({"": inverter.require_backbone().model}))
-    return Scope(natural, uses_cosines=natural.sampling == sampling_of(inverter))
+    fitting = natural.calibrated_for(sampling_of(inverter))
+    return Scope(fitting or natural, uses_cosines=fitting is not None)
 
 
 def sampling_of(inverter: Inverter) -> dict[str, Any]:
@@ -219,10 +220,12 @@ def fit_scope(
     n_reconstructions: int = 256,
     batch_size: int = 8,
     advance: Advance = lambda n: None,
+    others: Sequence[Inverter] = (),
 ) -> NaturalMaps:
     """Fits the distribution of natural maps, and calibrates p-values on held-out images.
 
     Args:
+        others: the inverter with other settings, for which cosines are calibrated too.
         n_reconstructions: number of held-out images to sample once each, with the inverter's
             settings, which shows how well natural maps come back; 0 leaves reconstructions out of
             the score.
@@ -238,22 +241,54 @@ def fit_scope(
         )
     looked = _look(inverter, images, split.fitted, batch_size, advance)
     density = fit_density(maps for _, maps in looked)
-    distances: list[Tensor] = []
-    cosines: list[Tensor] = []
-    for indices, maps in _look(inverter, images, split.held_out, batch_size, advance):
-        distances.append(density.distance(maps))
-        n_left = n_reconstructions - sum(map(len, cosines))
-        if n_left > 0:
-            seeds = [derive_seed(0, images.ids[i], 0) for i in indices[:n_left]]
-            cosines.append(_self_consistency(inverter, maps[:n_left], seeds))
-    return NaturalMaps(
+    distances = [
+        density.distance(maps)
+        for _, maps in _look(inverter, images, split.held_out, batch_size, advance)
+    ]
+    natural = NaturalMaps(
         inverter.spec,
         weights_sha256({"": inverter.require_backbone().model}),
         density,
-        Calibration(torch.cat(distances), torch.cat([torch.zeros(0), *cosines])),
-        sampling_of(inverter) if n_reconstructions else None,
+        Calibration(torch.cat(distances), torch.zeros(0)),
+        None,
         len(split.fitted),
     )
+    if not n_reconstructions:
+        return natural
+    return recalibrate(natural, [inverter, *others], images, split, n_reconstructions, batch_size)
+
+
+def recalibrate(
+    natural: NaturalMaps,
+    inverters: Sequence[Inverter],
+    images: ImageSet,
+    split: ScopeSplit,
+    n_reconstructions: int = 256,
+    batch_size: int = 8,
+) -> NaturalMaps:
+    """Takes the cosines of reconstructions anew, by each of the settings of an inverter.
+
+    Raises:
+        InputError: other held-out images than those of the statistics.
+    """
+    found: list[tuple[dict[str, Any], Tensor]] = []
+    for inverter in inverters:
+        cosines: list[Tensor] = []
+        chosen = split.held_out[:n_reconstructions]
+        for indices, maps in _look(inverter, images, chosen, batch_size, lambda n: None):
+            done = sum(map(len, cosines))
+            wanted = natural.calibration.distances[done : done + len(maps)]
+            if not torch.allclose(natural.density.distance(maps), wanted, rtol=1e-2, atol=1e-2):
+                raise InputError(
+                    "Statistics are calibrated anew on the images that they were calibrated on, "
+                    "but these are others. Give those, or fit the statistics again."
+                )
+            seeds = [derive_seed(0, images.ids[i], 0) for i in indices]
+            cosines.append(_self_consistency(inverter, maps, seeds))
+        found.append((sampling_of(inverter), torch.cat(cosines)))
+    (sampling, first), *others = found
+    calibration = replace(natural.calibration, cosines=first)
+    return replace(natural, calibration=calibration, sampling=sampling, others=tuple(others))
 
 
 @torch.no_grad()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -10,15 +12,23 @@ from featinv_diffusion.data.sets import ImageSet
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.features.natural_maps import Calibration, NaturalMaps, fit_density
 from featinv_diffusion.figures.board import ORANGE
+from featinv_diffusion.images import to_pil
+from featinv_diffusion.inverters import DiffusionInverter
+from featinv_diffusion.inverters.quality import other_qualities
 from featinv_diffusion.runs.scope import (
     UNKNOWN,
     Scope,
+    ScopeSplit,
     caption,
+    fit_scope,
+    recalibrate,
+    sampling_of,
     scope_line,
     scope_notes,
     split_images,
 )
 from featinv_diffusion.types import FeatureSpec
+from tests import tiny
 from tests.features.natural import CHANNELS, GRID, make_maps
 
 
@@ -53,6 +63,41 @@ def test_cosines_count_where_they_are_comparable(natural: NaturalMaps):
     assert both.p_value(maps[:1], 0.1) == natural.p_values(maps[:1], [0.1])[0]
     with pytest.raises(InputError, match="3 maps and 1 cosines"):
         both.p_values(maps, [0.5])
+
+
+def test_statistics_are_taken_that_fit_the_samples(natural: NaturalMaps, tmp_path):
+    """Of several settings, also from a file; the p-values are those of these cosines alone."""
+    maps, cosines = make_maps(3, 3), [0.1, 0.6, 0.9]
+    others = torch.linspace(0.0, 0.5, 199)
+    several = replace(natural, sampling={"steps": 6}, others=(({"steps": 2}, others),))
+    several.save(tmp_path / "scope.safetensors")
+    for held in (several, NaturalMaps.load(tmp_path / "scope.safetensors")):
+        of_two, of_six = (held.calibrated_for({"steps": n}) for n in (2, 6))
+        assert of_two is not None
+        assert of_six is not None
+        alone = replace(natural, calibration=Calibration(natural.calibration.distances, others))
+        assert of_two.p_values(maps, cosines) == alone.p_values(maps, cosines)
+        assert of_six.p_values(maps, cosines) == natural.p_values(maps, cosines)
+        assert held.calibrated_for({"steps": 3}) is None
+
+
+def test_reconstructions_are_calibrated_by_each_quality(tmp_path):
+    pipeline = tiny.make_pipeline()
+    pipeline.register_to_config(best_refine=1, default_num_inference_steps=1)
+    inverter = DiffusionInverter(pipeline)
+    pictures = to_pil(tiny.make_images(300))
+    images = ImageSet([f"{i}.png" for i in range(300)], None, None, read=pictures.__getitem__)
+    split = ScopeSplit(list(range(200)), list(range(200, 300)))
+    natural = fit_scope(inverter, images, split, 99, others=other_qualities(inverter))
+    assert natural.sampling == sampling_of(inverter)
+    found = [(s["steps"], s.get("refine", 0)) for s, _ in natural.others]
+    assert found == [(2, 0), (1, 1)]  # draft and best
+    best = natural.others[1][1]
+    assert best.mean() > natural.calibration.cosines.mean()
+    again = recalibrate(natural, [inverter], images, split, 99)
+    assert torch.equal(again.calibration.cosines, natural.calibration.cosines)
+    with pytest.raises(InputError, match="these are others"):
+        recalibrate(natural, [inverter], images, ScopeSplit([], list(range(100))), 99)
 
 
 def test_lines_of_the_terminal():

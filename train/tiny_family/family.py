@@ -35,6 +35,7 @@ from featinv_diffusion.files import write_text
 from featinv_diffusion.inverters import DiffusionInverter
 from featinv_diffusion.inverters.detr import DETECTOR, load_detr
 from featinv_diffusion.inverters.modular import FOLDER, InverseSet
+from featinv_diffusion.inverters.quality import other_qualities
 from featinv_diffusion.inverters.reconstructor import BACKBONE, Reconstructor, load_reconstructor
 from featinv_diffusion.inverters.reconstructor import FOLDER as RECONSTRUCTOR
 from featinv_diffusion.runs.scope import fit_scope, split_images
@@ -341,7 +342,8 @@ def fit_scopes(family: Path, data: str | None = None) -> Iterator[Path]:
         config = load_config(ControlNetConfig, str(CONFIGS / config_name)).data
         images = open_images(data or config.root, config.split, config.classes)
         split = split_images(images, config.held_back_per_class, N_SCOPE_IMAGES)
-        fit_scope(DiffusionInverter(pipeline), images, split).save(path)
+        inverter = DiffusionInverter(pipeline)
+        fit_scope(inverter, images, split, others=other_qualities(inverter)).save(path)
         yield path
 
 
