@@ -14,7 +14,6 @@ from transformers.utils import logging as transformers_logging
 
 from featinv_diffusion.cli import terminal
 from featinv_diffusion.data.sets import ImageSet
-from featinv_diffusion.figures.board import check_name
 from featinv_diffusion.inverters.diffusion import DiffusionInverter
 from featinv_diffusion.inverters.open import open_inverter
 from featinv_diffusion.runs.record import MANIFEST, Result, reserved
@@ -50,6 +49,8 @@ def run_study(
         study: a verb such as `interpolate`, which is given the inverter, the arguments, and the
             number of samples, the seed and the batch size of the settings.
     """
+    from featinv_diffusion.figures.board import check_name
+
     quiet_libraries()
     check_name(figure)
     with reserved(output):
