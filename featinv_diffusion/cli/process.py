@@ -12,8 +12,8 @@ import sys
 import threading
 from collections.abc import Callable
 
-AT_START = 50_000
-"""Objects after which garbage is collected while modules are imported; Python's own is 700."""
+from featinv_diffusion import SELDOM
+
 FEW_MODULES = 50
 
 
@@ -47,7 +47,7 @@ def collect_seldom_at_start() -> None:
         n_modules = len(sys.modules)
 
     gc.callbacks.append(watch)
-    gc.set_threshold(AT_START, *normal[1:])
+    gc.set_threshold(SELDOM, *normal[1:])
 
 
 def may_leave_at_once() -> bool:

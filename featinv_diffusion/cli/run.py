@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-from diffusers.utils import logging as diffusers_logging
-from transformers.utils import logging as transformers_logging
+from typing import TYPE_CHECKING, Any
 
 from featinv_diffusion.cli import terminal
-from featinv_diffusion.data.sets import ImageSet
-from featinv_diffusion.inverters.diffusion import DiffusionInverter
-from featinv_diffusion.inverters.open import open_inverter
-from featinv_diffusion.runs.record import MANIFEST, Result, reserved
-from featinv_diffusion.runs.samples import GRID, Manifest
-from featinv_diffusion.runs.scope import scope_line
-from featinv_diffusion.runs.second_eye import second_eye_line
 from featinv_diffusion.settings import SampleSettings
 from featinv_diffusion.trust import refuse_code
 from featinv_diffusion.types import FeatureSpec
+
+if TYPE_CHECKING:
+    from featinv_diffusion.data.sets import ImageSet
+    from featinv_diffusion.runs.record import Result
+    from featinv_diffusion.runs.samples import Manifest
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +28,11 @@ def quiet_libraries() -> None:
     """Leaves the terminal to this package's own bar and notes, unless all notes are asked for."""
     if terminal.is_verbose():
         return
-    diffusers_logging.set_verbosity_error()
-    transformers_logging.set_verbosity_error()
+    for name in ("diffusers", "transformers"):
+        if name in sys.modules:
+            importlib.import_module(f"{name}.utils.logging").set_verbosity_error()
+        else:  # it reads this when it is imported, which not every command needs
+            os.environ.setdefault(f"{name.upper()}_VERBOSITY", "error")
 
 
 def run_study(
@@ -50,6 +50,10 @@ def run_study(
             number of samples, the seed and the batch size of the settings.
     """
     from featinv_diffusion.figures.board import check_name
+    from featinv_diffusion.inverters.diffusion import DiffusionInverter
+    from featinv_diffusion.inverters.open import open_inverter
+    from featinv_diffusion.runs.record import MANIFEST, reserved
+    from featinv_diffusion.runs.scope import scope_line
 
     quiet_libraries()
     check_name(figure)
@@ -94,6 +98,10 @@ def say_notes(images: ImageSet) -> None:
 
 def report(manifest: Manifest, output: Path) -> None:
     """Prints what was written and how good it is; failures go to stderr."""
+    from featinv_diffusion.runs.record import MANIFEST
+    from featinv_diffusion.runs.samples import GRID
+    from featinv_diffusion.runs.second_eye import second_eye_line
+
     for failure in manifest.failures:
         print(f"Failed: {failure['error']}", file=sys.stderr)
     print(manifest.summary())
