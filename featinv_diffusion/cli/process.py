@@ -15,6 +15,8 @@ from collections.abc import Callable
 from featinv_diffusion import SELDOM
 
 FEW_MODULES = 50
+TRACKERS = ("tensorboard", "wandb")
+"""Modules of training that write what they hold at their own time."""
 
 
 def run(program: Callable[[], None]) -> None:
@@ -23,8 +25,9 @@ def run(program: Callable[[], None]) -> None:
     try:
         program()
     except SystemExit as done:
-        if (done.code is None or isinstance(done.code, int)) and may_leave_at_once():
-            _leave(done.code)
+        # After an error Python itself unwinds what is left.
+        if done.code in (None, 0) and may_leave_at_once():
+            _leave()
         raise
 
 
@@ -57,8 +60,9 @@ def may_leave_at_once() -> bool:
     """
     others = [t for t in threading.enumerate() if t is not threading.main_thread() and not t.daemon]
     is_watched = sys.getprofile() is not None or sys.gettrace() is not None or sys.flags.inspect
+    is_tracked = not sys.modules.keys().isdisjoint(TRACKERS)
     can_end = hasattr(atexit, "_run_exitfuncs")  # no promise of Python's
-    return can_end and not (others or is_watched or _has_other_processes())
+    return can_end and not (others or is_watched or is_tracked or _has_other_processes())
 
 
 def _has_other_processes() -> bool:
@@ -68,16 +72,16 @@ def _has_other_processes() -> bool:
     return distributed is not None and distributed.is_available() and distributed.is_initialized()
 
 
-def _leave(code: int | None) -> None:
-    """Ends the process with this code, after what was registered for its end.
+def _leave() -> None:
+    """Ends the process with 0, after what was registered for its end.
 
     Returns where the output cannot be written, which Python itself then tells.
     """
     atexit._run_exitfuncs()  # logging, temporary folders, coverage, trackers
     try:
-        for stream in (sys.stdout, sys.stderr):
+        for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
             if stream is not None:
                 stream.flush()
     except (OSError, ValueError):
         return
-    os._exit(code or 0)
+    os._exit(0)

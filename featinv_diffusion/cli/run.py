@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,11 +26,7 @@ def quiet_libraries() -> None:
     """Leaves the terminal to this package's own bar and notes, unless all notes are asked for."""
     if terminal.is_verbose():
         return
-    for name in ("diffusers", "transformers"):
-        if name in sys.modules:
-            importlib.import_module(f"{name}.utils.logging").set_verbosity_error()
-        else:  # it reads this when it is imported, which not every command needs
-            os.environ.setdefault(f"{name.upper()}_VERBOSITY", "error")
+    terminal.set_libraries("error", bars=True)
 
 
 def run_study(
