@@ -4,7 +4,8 @@
 
 `--against` runs the same with the package of another checkout, in turns with this one, so that what
 else the machine does meets both. CPU seconds are those of the process and its children, user and
-system. A first run of each, which writes Python's bytecode, is not counted.
+system. A first run of each, which writes bytecode, is not counted. The table holds medians, the
+JSON also the least of each, which other work on the machine disturbs less.
 """
 
 from __future__ import annotations
@@ -60,22 +61,23 @@ def run_once(arguments: Sequence[str], checkout: Path) -> tuple[float, float]:
 def measure(
     tasks: Sequence[str], checkouts: Sequence[Path], n_runs: int
 ) -> dict[str, list[dict[str, float]]]:
-    """Returns for each task the medians of each checkout, which take turns."""
+    """Returns for each task what each checkout took; they take turns."""
     found = {}
     for task in tasks:
         seconds: list[list[tuple[float, float]]] = [[] for _ in checkouts]
         for _ in range(n_runs + 1):
             for done, checkout in zip(seconds, checkouts, strict=True):
                 done.append(run_once(TASKS[task], checkout))
-        found[task] = [to_medians(counted) for _, *counted in seconds]
+        found[task] = [summarise(counted) for _, *counted in seconds]
         print(to_row(task, found[task]), flush=True)
     return found
 
 
-def to_medians(seconds: Sequence[tuple[float, float]]) -> dict[str, float]:
-    """Returns the medians of (wall, CPU) seconds."""
-    wall, cpu = map(statistics.median, zip(*seconds, strict=True))
-    return {"wall": wall, "cpu": cpu}
+def summarise(seconds: Sequence[tuple[float, float]]) -> dict[str, float]:
+    """Returns medians and minima of (wall, CPU) seconds."""
+    wall, cpu = zip(*seconds, strict=True)
+    medians = {"wall": statistics.median(wall), "cpu": statistics.median(cpu)}
+    return {**medians, "least_wall": min(wall), "least_cpu": min(cpu)}
 
 
 def to_row(task: str, medians: Sequence[dict[str, float]]) -> str:
@@ -91,7 +93,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5, help="after the first")
     parser.add_argument("--against", type=Path, help="another checkout of the repository")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
-    parser.add_argument("--json", type=Path, help="file for the medians")
+    parser.add_argument("--json", type=Path, help="file for the numbers")
     given = parser.parse_args()
     checkouts = [HERE, *([given.against.resolve()] if given.against else [])]
     names = ["there, ", "here, "] if given.against else [""]
