@@ -11,7 +11,10 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -42,6 +45,9 @@ if TYPE_CHECKING:
     from featinv_diffusion.types import FeatureMaps, FeatureSpec
 
 __version__ = "0.1.0"
+
+SELDOM = 50_000
+"""New objects after which garbage is looked for during imports; Python's own number is 700."""
 
 # Imported at first use: `import featinv_diffusion` itself loads nothing heavy.
 _MODULES = {
@@ -141,7 +147,20 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    module = f"{__name__}.{_MODULES[name]}"
+    return getattr(sys.modules.get(module) or _import_quickly(module), name)
+
+
+def _import_quickly(name: str) -> ModuleType:
+    """Imports a module while garbage is collected seldom: what imports make stays for good."""
+    normal = gc.get_threshold()
+    if normal[0] == 0 or normal[0] >= SELDOM:
+        return import_module(name)
+    gc.set_threshold(SELDOM, *normal[1:])
+    try:
+        return import_module(name)
+    finally:
+        gc.set_threshold(*normal)
 
 
 def __dir__() -> list[str]:

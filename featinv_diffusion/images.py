@@ -9,7 +9,7 @@ import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.resources import as_file, files
+from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 from typing import TypeAlias
@@ -147,8 +147,10 @@ def write_png(image: Image.Image, path: str | Path) -> None:
 
 def builtin_photo(name: str = "flower.jpg") -> Path:
     """Returns the photo that commands use where none is given, a flower that scikit-learn ships."""
-    with as_file(files("sklearn.datasets.images") / name) as path:
-        return path
+    package = find_spec("sklearn")  # only found: to import it would take seconds
+    assert package is not None
+    assert package.submodule_search_locations is not None
+    return Path(package.submodule_search_locations[0], "datasets", "images", name)
 
 
 def _formats() -> list[str]:

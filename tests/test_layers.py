@@ -9,7 +9,8 @@ import featinv_diffusion
 
 PACKAGE = Path(featinv_diffusion.__file__).parent
 LAYERS = [
-    {"types", "config", "errors", "files", "schema", "seeds", "processes", "settings", "trust"},
+    {"types", "config", "errors", "files", "schema", "seeds", "processes", "devices", "settings"}
+    | {"trust"},
     {"images", "data"},
     {"backbones", "features", "concepts", "metrics"},
     {"diffusion", "inverters"},

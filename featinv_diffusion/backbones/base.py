@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,11 +13,9 @@ from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
-from diffusers.utils import logging as diffusers_logging
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.utils import logging as transformers_logging
 
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.images import Pictures, read_batch
@@ -329,13 +328,17 @@ def weights_sha256(modules: Mapping[str, nn.Module]) -> str:
 
 # ---- Loading without the progress bars of the libraries ------------------------------------------
 
-_LIBRARIES = (diffusers_logging, transformers_logging)
+_LIBRARIES = ("diffusers", "transformers")
 
 
 @contextmanager
 def without_progress_bars() -> Iterator[None]:
-    """Hides the libraries' bars over components and tensors, which take little time."""
-    shown = [library for library in _LIBRARIES if library.is_progress_bar_enabled()]
+    """Hides the libraries' bars over components and tensors, which take little time.
+
+    A library that is not imported shows none, and is not imported for it.
+    """
+    libraries = [sys.modules.get(f"{name}.utils.logging") for name in _LIBRARIES]
+    shown = [library for library in libraries if library and library.is_progress_bar_enabled()]
     for library in shown:
         library.disable_progress_bar()
     try:

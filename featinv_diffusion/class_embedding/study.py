@@ -48,11 +48,12 @@ from featinv_diffusion.class_embedding.reading import STATES, Reading, read_imag
 from featinv_diffusion.class_embedding.removal import RemovalTest, read_ablated, read_tokens_alone
 from featinv_diffusion.class_embedding.settings import ImageChoice, TokenMeasures, TokenSettings
 from featinv_diffusion.data.classes import find_class
+from featinv_diffusion.devices import find_device
 from featinv_diffusion.diffusion.folders import list_bundled
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.images import Pictures, builtin_photo, to_pil
 from featinv_diffusion.inverters.base import Inverter
-from featinv_diffusion.inverters.open import find_device, open_inverter
+from featinv_diffusion.inverters.open import open_inverter
 from featinv_diffusion.metrics.statistics import bootstrap_mean
 from featinv_diffusion.runs.progress import progress_bar
 from featinv_diffusion.runs.record import RunFolder, count, read_environment, to_png

@@ -64,8 +64,8 @@ def run(
     from featinv_diffusion.backbones import load_backbone
     from featinv_diffusion.backbones.base import without_progress_bars
     from featinv_diffusion.cli.run import quiet_libraries
+    from featinv_diffusion.devices import find_device
     from featinv_diffusion.figures.board import check_name
-    from featinv_diffusion.inverters.open import find_device
     from featinv_diffusion.runs.record import reserved
     from featinv_diffusion.studies.concepts import MANIFEST_SUFFIX, SUFFIX, find_concepts
 

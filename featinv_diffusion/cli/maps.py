@@ -49,9 +49,9 @@ def encode(
     from featinv_diffusion.backbones import load_backbone
     from featinv_diffusion.cli.run import quiet_libraries, say_notes
     from featinv_diffusion.data.sets import open_pictures
+    from featinv_diffusion.devices import find_device
     from featinv_diffusion.features.maps import check_maps_path, write_maps
     from featinv_diffusion.images import builtin_photo
-    from featinv_diffusion.inverters.open import find_device, load_inverter
     from featinv_diffusion.runs.record import reserved
     from featinv_diffusion.runs.sampling import encode_pictures
 
@@ -64,6 +64,8 @@ def encode(
         if inverter is None:
             model = load_backbone(backbone, layer, trust_code=trust_code).to(find_device(device))
         else:
+            from featinv_diffusion.inverters.open import load_inverter
+
             model = load_inverter(inverter, device=device).require_backbone()
         maps = encode_pictures(model, found)
         write_maps(output, maps, model.spec)

@@ -57,8 +57,8 @@ def fit(
     from featinv_diffusion.backbones import load_backbone
     from featinv_diffusion.backbones.base import without_progress_bars
     from featinv_diffusion.cli.run import quiet_libraries
+    from featinv_diffusion.devices import find_device
     from featinv_diffusion.features.operator_methods import check_method
-    from featinv_diffusion.inverters.open import find_device
     from featinv_diffusion.runs.record import reserved
     from featinv_diffusion.studies.operators import fit_operator, to_operation
 
@@ -240,7 +240,8 @@ def _open_model(
     """Opens the inverter with its backbone, or the backbone alone."""
     from featinv_diffusion.backbones import load_backbone
     from featinv_diffusion.backbones.base import without_progress_bars
-    from featinv_diffusion.inverters.open import find_device, open_inverter
+    from featinv_diffusion.devices import find_device
+    from featinv_diffusion.inverters.open import open_inverter
     from featinv_diffusion.trust import refuse_code
 
     if inverter is not None:

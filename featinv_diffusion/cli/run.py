@@ -7,23 +7,17 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-from diffusers.utils import logging as diffusers_logging
-from transformers.utils import logging as transformers_logging
+from typing import TYPE_CHECKING, Any
 
 from featinv_diffusion.cli import terminal
-from featinv_diffusion.data.sets import ImageSet
-from featinv_diffusion.figures.board import check_name
-from featinv_diffusion.inverters.diffusion import DiffusionInverter
-from featinv_diffusion.inverters.open import open_inverter
-from featinv_diffusion.runs.record import MANIFEST, Result, reserved
-from featinv_diffusion.runs.samples import GRID, Manifest
-from featinv_diffusion.runs.scope import scope_line
-from featinv_diffusion.runs.second_eye import second_eye_line
 from featinv_diffusion.settings import SampleSettings
 from featinv_diffusion.trust import refuse_code
 from featinv_diffusion.types import FeatureSpec
+
+if TYPE_CHECKING:
+    from featinv_diffusion.data.sets import ImageSet
+    from featinv_diffusion.runs.record import Result
+    from featinv_diffusion.runs.samples import Manifest
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +26,7 @@ def quiet_libraries() -> None:
     """Leaves the terminal to this package's own bar and notes, unless all notes are asked for."""
     if terminal.is_verbose():
         return
-    diffusers_logging.set_verbosity_error()
-    transformers_logging.set_verbosity_error()
+    terminal.set_libraries("error", bars=True)
 
 
 def run_study(
@@ -50,6 +43,12 @@ def run_study(
         study: a verb such as `interpolate`, which is given the inverter, the arguments, and the
             number of samples, the seed and the batch size of the settings.
     """
+    from featinv_diffusion.figures.board import check_name
+    from featinv_diffusion.inverters.diffusion import DiffusionInverter
+    from featinv_diffusion.inverters.open import open_inverter
+    from featinv_diffusion.runs.record import MANIFEST, reserved
+    from featinv_diffusion.runs.scope import scope_line
+
     quiet_libraries()
     check_name(figure)
     with reserved(output):
@@ -93,6 +92,10 @@ def say_notes(images: ImageSet) -> None:
 
 def report(manifest: Manifest, output: Path) -> None:
     """Prints what was written and how good it is; failures go to stderr."""
+    from featinv_diffusion.runs.record import MANIFEST
+    from featinv_diffusion.runs.samples import GRID
+    from featinv_diffusion.runs.second_eye import second_eye_line
+
     for failure in manifest.failures:
         print(f"Failed: {failure['error']}", file=sys.stderr)
     if manifest.second_eye is not None:

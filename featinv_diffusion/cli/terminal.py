@@ -40,7 +40,7 @@ def open_terminal() -> Iterator[None]:
     logger.addHandler(notes)
     _asked.clear()
     _out = sys.stdout
-    _set_libraries("error", bars=_is_terminal())
+    set_libraries("error", bars=_is_terminal())
     try:
         yield
     finally:
@@ -123,7 +123,7 @@ def _add_to_commands(group: Any, options: list[Any]) -> None:
 
 def _be_quiet() -> None:
     logging.getLogger(PACKAGE).setLevel(logging.ERROR)
-    _set_libraries("error", bars=False)
+    set_libraries("error", bars=False)
     if "json" not in _asked:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until the process ends
 
@@ -132,7 +132,7 @@ def _be_verbose() -> None:
     logging.getLogger(PACKAGE).setLevel(logging.INFO)
     logging.getLogger().setLevel(logging.INFO)
     logging.getLogger().addHandler(_library_handler)
-    _set_libraries("info", bars=_is_terminal())
+    set_libraries("info", bars=_is_terminal())
 
 
 def _be_json() -> None:
@@ -146,7 +146,7 @@ def _is_terminal() -> bool:
     return sys.stderr is not None and sys.stderr.isatty()
 
 
-def _set_libraries(verbosity: str, bars: bool) -> None:
+def set_libraries(verbosity: str, bars: bool) -> None:
     """Tells those that are imported, and by the environment those that will be."""
     for name in VERBOSITIES:
         os.environ[name] = verbosity

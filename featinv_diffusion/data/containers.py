@@ -15,10 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import PurePosixPath
-from typing import Any
-
-import pyarrow as pa
-from pyarrow import parquet
+from typing import TYPE_CHECKING, Any
 
 from featinv_diffusion.data.places import (
     LeftOut,
@@ -31,6 +28,9 @@ from featinv_diffusion.data.places import (
     suffix_of,
 )
 from featinv_diffusion.errors import InputError, reason_of
+
+if TYPE_CHECKING:  # slow to import, and most pictures are plain files
+    import pyarrow as pa
 
 PARQUET, TAR = (".parquet", ".pq"), (".tar",)
 IMAGE_COLUMNS, LABEL_COLUMNS = ("image", "jpg", "jpeg", "png", "webp"), ("label", "cls")
@@ -116,6 +116,9 @@ class _Group:
 
 
 def _open_parquet(files: Sequence[str]) -> Container:
+    import pyarrow as pa
+    from pyarrow import parquet
+
     source = files[0]
     columns: list[str] = []
     names, labels, starts, groups, locations = None, [], [], [], []
@@ -150,6 +153,8 @@ def _open_parquet(files: Sequence[str]) -> Container:
 
 def _find_columns(schema: pa.Schema, file: str) -> list[str]:
     """Returns the column of pictures and, where there is one, that of labels."""
+    import pyarrow as pa
+
     found = [name for name in IMAGE_COLUMNS if name in schema.names][:1]
     for name in found:
         kind = schema.field(name).type
@@ -189,6 +194,9 @@ def to_content(value: Any) -> bytes | str:
 
 
 def _read_group(column: str, group: _Group) -> pa.ChunkedArray:
+    import pyarrow as pa
+    from pyarrow import parquet
+
     key = (column, group)
     rows = _groups.pop(key, None)
     if rows is None:

@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
-from pyarrow import parquet
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -55,8 +53,8 @@ def is_maps_file(path: Any) -> bool:
     if path.suffix.lower() != ".parquet":
         return True
     try:
-        return path.is_file() and KEY in (parquet.read_schema(path).metadata or {})
-    except (OSError, pa.ArrowException):
+        return path.is_file() and _parquet_header(path) is not None
+    except OSError:
         return False
 
 
@@ -103,6 +101,9 @@ def _beside(path: Path) -> Path:
 
 
 def _write_parquet(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
     columns: dict[str, Any] = {"name": pa.array(header["names"])}
     for name, rows in tensors.items():
         flat = pa.array(rows.flatten().numpy())
@@ -203,14 +204,25 @@ def _read_header(path: Path) -> MapsHeader:
         return read_json(beside, MapsHeader) if beside.is_file() else MapsHeader()
     try:
         if suffix == ".parquet":
-            text = (parquet.read_schema(path).metadata or {}).get(KEY)
+            text = _parquet_header(path)
         else:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
             text = metadata.get("header") if metadata.get("format") == FORMAT else None
-    except (OSError, SafetensorError, pa.ArrowException) as error:
+    except (OSError, SafetensorError) as error:
         raise InputError(f"{path} must be a whole file of feature maps: {error}.") from None
     return MapsHeader() if text is None else parse_json(text, MapsHeader, source)
+
+
+def _parquet_header(path: Path) -> bytes | None:
+    """Raises `OSError` where the file is no whole parquet file."""
+    import pyarrow as pa  # slow to import, and most files of maps are not parquet
+    from pyarrow import parquet
+
+    try:
+        return (parquet.read_schema(path).metadata or {}).get(KEY)
+    except pa.ArrowException as error:
+        raise OSError(str(error)) from error
 
 
 def _read_safetensors(path: Path, header: MapsHeader) -> dict[str, Tensor]:
@@ -234,6 +246,9 @@ def _read_numpy(path: Path, header: MapsHeader) -> dict[str, Tensor]:
 def _read_parquet(path: Path, header: MapsHeader) -> dict[str, Tensor]:
     if header.spec is None:
         raise InputError(f"{path} must be written by `featinv encode`, but declares no spec.")
+    import pyarrow as pa
+    from pyarrow import parquet
+
     spec = _to_spec(path, header.spec)
     try:
         table = parquet.read_table(path)

@@ -20,6 +20,7 @@ from featinv_diffusion.backbones import (
     same_backbone,
 )
 from featinv_diffusion.backbones.base import LAST, without_progress_bars
+from featinv_diffusion.devices import find_device
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
 from featinv_diffusion.diffusion.folders import INDEX, class_name, list_bundled
 from featinv_diffusion.diffusion.hub import REPO, load_pipeline
@@ -586,21 +587,3 @@ def _lasting_folder(name: str, bundled: Collection[str]) -> str:
     """Makes the path of a folder absolute, so that a manifest can be replayed from anywhere."""
     folder = expand_path(name)
     return str(folder.absolute()) if name not in bundled and folder.is_dir() else name
-
-
-def find_device(name: str) -> torch.device:
-    """Returns the device; `auto` is the GPU where there is one.
-
-    Raises:
-        InputError: no such device on this machine.
-    """
-    if name == "auto":
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        return accelerator or torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()  # of the device meta nothing can be read
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"The device {name!r} cannot be used here: {reason}") from None
-    return device

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from scipy.stats import rankdata, wilcoxon
 from torch import Tensor
 
 from featinv_diffusion.errors import InputError
@@ -47,6 +46,8 @@ def wilcoxon_signed_rank(a: Values, b: Values) -> SignedRank:
     Raises:
         InputError: no images, other images for a than for b, values that are NaN or infinite.
     """
+    from scipy.stats import rankdata, wilcoxon  # slow to import, and few commands test anything
+
     difference = _differences(a, b)
     difference = difference[difference != 0]
     if len(difference) == 0:

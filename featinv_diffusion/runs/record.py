@@ -14,22 +14,22 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
-import pyarrow as pa
 import torch
-from matplotlib.figure import Figure
 from msgspec import Meta
 from PIL import Image
-from pyarrow import parquet
 
 from featinv_diffusion import __version__, schema
 from featinv_diffusion.errors import InputError
-from featinv_diffusion.figures.board import check_name, write_figure
 from featinv_diffusion.files import holding, replacing, write_text
 from featinv_diffusion.images import write_png
 from featinv_diffusion.settings import MAX_SAMPLES, SampleSettings, to_flat
 from featinv_diffusion.trust import is_code_trusted, refuse_code
+
+if TYPE_CHECKING:  # slow to import, and a run of `sample` needs neither
+    import pyarrow as pa
+    from matplotlib.figure import Figure
 
 T = TypeVar("T")
 
@@ -76,6 +76,8 @@ class RunFolder:
         if isinstance(figure, Image.Image):
             write_png(figure, self._path(name))
         else:
+            from featinv_diffusion.figures.board import write_figure
+
             write_figure(figure, self._path(name))
 
     def numbers(self, name: str, content: Mapping[str, Any]) -> None:
@@ -88,6 +90,9 @@ class RunFolder:
 
     def table(self, name: str, rows: Sequence[Mapping[str, Any]] | pa.Table) -> None:
         """Writes a parquet file of rows."""
+        import pyarrow as pa
+        from pyarrow import parquet
+
         table = rows if isinstance(rows, pa.Table) else pa.Table.from_pylist([*map(dict, rows)])
         with replacing(self._path(name)) as partial:
             parquet.write_table(table, partial)
@@ -150,6 +155,8 @@ class Result(ABC):
         Raises:
             InputError: a figure of another format.
         """
+        from featinv_diffusion.figures.board import check_name
+
         check_name(figure)
         run = RunFolder(folder)
         for name, picture in self.pictures().items():

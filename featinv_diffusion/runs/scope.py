@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.axes import Axes
 from torch import Tensor
 
 from featinv_diffusion.backbones.base import weights_sha256
@@ -23,7 +22,6 @@ from featinv_diffusion.features.natural_maps import (
     NaturalMaps,
     fit_density,
 )
-from featinv_diffusion.figures import board as figures
 from featinv_diffusion.images import center_square, to_tensor
 from featinv_diffusion.inverters.base import Inverter
 from featinv_diffusion.inverters.diffusion import DiffusionInverter
@@ -33,6 +31,9 @@ from featinv_diffusion.runs.sampling import batched, sample_each
 from featinv_diffusion.seeds import derive_seed
 from featinv_diffusion.settings import DIFFUSION
 from featinv_diffusion.types import Features
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 MAP, RECONSTRUCTION = "map", "map and reconstruction"
 MARK = " · out"
@@ -132,6 +133,8 @@ def scope_notes(basis: str | None) -> list[str]:
 
 def caption(axes: Axes, words: str, p_value: float | None) -> None:
     """Writes a line below a tile, and marks a map that is out of scope."""
+    from featinv_diffusion.figures import board as figures
+
     if p_value is not None and p_value < LEVEL:
         figures.caption(axes, words + MARK, color=figures.ORANGE)
     else:
