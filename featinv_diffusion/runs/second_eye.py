@@ -23,8 +23,12 @@ The public EfficientNet-Lite0 of the extra `real` shares nothing with the bundle
 """
 OTHERS = ("flower.jpg", "china.jpg")
 """The photos that stand for another image; one that is the original itself is left out."""
-RISE = 0.02
-"""By how much the second eye must see more of the original than of another image."""
+RISE = 0.15
+"""Share of the way from another image's cosine to 1 that the second eye must see at least.
+
+A trained inverter reaches .3 in the eyes of EfficientNet-Lite0 and .8 in those of the bundled
+models; coloured noise that fools an untrained network reaches .1.
+"""
 
 
 @dataclass
@@ -104,10 +108,11 @@ def second_eye_line(content: dict[str, Any]) -> str:
         for seen in (content["own"], content["second"])
     )
     verdict = ""
-    if content["second"]["cosine"] < content["second"]["other_image"] + RISE:
+    cosine, other = content["second"]["cosine"], content["second"]["other_image"]
+    if cosine < other + RISE * (1 - other):
         verdict = (
-            " The pictures fool the backbone that they were made by: the other one sees no more of "
-            "the original in them than of another image."
+            " The pictures fool the backbone that they were made by: the other one sees hardly "
+            "more of the original in them than of another image."
         )
     return (
         f"Second eye: {content['second']['backbone']}, which took no part, sees {second}; "
