@@ -19,13 +19,13 @@ import typer
 
 from featinv_diffusion.cli import exits, options
 from featinv_diffusion.cli.command_line import command_line
-from featinv_diffusion.cli.run import quiet_libraries, report, say_notes
+from featinv_diffusion.cli.run import end_worker, quiet_libraries, report, say_notes
 from featinv_diffusion.data.sets import open_pictures
 from featinv_diffusion.inverters.open import name_inverter
 from featinv_diffusion.processes import device_name, find_worker, make_accelerator
 from featinv_diffusion.runs.many import SHARDED_ROWS, in_shard, sample_units
 from featinv_diffusion.runs.record import reserved
-from featinv_diffusion.runs.workers import Call, end_worker
+from featinv_diffusion.runs.workers import Call
 from featinv_diffusion.settings import SampleSettings, to_flat
 
 

@@ -32,11 +32,10 @@ def evaluate(
     `featinv merge` joins; the same command again finishes what was interrupted and tries again
     what failed.
     """
-    from featinv_diffusion.cli.run import quiet_libraries
+    from featinv_diffusion.cli.run import end_worker, quiet_libraries
     from featinv_diffusion.data.sets import EXAMPLE
     from featinv_diffusion.evaluation.run import run_evaluation
     from featinv_diffusion.processes import find_worker, make_accelerator
-    from featinv_diffusion.runs.workers import end_worker
 
     if not settings.data:
         raise InputError(f"The images to evaluate on must be named, {EXAMPLE}.")

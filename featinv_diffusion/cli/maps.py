@@ -113,9 +113,10 @@ def _work(
     trust_code: bool,
 ) -> int:
     """Does a worker's share of the pictures; returns the exit code."""
+    from featinv_diffusion.cli.run import end_worker
     from featinv_diffusion.runs.many import encode_units, units_of_maps
     from featinv_diffusion.runs.record import reserved
-    from featinv_diffusion.runs.workers import Call, end_worker
+    from featinv_diffusion.runs.workers import Call
 
     folder = units_of_maps(output)
     n_workers, line = worker.num_processes, command_line()

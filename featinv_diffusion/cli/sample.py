@@ -78,9 +78,10 @@ def _work(
     worker: Worker, settings: SampleSettings, found: ImageSet, images: list[str], output: Path
 ) -> int:
     """Does a worker's share of the pictures; returns the exit code."""
+    from featinv_diffusion.cli.run import end_worker
     from featinv_diffusion.runs.many import sample_units, unit_size
     from featinv_diffusion.runs.record import reserved
-    from featinv_diffusion.runs.workers import Call, end_worker
+    from featinv_diffusion.runs.workers import Call
 
     n_workers, line = worker.num_processes, command_line()
     call = Call("sample", n_workers, to_flat(settings), images, line=line)

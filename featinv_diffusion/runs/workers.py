@@ -6,7 +6,6 @@ OUTPUT/shards/call.json    the command that all workers run, which is run again 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -109,22 +108,6 @@ def read_rest(output: Path, worker: Worker) -> Rest:
             found = [*content.get(FAILURES, []), *content.get(PARTIAL_FAILURES, [])]
             failures += [failure["error"] for failure in found]
     return Rest(n_units, n_open, failures)
-
-
-def end_worker(worker: Worker, output: Path, named: Path | None = None) -> int:
-    """Prints what failed, how far all workers are and what to do next; returns the exit code.
-
-    Args:
-        named: what `featinv merge` is given, where it is not the folder of the run.
-    """
-    rest = read_rest(output, worker)
-    for error in rest.failures:
-        print(f"Failed: {error}", file=sys.stderr)
-    n_done = rest.n_units - rest.n_open
-    print(f"Worker {worker} is done; of all {rest.n_units} units {n_done} are.")
-    when = "When all workers are done" if rest.n_open else "All workers are done"
-    print(f"{when}: featinv merge {named or output}")
-    return 1 if rest.failures else 0
 
 
 def as_recorded(

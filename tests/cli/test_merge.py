@@ -125,9 +125,12 @@ def test_an_array_with_two_stopped_workers_is_one_process(run, featinv, name: st
 
 
 @pytest.mark.slow
-def test_four_processes_two_of_them_killed_are_one(photos: Path, tmp_path: Path):
+def test_four_processes_two_of_them_killed_are_one(
+    photos: Path, saved_pipeline: Path, tmp_path: Path
+):
     """SIGKILL leaves locks, half a unit and half-written files, as the loss of a machine does."""
-    options = ["--steps", "8", "--n-samples", "2", "--batch-size", "2", "--output", "out"]
+    options = ["--steps", "40", "--n-samples", "2", "--batch-size", "2", "--output", "out"]
+    options += ["--pipeline", str(saved_pipeline)]
     command = [sys.executable, "-m", "featinv_diffusion", "sample", str(photos), *options]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
