@@ -144,12 +144,13 @@ def _to_png(picture: Image.Image) -> bytes:
 # ---- Parquet files and tars behind fsspec URLs ---------------------------------------------------
 
 
-def read(place: str) -> Dataset:
+def read(place: str, **options: Any) -> Dataset:
     """Opens parquet files or webdataset tars as a data set of Ray; pictures stay encoded.
 
     Args:
         place: a file, a pattern of files or a folder of parquet files; a path or an fsspec URL
             that all machines reach.
+        **options: of `ray.data.read_parquet` or `read_webdataset`.
 
     Raises:
         InputError: nothing there.
@@ -163,8 +164,8 @@ def read(place: str) -> Dataset:
     if not all(map(system.exists, paths)):
         raise InputError(f"Parquet files or tars must be at {place}, but nothing is there.")
     if str(paths[0]).endswith(".tar"):
-        return ray.data.read_webdataset(paths, filesystem=system, decoder=None)
-    return ray.data.read_parquet(paths, filesystem=system)
+        return ray.data.read_webdataset(paths, filesystem=system, decoder=None, **options)
+    return ray.data.read_parquet(paths, filesystem=system, **options)
 
 
 def write(dataset: Dataset, place: str, kind: str = "parquet") -> None:
@@ -172,7 +173,8 @@ def write(dataset: Dataset, place: str, kind: str = "parquet") -> None:
 
     Args:
         place: a folder; a path or an fsspec URL that all machines reach.
-        kind: `parquet` with all columns, or `webdataset`: tars of KEY.png and KEY.json.
+        kind: `parquet` with all columns; or `webdataset`, tars of KEY.png and KEY.json, where KEY
+            is the id with `-` for its dots, and the JSON holds the id, the cosine and the error.
 
     Raises:
         InputError: another kind.
@@ -183,11 +185,11 @@ def write(dataset: Dataset, place: str, kind: str = "parquet") -> None:
     if kind == "parquet":
         dataset.write_parquet(path, filesystem=system)
     else:
-        dataset.map(_to_member).write_webdataset(path, filesystem=system)
+        dataset.map(_to_member).write_webdataset(path, filesystem=system, encoder=None)
 
 
 def _to_member(row: dict[str, Any]) -> dict[str, Any]:
-    key = next(str(row[name]) for name in IDS if name in row)
+    name = next(str(row[name]) for name in IDS if name in row)
     cosine = None if np.isnan(row[COSINE]) else float(row[COSINE])  # JSON has no NaN
-    told = {COSINE: cosine, ERROR: row[ERROR]}
-    return {"__key__": key, "png": row[RECONSTRUCTION], "json": json.dumps(told).encode()}
+    told = json.dumps({"id": name, COSINE: cosine, ERROR: row[ERROR]}).encode()
+    return {"__key__": name.replace(".", "-"), "png": row[RECONSTRUCTION] or None, "json": told}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import secrets
 import signal
@@ -139,7 +140,7 @@ def ray(monkeypatch):
     monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else one is written to the home
     root = str(Path(fi.__file__).parents[1])
     ray.init(
-        num_cpus=2,
+        num_cpus=4,  # two for the workers, the others for reading and writing
         include_dashboard=False,
         log_to_driver=False,
         runtime_env={"env_vars": {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}},
@@ -153,7 +154,7 @@ def test_two_workers_one_of_them_killed_are_one_process(ray, options, rows, whol
     for i in range(N):
         one = {name: values[i : i + 1].tolist() for name, values in rows.items()}
         parquet.write_table(pa.table(one), tmp_path / f"photos-{i}.parquet")
-    pictures = fr.read(f"file://{tmp_path}/photos-*.parquet")
+    pictures = fr.read(f"file://{tmp_path}/photos-*.parquet").repartition(N)  # else one block
     mark = tmp_path / "killed"
     done = pictures.map_batches(
         Dying,
@@ -168,8 +169,11 @@ def test_two_workers_one_of_them_killed_are_one_process(ray, options, rows, whol
         assert table[name] == whole[name].tolist()
     fr.write(done, f"file://{tmp_path}/tars", kind="webdataset")
     again = fr.read(f"{tmp_path}/tars/*.tar").take_all()
-    assert {row["__key__"]: row["png"] for row in again} == dict(
-        zip(whole["id"], whole["reconstruction"], strict=True)
-    )
+    expected = zip(whole["id"], whole["reconstruction"], strict=True)
+    assert {row["__key__"]: row["png"] for row in again} == {
+        name.replace(".", "-"): picture for name, picture in expected
+    }
+    told = {row["id"]: row["cosine"] for row in (json.loads(row["json"]) for row in again)}
+    assert told == dict(zip(whole["id"], whole["cosine"], strict=True))
     with pytest.raises(InputError, match=r"must be at .*none\.parquet, but nothing is there"):
         fr.read(f"{tmp_path}/none.parquet")

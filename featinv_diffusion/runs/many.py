@@ -111,6 +111,8 @@ def sample_units(
         "images_sha256": digest(str(job) for job in jobs),
         "data_fingerprint": images.fingerprint,
     }
+    if place is as_named:  # where the samples of finished units lie
+        identity["layout"] = "flat"
     units, todo = _begin(jobs, size, output, identity, processes, call)
     say(
         f"Shards: {len(units)}, done before: {len(units) - len(todo)}. "
