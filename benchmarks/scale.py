@@ -47,7 +47,11 @@ class Cost:
 def run_at_once(commands: Sequence[Sequence[str]]) -> Cost:
     """Starts all commands together and waits for them."""
     begin = time.perf_counter()
-    started = [os.posix_spawn(sys.executable, [*words], os.environ) for words in commands]
+    silent = [(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)]
+    started = [
+        os.posix_spawn(sys.executable, [*words], os.environ, file_actions=silent)
+        for words in commands
+    ]
     cpu = peak = 0.0
     for process in started:
         _, status, used = os.wait4(process, 0)
@@ -79,7 +83,7 @@ def measure(photos: Path, output: Path, n_workers: int) -> tuple[Cost, Cost]:
     """Returns the costs of the workers and of joining what they did."""
     words = [*FEATINV, "sample", str(photos), *OPTIONS, "--output", str(output)]
     shares = [[*words, "--worker", f"{i}/{n_workers}"] for i in range(n_workers)]
-    return run_at_once(shares), run_at_once([[*FEATINV, "merge", str(output)]])
+    return run_at_once(shares), run_at_once([[*FEATINV, "merge", str(output), "--quiet"]])
 
 
 def main() -> None:
