@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import platform
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -133,32 +134,36 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def holding(target: Path) -> Iterator[None]:
+def holding(target: Path, part: tuple[int, int] | None = None) -> Iterator[None]:
     """Keeps other processes from writing to a folder or file while the block runs.
 
     The lock lies in a folder that exists, else beside the target. It is free again when its
     process ends, however that happens. What a killed process left half-written for this target
     is removed first. A process may hold a target several times.
 
+    Args:
+        part: (i, N) of a process that writes a part of a folder beside others of the same N, each
+            with an i of its own.
+
     Raises:
         InputError: another process holds it; says which.
     """
     folder, stem = (target, "") if target.is_dir() else (target.parent, f".{target.name[:100]}")
     folder.mkdir(parents=True, exist_ok=True)
-    path, owner = folder / f"{stem}.lock", folder / f"{stem}.lock-owner"
+    name = f"{stem}.lock" + ("" if part is None else f"-{part[0]}-of-{part[1]}")
+    path, owner = folder / name, folder / f"{name}-owner"
     if path.is_symlink():  # it would be made, and emptied, where somebody else's link leads
         raise InputError(f"{path} must be a lock of this program, but is a link. Remove it.")
-    lock = FileLock(path, timeout=0, is_singleton=True)
+    lock = FileLock(path, timeout=_BRIEFLY, is_singleton=True)
     try:
         lock.acquire()
     except Timeout:
-        raise InputError(
-            f"{target} is being written by another process{_read_owner(owner)}. Wait until it is "
-            "done, or use another output."
-        ) from None
+        raise _held(target, path) from None
     try:
         if lock.lock_counter == 1:
-            _remove_partials(folder, target)
+            _refuse_beside(target, folder, stem, part)
+            if part is None:
+                _remove_partials(folder, target)
             write_text(owner, f" ({os.getpid()} on {platform.node()})")
         yield
     finally:
@@ -166,6 +171,42 @@ def holding(target: Path) -> Iterator[None]:
             owner.unlink(missing_ok=True)
             path.unlink(missing_ok=True)
         lock.release()
+
+
+_BRIEFLY = 0.2
+"""Seconds, for which another process may hold a lock only to look whether it is free."""
+
+
+def _refuse_beside(target: Path, folder: Path, stem: str, part: tuple[int, int] | None) -> None:
+    """Raises `InputError` where a lock is held that goes with no other.
+
+    Each process first takes its own lock and then looks at others', so that of two that start at
+    once at least one is refused.
+    """
+    of_part = re.compile(re.escape(stem) + r"\.lock-[0-9]+-of-(?P<n>[0-9]+)")
+    for path in sorted(folder.iterdir()):
+        found = of_part.fullmatch(path.name)
+        if found is None and (part is None or path.name != f"{stem}.lock"):
+            continue
+        if found is not None and part is not None and int(found["n"]) == part[1]:
+            continue
+        if path.is_symlink() or not path.exists():
+            continue
+        other = FileLock(path, timeout=_BRIEFLY)
+        try:
+            other.acquire()
+        except Timeout:
+            raise _held(target, path) from None
+        other.release()
+
+
+def _held(target: Path, path: Path) -> InputError:
+    found = re.search(r"\.lock-([0-9]+)-of-([0-9]+)$", path.name)
+    who = "another process" if found is None else f"worker {found[1]}/{found[2]}"
+    owner = _read_owner(path.with_name(f"{path.name}-owner"))
+    return InputError(
+        f"{target} is being written by {who}{owner}. Wait until it is done, or use another output."
+    )
 
 
 def _read_owner(path: Path) -> str:

@@ -28,6 +28,7 @@ COMMANDS = {
     "steerability": "steerability",
     "replay": "replay",
     "evaluate": "evaluate",
+    "merge": "merge",
     "classemb": "classemb",
     "analyze": "analyze",
     "layers": "layers",

@@ -7,5 +7,14 @@ import sys
 
 
 def command_line() -> str:
-    """Returns it quoted for a shell, for files that say how they came about."""
-    return shlex.join(["featinv", *sys.argv[1:]])
+    """Returns it quoted for a shell, for files that say how they came about.
+
+    Which worker of many it was is left out, as the files are those of one process.
+    """
+    words, kept = iter(sys.argv[1:]), ["featinv"]
+    for word in words:
+        if word == "--worker":
+            next(words, None)
+        elif not word.startswith("--worker="):
+            kept.append(word)
+    return shlex.join(kept)

@@ -23,6 +23,16 @@ Images = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="Device to compute on: auto, cpu, cuda, cuda:1, mps …")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write to.")]
+WorkerOption = Annotated[
+    str | None,
+    typer.Option(
+        "--worker",
+        metavar="i/N",
+        help="Do every N-th unit of the work beside other workers, from i = 0; `featinv merge` "
+        "joins them. whole: one process, also in a job array.",
+        show_default="the task of a Slurm job array, if it is one",
+    ),
+]
 FigureName = Annotated[
     str,
     typer.Option("--figure", metavar="NAME", help="File name of the figure: a .png, .pdf or .svg."),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from featinv_diffusion.types import FeatureSpec
 
 if TYPE_CHECKING:
     from featinv_diffusion.data.sets import ImageSet
+    from featinv_diffusion.processes import Worker
     from featinv_diffusion.runs.record import Result
     from featinv_diffusion.runs.samples import Manifest
 
@@ -88,6 +90,24 @@ def say_notes(images: ImageSet) -> None:
     """Prints what a user may not expect of the images."""
     for note in images.notes:
         logger.warning("%s", note)
+
+
+def end_worker(worker: Worker, output: Path, named: Path | None = None) -> int:
+    """Prints what failed, how far all workers are and what to do next; returns the exit code.
+
+    Args:
+        named: what `featinv merge` is given, where it is not the folder of the run.
+    """
+    from featinv_diffusion.runs.workers import read_rest
+
+    rest = read_rest(output, worker)
+    for error in rest.failures:
+        print(f"Failed: {error}", file=sys.stderr)
+    print(f"Worker {worker} is done; of all {rest.n_units} units {rest.n_units - rest.n_open} are.")
+    when = "When all workers are done" if rest.n_open else "All workers are done"
+    print(f"{when}: featinv merge {shlex.quote(str(named or output))}")
+    terminal.finish({"worker": str(worker), **asdict(rest)}, named or output)
+    return 1 if rest.failures else 0
 
 
 def report(manifest: Manifest, output: Path) -> None:

@@ -15,7 +15,6 @@ from typing import Any, TypeAlias
 import numpy as np
 import pyarrow as pa
 import torch
-from accelerate import Accelerator
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
@@ -44,7 +43,7 @@ from featinv_diffusion.inverters.base import Inverter
 from featinv_diffusion.inverters.diffusion import DiffusionInverter
 from featinv_diffusion.inverters.open import open_inverter
 from featinv_diffusion.metrics.perceptual import Lpips
-from featinv_diffusion.processes import Alone, Processes, device_name
+from featinv_diffusion.processes import Alone, Processes, Worker, device_name, joins
 from featinv_diffusion.runs.progress import advancing
 from featinv_diffusion.runs.record import RunFolder, read_environment, reserved
 from featinv_diffusion.runs.scope import sampling_of
@@ -60,6 +59,7 @@ from featinv_diffusion.runs.units import (
     run_units,
     share,
 )
+from featinv_diffusion.runs.workers import Call, as_recorded, write_call
 from featinv_diffusion.settings import SampleSettings, changed, flat_fields, from_flat, to_flat
 from featinv_diffusion.types import FeatureMaps, FeatureSpec
 
@@ -135,33 +135,38 @@ def evaluate(
 
 
 def run_evaluation(
-    settings: EvaluationSettings, output: Path, accelerator: Accelerator, command: str = ""
+    settings: EvaluationSettings, output: Path, processes: Processes, command: str = ""
 ) -> Evaluation | None:
     """Does this process's share; writes and returns the result on the main process, else None.
 
     The same call again finishes what was interrupted and tries again what failed.
 
+    Args:
+        processes: an `Accelerator`; or a `Worker`, which returns None, and then a `Joiner`.
+
     Raises:
-        InputError: as `evaluate`.
+        InputError: as `evaluate`; a `Joiner` where a worker is not done.
     """
-    with reserved(output) if accelerator.is_main_process else nullcontext():
-        return _run_evaluation(settings, output, accelerator, command)
+    worker = processes if isinstance(processes, Worker) else None
+    with reserved(output, worker=worker) if processes.is_main_process else nullcontext():
+        return _run_evaluation(settings, output, processes, command)
 
 
 def _run_evaluation(
-    settings: EvaluationSettings, output: Path, accelerator: Accelerator, command: str
+    settings: EvaluationSettings, output: Path, processes: Processes, command: str
 ) -> Evaluation | None:
-    settings = changed(settings, device=_choose_device(settings.sampling.device, accelerator))
-    with accelerator.main_process_first():  # one builds caches, the others find them
+    given = settings
+    settings = changed(settings, device=_choose_device(settings.sampling.device, processes))
+    with processes.main_process_first():  # one builds caches, the others find them
         images = _open_named(settings, output)
     select_items(images, settings.selected)  # refuses what it cannot before models are loaded
-    with accelerator.main_process_first():
+    with processes.main_process_first():
         inverter = open_inverter(settings.sampling)
     assert inverter.settings is not None
     settings = replace(settings, sampling=inverter.settings)
     if images.maps is not None:
         images = _open_named(settings, output, inverter.spec)
-    result = _measure(inverter, images, settings, output, accelerator, True, command)
+    result = _measure(inverter, images, settings, output, processes, True, command, given)
     if result is not None:
         result.save(output)
     return result
@@ -214,6 +219,7 @@ def _measure(
     processes: Processes,
     progress: bool,
     command: str = "",
+    given: EvaluationSettings | None = None,
 ) -> Evaluation | None:
     """Does this process's share of the units; returns the result on the main process."""
     items = select_items(images, settings.selected, settings.seed)
@@ -225,9 +231,13 @@ def _measure(
         "ids_sha256": digest(item.id for item in items),
         "data_fingerprint": images.fingerprint,
     }
+    identity = as_recorded(identity, output, processes)
     begin_run(identity, output, processes)
     # A single image has no other to be compared with, so that none is left for a unit of its own.
     units = make_units(items, settings.shard_size, output, identity, least=2)
+    if isinstance(processes, Worker):
+        n_workers, values = processes.num_processes, to_flat(given or settings)
+        write_call(output, Call("evaluate", n_workers, values, line=command, n_units=len(units)))
     todo = open_units(units, processes)
 
     def work(unit: Unit[Item]) -> Mapping[str, Any]:
@@ -239,7 +249,7 @@ def _measure(
     n_samples = len(mine) + 2 * sum(item.has_null for item in mine)
     with advancing(inverter, n_samples, progress and processes.is_main_process):
         run_units(todo, work, processes)
-    if not processes.is_main_process:
+    if not joins(processes):
         return None
     return _join(opened, images, items, units, output, command)
 
@@ -300,12 +310,12 @@ def _join(
     return Evaluation(metrics, rows.table)
 
 
-def _choose_device(asked: str, accelerator: Accelerator) -> str:
+def _choose_device(asked: str, processes: Processes) -> str:
     """One process runs where it is told, several run where accelerate put them."""
-    if accelerator.num_processes == 1:
+    if isinstance(processes, Alone) or processes.num_processes == 1:
         return asked
-    given = device_name(accelerator)
-    if asked not in ("auto", accelerator.device.type):
+    given = device_name(processes)
+    if asked not in ("auto", processes.device.type):
         raise InputError(
             f"Several processes run on the devices that accelerate gives them, here {given!r}, "
             f"got the device {asked!r}. Leave it out."

@@ -24,6 +24,7 @@ from featinv_diffusion import __version__, schema
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.files import holding, replacing, write_text
 from featinv_diffusion.images import write_png
+from featinv_diffusion.processes import Worker
 from featinv_diffusion.settings import MAX_SAMPLES, SampleSettings, to_flat
 from featinv_diffusion.trust import is_code_trusted, refuse_code
 
@@ -189,11 +190,16 @@ class Result(ABC):
 
 
 @contextmanager
-def reserved(output: Path, *, is_file: bool = False) -> Iterator[None]:
+def reserved(
+    output: Path, *, is_file: bool = False, worker: Worker | None = None
+) -> Iterator[None]:
     """Makes the folder to write to, or that of a file, and holds what is to be written.
 
     So a place that refuses is found before the work, and no other process writes there meanwhile.
     Where the block fails or is stopped, folders that are new and empty are removed again.
+
+    Args:
+        worker: that writes its units beside the other workers of a run.
 
     Raises:
         InputError: another process is writing there.
@@ -203,7 +209,8 @@ def reserved(output: Path, *, is_file: bool = False) -> Iterator[None]:
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with holding(output):
+        part = None if worker is None else (worker.process_index, worker.num_processes)
+        with holding(output, part):
             yield
     except BaseException:
         with suppress(OSError):

@@ -357,11 +357,15 @@ def encode_pictures(backbone: Backbone, images: ImageSet) -> FeatureMaps:
     Raises:
         InputError: a picture that cannot be read, or features that are not finite.
     """
+    return encode_jobs(backbone, make_jobs(images, 0, 1))
+
+
+def encode_jobs(backbone: Backbone, jobs: Iterable[Job]) -> FeatureMaps:
+    """As `encode_pictures`, of the pictures of jobs."""
 
     def fail(job: Job, error: str) -> None:
         raise InputError(error)
 
-    jobs = make_jobs(images, 0, 1)
     found = list(_encode(backbone, _read(jobs, max(backbone.input_size), fail), fail))
     sources = [replace(one.source, location=one.job.input) for one in found]
     return FeatureMaps.of(torch.stack([one.features for one in found]), sources)

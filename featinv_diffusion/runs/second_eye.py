@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -63,6 +63,10 @@ class Eye:
         return feature_cosine(self._see(image).expand_as(seen), seen).tolist()
 
 
+Seen: TypeAlias = "dict[str, list[list[float]]]"
+"""By eye: the cosine of each sample to the original, and to other images."""
+
+
 class SecondEye:
     """Looks at pictures with the backbone that they were made by, and with another one."""
 
@@ -82,6 +86,19 @@ class SecondEye:
         others = [other for other in self.others if not torch.equal(other, original)]
         for eye in self.eyes.values():
             eye.look(original, others, to_tensor(done.samples))
+
+    def take(self) -> Seen:
+        """Returns what was seen since the last time, and forgets it."""
+        seen = {name: [eye.cosine, eye.other_image] for name, eye in self.eyes.items()}
+        for eye in self.eyes.values():
+            eye.cosine, eye.other_image = [], []
+        return seen
+
+    def put(self, seen: Seen) -> None:
+        """Adds what `take` returned, perhaps in another process."""
+        for name, (cosine, other_image) in seen.items():
+            self.eyes[name].cosine += cosine
+            self.eyes[name].other_image += other_image
 
     def content(self) -> dict[str, Any] | None:
         """Returns what both saw; None where no picture was known."""

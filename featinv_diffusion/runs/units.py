@@ -29,7 +29,7 @@ from featinv_diffusion.errors import InputError
 from featinv_diffusion.files import write_text
 from featinv_diffusion.inverters.base import Inverter
 from featinv_diffusion.inverters.diffusion import DiffusionInverter
-from featinv_diffusion.processes import Processes
+from featinv_diffusion.processes import Joiner, Processes, Worker
 from featinv_diffusion.runs.record import to_json
 from featinv_diffusion.runs.samples import Entry
 
@@ -82,12 +82,23 @@ class Unit(Generic[T]):
         return content if done.id == self.id else None
 
     @property
+    def number(self) -> int:
+        """Its place among the units of the run."""
+        return int(self.folder.name)
+
+    @property
     def is_done(self) -> bool:
         """Whether it was done, nothing failed, and its files are still there."""
         content = self.read()
         if content is None or content[FAILURES] or content.get(PARTIAL_FAILURES):
             return False
         return self._lost(content) is None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether its results can be joined; some of its items may have failed."""
+        content = self.read()
+        return content is not None and self._lost(content) is None
 
     def damage(self) -> str | None:
         """Says why it must be done again though it was done once; None where nothing is broken."""
@@ -178,8 +189,14 @@ def open_units(units: Sequence[Unit[T]], processes: Processes) -> list[Unit[T]]:
     """Returns the units that are not done, once all processes have looked.
 
     Says which ones are done again because something of them is broken.
+
+    Raises:
+        InputError: a `Joiner` finds units that no worker has done.
     """
-    found = [unit for unit in units if not unit.is_done]
+    if isinstance(processes, Joiner):
+        _refuse_open(units, processes.n_workers)
+        return []
+    found = [unit for unit in _within_reach(units, processes) if not unit.is_done]
     for unit in found:
         if processes.is_main_process and (reason := unit.damage()) is not None:
             logger.warning("%s is done again: %s", unit.folder, reason.rstrip(".") + ".")
@@ -187,8 +204,34 @@ def open_units(units: Sequence[Unit[T]], processes: Processes) -> list[Unit[T]]:
     return found
 
 
+def _refuse_open(units: Sequence[Unit[Any]], n_workers: int) -> None:
+    found = [unit.number for unit in units if not unit.is_whole]
+    if found:
+        workers = sorted({number % n_workers for number in found})
+        named = ", ".join(f"{i}/{n_workers}" for i in workers[:8])
+        more = f" and {len(workers) - 8} more" if len(workers) > 8 else ""
+        raise InputError(
+            f"{len(found)} of {len(units)} units are not done yet, those of worker {named}{more}. "
+            "Start these again, or wait for them, and then merge."
+        )
+
+
+def _within_reach(units: Sequence[Unit[T]], processes: Processes) -> list[Unit[T]]:
+    """Returns the units that a process may do.
+
+    Processes that talk look at the open ones and divide those. Workers look at different times,
+    so that only a unit's own number tells whose it is.
+    """
+    if not isinstance(processes, Worker):
+        return list(units)
+    n = processes.num_processes
+    return [unit for unit in units if unit.number % n == processes.process_index]
+
+
 def share(units: Sequence[Unit[T]], processes: Processes) -> list[Unit[T]]:
-    """Returns the units of this process: every n-th."""
+    """Returns the units of this process: every n-th of the open ones, or those of a worker."""
+    if isinstance(processes, Worker):
+        return _within_reach(units, processes)
     return list(units[processes.process_index :: processes.num_processes])
 
 

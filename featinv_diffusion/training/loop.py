@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -75,6 +76,9 @@ class Task(Protocol):
 def make_accelerator(optim: OptimConfig, run: RunConfig) -> Accelerator:
     """The one accelerator of a run; refuses a launch that quietly became several runs of one."""
     _check_settings(optim, run)
+    for name in SHARDING:  # before accelerate looks for packages
+        if os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false").lower() == "true":
+            raise _untested(name)
     accelerator = Accelerator(
         mixed_precision="no" if run.mixed_precision == "fp32" else run.mixed_precision,
         gradient_accumulation_steps=optim.gradient_accumulation_steps,
@@ -82,8 +86,23 @@ def make_accelerator(optim: OptimConfig, run: RunConfig) -> Accelerator:
         log_with=find_tracker(run),
         project_config=ProjectConfiguration(project_dir=run.output),
     )
+    for name in SHARDING:
+        if accelerator.distributed_type == name.upper():
+            raise _untested(name)
     check_process_group(accelerator)
     return accelerator
+
+
+SHARDING = ("FSDP", "DeepSpeed")
+"""What divides one model among processes; its checkpoints have not been tested."""
+
+
+def _untested(name: str) -> InputError:
+    return InputError(
+        f"Each process must hold the whole model, but accelerate was asked for {name}, with which "
+        "training and its checkpoints are not tested. Use distributed_type: MULTI_GPU, as in "
+        "configs/accelerate/multi_node.yaml."
+    )
 
 
 def find_tracker(run: RunConfig) -> str | None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator, DistributedType
 from PIL import Image
 from transformers import TimmWrapperForImageClassification
 
@@ -545,6 +546,18 @@ def test_tensorboard_is_used_where_it_is_installed(monkeypatch) -> None:
     assert find_tracker(RunConfig()) is None
     with pytest.raises(InputError, match=r"pip install 'featinv-diffusion\[train\]'"):
         make_accelerator(OptimConfig(), RunConfig(tracker="tensorboard", cpu=True))
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DeepSpeed"])
+def test_models_divided_among_processes_are_refused(monkeypatch, name: str) -> None:
+    with monkeypatch.context() as launch:
+        launch.setenv(f"ACCELERATE_USE_{name.upper()}", "true")
+        with pytest.raises(InputError, match=f"must hold the whole model, .* asked for {name}"):
+            make_accelerator(OptimConfig(), RunConfig(cpu=True))
+    kind = property(lambda accelerator: DistributedType(name.upper()))
+    monkeypatch.setattr(Accelerator, "distributed_type", kind)  # as a plugin in Python sets it
+    with pytest.raises(InputError, match=f"must hold the whole model, .* asked for {name}"):
+        make_accelerator(OptimConfig(), RunConfig(cpu=True))
 
 
 def test_a_run_without_tensorboard_says_so(

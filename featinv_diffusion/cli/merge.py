@@ -1,0 +1,119 @@
+"""`featinv merge`: joins what workers did into what one process would have written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from featinv_diffusion.cli import options
+from featinv_diffusion.errors import InputError
+
+if TYPE_CHECKING:
+    from featinv_diffusion.runs.workers import Call
+
+
+def merge(
+    output: Annotated[
+        Path, typer.Argument(metavar="OUTPUT", help="The --output that the workers were given.")
+    ],
+    device: Annotated[
+        str | None,
+        typer.Option(help="Device to load the models to.", show_default="that of the workers"),
+    ] = None,
+    trust_code: Annotated[
+        bool, typer.Option("--trust-code", help="Run the module that the workers' backbone names.")
+    ] = False,
+) -> None:
+    """Join what the workers of a command did, once all of them are done.
+
+    The files are those of one process, bit for bit. Start it in the folder in which the workers
+    were started; pictures and models must still be there. Nothing is written while a unit is open.
+    """
+    from featinv_diffusion.cli.run import quiet_libraries
+    from featinv_diffusion.runs.many import units_of_maps
+    from featinv_diffusion.runs.workers import read_call
+    from featinv_diffusion.trust import trusting_code
+
+    quiet_libraries()
+    of_maps = units_of_maps(output)
+    call = read_call(of_maps if of_maps.is_dir() else output)
+    if call.command not in _JOIN:
+        raise InputError(
+            f"{output} holds units of {call.command!r}, which this version cannot join. Use the "
+            "version that wrote them."
+        )
+    if device is not None:
+        call.settings["device"] = device
+    with trusting_code(trust_code):
+        _JOIN[call.command](call, output)
+
+
+def _evaluate(call: Call, output: Path) -> None:
+    from featinv_diffusion.cli.evaluate import report
+    from featinv_diffusion.evaluation.run import run_evaluation
+    from featinv_diffusion.evaluation.settings import EvaluationSettings
+    from featinv_diffusion.processes import Joiner
+
+    settings = call.settings_as(EvaluationSettings, output)
+    result = run_evaluation(settings, output, Joiner(call.n_workers), call.line)
+    assert result is not None
+    report(result, output)
+
+
+def _sample(call: Call, output: Path) -> None:
+    from featinv_diffusion.cli.run import report
+    from featinv_diffusion.data.sets import open_pictures
+    from featinv_diffusion.images import builtin_photo
+    from featinv_diffusion.processes import Joiner
+    from featinv_diffusion.runs.many import SHARDED_ROWS, in_shard, sample_units, unit_size
+    from featinv_diffusion.runs.record import reserved
+    from featinv_diffusion.settings import SampleSettings
+
+    settings = call.settings_as(SampleSettings, output)
+    images = open_pictures(call.images or [builtin_photo()], exclude=output)
+    joiner = Joiner(call.n_workers)
+    with reserved(output):
+        if call.command == "sample":
+            found = sample_units(joiner, settings, images, unit_size(settings), output)
+        else:
+            size = call.shard_size or 0
+            place, n_rows = in_shard, SHARDED_ROWS
+            found = sample_units(joiner, settings, images, size, output, place=place, n_rows=n_rows)
+    assert found is not None
+    report(found, output)
+    if found.failures:
+        raise typer.Exit(1)
+
+
+def _encode(call: Call, output: Path) -> None:
+    from featinv_diffusion import schema
+    from featinv_diffusion.cli.maps import Encoder, say_maps
+    from featinv_diffusion.data.sets import open_pictures
+    from featinv_diffusion.images import builtin_photo
+    from featinv_diffusion.processes import Joiner
+    from featinv_diffusion.runs.many import encode_units, units_of_maps
+    from featinv_diffusion.runs.record import reserved
+    from featinv_diffusion.trust import is_code_trusted, refuse_code
+
+    options.check_file(output)
+    encoder = schema.convert(call.settings, Encoder, str(output))
+    if not is_code_trusted():
+        refuse_code(encoder.backbone, str(output))
+    given = call.images or [builtin_photo()]
+    images = open_pictures(given, exclude=output.parent / output.stem)
+    with reserved(output, is_file=True), reserved(units_of_maps(output)):
+        model = encoder.open()
+        maps = encode_units(Joiner(call.n_workers), model, images, output, call)
+    assert maps is not None
+    say_maps(len(maps), model.spec, output)
+
+
+_JOIN: dict[str, Callable[[Call, Path], None]] = {
+    "evaluate": _evaluate,
+    "sample": _sample,
+    "reconstruct": _sample,
+    "encode": _encode,
+}
