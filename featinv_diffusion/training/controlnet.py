@@ -224,7 +224,7 @@ class ControlNetTask:
         }
         if logits is not None and logits_again is not None:
             for k in (1, 5):
-                matches = top_k_match(logits, logits_again, k)
+                matches = top_k_match(logits, logits_again, min(k, logits.shape[1]))
                 scalars[f"top{k}_match"] = float(matches.float().mean())
         size = samples.shape[-1]
         originals = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
@@ -272,7 +272,7 @@ def load_frozen_parts(config: ControlNetModelConfig) -> FrozenParts:
     """Loads backbone, VAE, UNet and scheduler, and encodes the two prompts once."""
     check_reachable(config.base)
     tokenizer = _load_sub(CLIPTokenizer, config.base, "tokenizer")
-    text_encoder = _load_sub(CLIPTextModel, config.base, "text_encoder")
+    text_encoder = _load_sub(CLIPTextModel, config.base, "text_encoder").float()
     # Where its files are missing, transformers gives an empty tokenizer without an error.
     if not 2 < len(tokenizer) <= text_encoder.config.vocab_size:
         raise InputError(
@@ -298,9 +298,9 @@ def load_frozen_parts(config: ControlNetModelConfig) -> FrozenParts:
 
 
 def load_training_backbone(config: ControlNetModelConfig) -> Backbone:
-    """Loads a backbone by name, or from the folder of a transformers timm wrapper."""
+    """Loads a backbone by name, or from the folder of a transformers timm wrapper, in float32."""
     if not Path(config.backbone).is_dir():
-        return load_backbone(config.backbone, config.layer)
+        return load_backbone(config.backbone, config.layer).float()
     wrapper = load_component(TimmWrapperForImageClassification, config.backbone)
     name = canonical_name(config.backbone_name or wrapper.config.architecture)
     return wrap_model(wrapper, name=name, layer=config.layer)
