@@ -50,6 +50,7 @@ from featinv_diffusion.training.feature_cache import (
     FeatureCache,
     fill_features,
 )
+from featinv_diffusion.training.group_norm import speed_up_group_norms
 from featinv_diffusion.training.latents import (
     CachedCropDataset,
     MappedArrays,
@@ -167,6 +168,10 @@ class ControlNetTask:
         unet: Any = self.parts.unet
         vae.to(device)
         unet.to(device, dtype)
+        if self.config.run.channels_last:  # as the ControlNet: no copies between the two
+            unet.to(memory_format=torch.channels_last)
+            vae.to(memory_format=torch.channels_last)
+            speed_up_group_norms(unet)
         self.parts.prompt_embeds = self.parts.prompt_embeds.to(device, dtype)
 
     def loss(self, module: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:

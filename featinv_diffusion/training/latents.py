@@ -42,12 +42,14 @@ class CacheConfig:
 def encode_posterior(vae: AutoencoderKL, images: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Mean and std `[b, c, size/f, size/f]` of the posterior of images in [0, 1], unscaled.
 
-    Images are resized to `size` (bilinear, antialiased) and encoded in the VAE's own precision,
-    outside any autocast: SD's VAE overflows in fp16.
+    Images are resized to `size` (bilinear, antialiased) and encoded under an autocast to bf16 as
+    it is, but never in fp16, in which SD's VAE overflows: there in the VAE's own precision.
     """
     if images.shape[-1] != size:
         images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
-    with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+    kind = images.device.type
+    keep = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
+    with torch.no_grad(), torch.autocast(kind, torch.bfloat16, enabled=keep):
         posterior = vae.encode((images * 2 - 1).to(vae.dtype)).latent_dist  # pyright: ignore[reportAttributeAccessIssue]
     return posterior.mean.float(), posterior.std.float()
 
