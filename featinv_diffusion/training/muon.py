@@ -15,7 +15,7 @@ class Muon(timm.optim.Muon):
     """timm's Muon with the same state and update; only how it is computed differs.
 
     timm iterates in bfloat16, matrix by matrix. Processors without bfloat16 units emulate it, many
-    times slower than float32 (docs/performance.md); batches need fewer calls.
+    times slower than float32; batches need fewer calls.
     """
 
     @torch.no_grad()

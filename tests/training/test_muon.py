@@ -55,7 +55,9 @@ def test_steps_are_those_of_timm_in_float32(monkeypatch) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
     other = Muon(mine.parameters(), **SETTINGS)
-    other.load_state_dict(optimizer.state_dict())  # of a checkpoint that timm's Muon wrote
+    other.load_state_dict(
+        copy.deepcopy(optimizer.state_dict())
+    )  # of a checkpoint that timm's Muon wrote
     take_steps(mine, other, range(3, 5))
     take_steps(theirs, optimizer, range(3, 5))
     for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):

@@ -55,7 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_two_classes() -> Any:
     """The tiny ConvNeXt for the two classes of the pictures."""
-    model = tiny.make_backbone()
+    model: Any = tiny.make_backbone()
     names = {0: "class0", 1: "class1"}
     model.config.id2label, model.config.label2id = names, {v: k for k, v in names.items()}
     model.timm_model.reset_classifier(2)
