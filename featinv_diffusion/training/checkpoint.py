@@ -33,6 +33,8 @@ from featinv_diffusion.training.config import RunConfig
 RUN_KEYS_THAT_MATTER = ("run.mixed_precision", "run.n_validation_images")
 FREE_KEYS = ("run.", "validation.", "data.num_workers", "data.in_memory", "model.attention")
 """Settings that decide no weight."""
+ADDED_KEYS = {"cache.features": False, "cache.features_dtype": "float16"}
+"""Settings that earlier versions did not have, with the value that means what those did."""
 ELASTIC_KEYS = ("optim.batch_size", "optim.gradient_accumulation_steps")
 ENVIRONMENT, PROGRESS, AVERAGE = "environment.json", "progress.json", "average.bin"
 FINAL_PARTIAL, FINAL_ASIDE = "final-partial", "final-replaced"
@@ -235,8 +237,9 @@ def check_resumable(checkpoint: Path, config: str, n_processes: int, run: RunCon
             "run.resume=elastic, or use a new run.output."
         )
     path = checkpoint / "config.yaml"
-    before = _flatten(parse_yaml(read_text(path, ADVICE), str(path), ADVICE))
     after = _flatten(parse_yaml(config, "the config"))
+    added = {key: value for key, value in ADDED_KEYS.items() if key in after}
+    before = added | _flatten(parse_yaml(read_text(path, ADVICE), str(path), ADVICE))
     changed = sorted(
         key
         for key in before.keys() | after.keys()

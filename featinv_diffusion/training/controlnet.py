@@ -45,12 +45,20 @@ from featinv_diffusion.settings import Depth, Finite, Pictures, Probability, See
 from featinv_diffusion.training.checkpoint import list_checkpoints
 from featinv_diffusion.training.config import OptimConfig, RunConfig
 from featinv_diffusion.training.entry import load_component, make_datasets, stack_images
+from featinv_diffusion.training.feature_cache import (
+    ControlNetCacheConfig,
+    FeatureCache,
+    fill_features,
+)
+from featinv_diffusion.training.group_norm import speed_up_group_norms
 from featinv_diffusion.training.latents import (
-    CacheConfig,
     CachedCropDataset,
+    MappedArrays,
     SampleNoise,
+    check_room,
     encode_posterior,
-    fill_cache,
+    fill_latents,
+    plan_latents,
 )
 from featinv_diffusion.training.loop import fit, make_accelerator
 
@@ -110,7 +118,7 @@ class ControlNetConfig:
     seed: Seed = 0
     data: DataConfig = field(default_factory=lambda: DataConfig(held_back_per_class=1))
     model: ControlNetModelConfig = field(default_factory=ControlNetModelConfig)
-    cache: CacheConfig = field(default_factory=CacheConfig)
+    cache: ControlNetCacheConfig = field(default_factory=ControlNetCacheConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     run: RunConfig = field(default_factory=RunConfig)
@@ -160,14 +168,16 @@ class ControlNetTask:
         unet: Any = self.parts.unet
         vae.to(device)
         unet.to(device, dtype)
+        if self.config.run.channels_last:  # as the ControlNet: no copies between the two
+            unet.to(memory_format=torch.channels_last)
+            vae.to(memory_format=torch.channels_last)
+            speed_up_group_norms(unet)
         self.parts.prompt_embeds = self.parts.prompt_embeds.to(device, dtype)
 
     def loss(self, module: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        images = to_images(batch["pixels"])
-        with torch.no_grad():
-            features = self.parts.backbone.features(images)
-        mean, std = self._posterior(images, batch)
-        draw = SampleNoise(batch["seed"], images.device)
+        features = self._features(batch)
+        mean, std = self._posterior(batch)
+        draw = SampleNoise(batch["seed"], mean.device)
         latents = (mean + std * draw.normal(*mean.shape[1:])) * self.parts.vae.config[
             "scaling_factor"
         ]
@@ -183,9 +193,16 @@ class ControlNetTask:
         target = prediction_target(self.noise_scheduler, latents, noise, timesteps)
         return F.mse_loss(predicted.float(), target), {}
 
-    def _posterior(self, images: Tensor, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    def _features(self, batch: Mapping[str, Any]) -> Tensor:
+        if "features" in batch:
+            return batch["features"].float()
+        with torch.no_grad():
+            return self.parts.backbone.features(to_images(batch["pixels"]))
+
+    def _posterior(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         if "latent_mean" in batch:
             return batch["latent_mean"], batch["latent_std"]
+        images = to_images(batch["pixels"])
         return encode_posterior(self.parts.vae, images, self.parts.image_size)
 
     def _predict(
@@ -224,7 +241,7 @@ class ControlNetTask:
         }
         if logits is not None and logits_again is not None:
             for k in (1, 5):
-                matches = top_k_match(logits, logits_again, k)
+                matches = top_k_match(logits, logits_again, min(k, logits.shape[1]))
                 scalars[f"top{k}_match"] = float(matches.float().mean())
         size = samples.shape[-1]
         originals = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
@@ -272,7 +289,7 @@ def load_frozen_parts(config: ControlNetModelConfig) -> FrozenParts:
     """Loads backbone, VAE, UNet and scheduler, and encodes the two prompts once."""
     check_reachable(config.base)
     tokenizer = _load_sub(CLIPTokenizer, config.base, "tokenizer")
-    text_encoder = _load_sub(CLIPTextModel, config.base, "text_encoder")
+    text_encoder = _load_sub(CLIPTextModel, config.base, "text_encoder").float()
     # Where its files are missing, transformers gives an empty tokenizer without an error.
     if not 2 < len(tokenizer) <= text_encoder.config.vocab_size:
         raise InputError(
@@ -298,9 +315,9 @@ def load_frozen_parts(config: ControlNetModelConfig) -> FrozenParts:
 
 
 def load_training_backbone(config: ControlNetModelConfig) -> Backbone:
-    """Loads a backbone by name, or from the folder of a transformers timm wrapper."""
+    """Loads a backbone by name, or from the folder of a transformers timm wrapper, in float32."""
     if not Path(config.backbone).is_dir():
-        return load_backbone(config.backbone, config.layer)
+        return load_backbone(config.backbone, config.layer).float()
     wrapper = load_component(TimmWrapperForImageClassification, config.backbone)
     name = canonical_name(config.backbone_name or wrapper.config.architecture)
     return wrap_model(wrapper, name=name, layer=config.layer)
@@ -393,7 +410,7 @@ def train_controlnet(config: ControlNetConfig) -> Path:
         controlnet.enable_gradient_checkpointing()
         parts.unet.enable_gradient_checkpointing()
     task = ControlNetTask(controlnet, parts, config, validation)
-    if isinstance(train, CropDataset) and config.cache.folder and not config.run.dry_run:
+    if isinstance(train, CropDataset) and config.cache.folder:
         train = _cached(config, parts, train, config.cache.folder, accelerator)
     return fit(task, train, accelerator, config.optim, config.run, to_yaml(config))
 
@@ -422,12 +439,21 @@ def _cached(
     folder: str,
     accelerator: Accelerator,
 ) -> CropDataset:
-    cache = fill_cache(
-        train,
-        parts.vae.to(accelerator.device),  # pyright: ignore[reportCallIssue, reportArgumentType]
-        folder,
-        config.cache.n_crops,
-        parts.image_size,
-        accelerator,
-    )
-    return CachedCropDataset(train, cache)
+    """Fills the caches after saying their sizes; a dry run says them only."""
+    vae: Any = parts.vae.to(accelerator.device)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    latents = plan_latents(train, vae, folder, config.cache.n_crops, parts.image_size)
+    features = None
+    if config.cache.features:
+        features = FeatureCache(latents, parts.backbone, config.cache.features_dtype)
+    caches: list[MappedArrays] = [latents, *([features] if features else [])]
+    for cache in caches:
+        accelerator.print(str(cache))
+    if config.run.dry_run:
+        return train
+    check_room(caches)
+    fill_latents(latents, train, vae, parts.image_size, accelerator)
+    if features is None:
+        return CachedCropDataset(train, latents)
+    parts.backbone.to(accelerator.device)
+    fill_features(features, CachedCropDataset(train, latents), parts.backbone, accelerator)
+    return CachedCropDataset(train, latents, with_pixels=False, features=features)

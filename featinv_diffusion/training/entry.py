@@ -50,7 +50,10 @@ def stack_images(dataset: CropDataset, n: int | None = None) -> tuple[Tensor, Te
 
 
 def load_component(component_class: Any, path: str) -> Any:
-    """Loads a diffusers or transformers component from a folder or Hub id, frozen."""
+    """Loads a diffusers or transformers component from a folder or Hub id, frozen, in float32.
+
+    Weights that are stored in half precision would meet float32 activations and gradients.
+    """
     try:
         component = component_class.from_pretrained(path)
     except (OSError, ValueError) as error:
@@ -58,4 +61,4 @@ def load_component(component_class: Any, path: str) -> Any:
             f"{path} must hold a {component_class.__name__} (config.json and safetensors), "
             f"but it could not be loaded: {str(error).splitlines()[0]}"
         ) from error
-    return component.eval().requires_grad_(False)
+    return component.float().eval().requires_grad_(False)

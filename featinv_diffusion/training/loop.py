@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
+    DataLoaderConfiguration,
     ProjectConfiguration,
     is_tensorboard_available,
     is_wandb_available,
 )
 from diffusers.training_utils import EMAModel
 from PIL import Image
-from timm.optim import Muon
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
@@ -43,6 +43,7 @@ from featinv_diffusion.training.checkpoint import (
 )
 from featinv_diffusion.training.config import OptimConfig, RunConfig
 from featinv_diffusion.training.group_norm import speed_up_group_norms
+from featinv_diffusion.training.muon import Muon
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +86,8 @@ def make_accelerator(optim: OptimConfig, run: RunConfig) -> Accelerator:
         cpu=run.cpu,
         log_with=find_tracker(run),
         project_config=ProjectConfiguration(project_dir=run.output),
+        # From pinned memory, so that copies to a GPU overlap with its work.
+        dataloader_config=DataLoaderConfiguration(non_blocking=True),
     )
     for name in SHARDING:
         if accelerator.distributed_type == name.upper():
@@ -219,6 +222,7 @@ class _Run:
             sampler=self.order,
             drop_last=True,
             num_workers=self._n_workers(),
+            pin_memory=self.accelerator.device.type == "cuda",
         )
         self.module: Any
         self.optimizer: Any
@@ -498,7 +502,7 @@ class _Run:
 def _make_optimizer(parameters: list[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
     common = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay}
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, **common)
+        return torch.optim.AdamW(parameters, fused=True, **common)
     return Muon(parameters, nesterov=True, adjust_lr_fn="original", fallback_lr_scale=0.1, **common)
 
 

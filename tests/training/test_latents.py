@@ -101,3 +101,17 @@ def test_too_small_a_disk_is_said_before_anything_is_written(
     with pytest.raises(InputError, match="GiB are free"):
         fill(dataset, tmp_path / "cache", n_crops=10**9)
     assert not list((tmp_path / "cache").glob("*.npy"))
+
+
+def test_latents_follow_an_autocast_to_bf16_but_never_one_to_fp16() -> None:
+    vae, images = tiny.make_vae(), tiny.make_images(2)
+    mean, std = encode_posterior(vae, images, 64)
+    with torch.autocast("cpu", torch.float16):
+        unchanged = encode_posterior(vae, images, 64)
+    assert torch.equal(unchanged[0], mean)
+    assert torch.equal(unchanged[1], std)
+    with torch.autocast("cpu", torch.bfloat16):
+        reduced, _ = encode_posterior(vae, images, 64)
+    assert reduced.dtype == torch.float32
+    assert not torch.equal(reduced, mean)
+    torch.testing.assert_close(reduced, mean, rtol=0.05, atol=0.05)

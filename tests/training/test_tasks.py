@@ -42,8 +42,11 @@ from train.tiny_family.text_to_image import TextToImageConfig, train_text_to_ima
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("tasks"))
+
+
+def make_folder(folder: Path) -> Path:
     """Ten images of each of two flat colours with noise, and trained-size-zero tiny models."""
-    folder = tmp_path_factory.mktemp("tasks")
     random = np.random.default_rng(0)
     for label, colour in (("red", (200, 30, 30)), ("blue", (30, 30, 200))):
         (folder / "images" / label).mkdir(parents=True)
