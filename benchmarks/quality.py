@@ -47,6 +47,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "2": {"steps": 2},
     "2 + 2": {"steps": 2, "refine": 2},
     "4 + 2": {"steps": 4, "refine": 2},
+    "10 + 2": {"steps": 10, "refine": 2},
     "6 + 2": {"steps": 6, "refine": 2},
     "6 + 3": {"steps": 6, "refine": 3},
     "6 + 10": {"steps": 6, "refine": 10},

@@ -251,9 +251,25 @@ def write_tensors(
     try:
         with replacing(path) as partial:
             save_file(whole, partial, metadata=metadata)
+            _sort_metadata(partial)
             partial.chmod(0o644)  # safetensors makes files that only their owner can read
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} could not be written: {error}.") from error
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sorts the metadata of a safetensors file, which the library writes in a random order.
+
+    So the same content gives the same bytes. The JSON keeps its length, with which the file begins.
+    """
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+        if len(text) == length:
+            file.seek(8)
+            file.write(text)
 
 
 def read_tensors(

@@ -6,7 +6,9 @@ import errno
 from pathlib import Path
 
 import pytest
+import torch
 
+from featinv_diffusion import files
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.files import holding, replacing, write_text
 
@@ -56,3 +58,17 @@ def test_a_lock_follows_no_link(tmp_path):
     with pytest.raises(InputError, match="is a link"), holding(folder):
         pass
     assert precious.read_text() == "keep me"
+
+
+def test_the_same_tensors_give_the_same_bytes(tmp_path):
+    """safetensors itself draws the order of the metadata anew in each write."""
+    tensors = {"b": torch.arange(4.0), "a": torch.ones(2, 3, dtype=torch.float16)}
+    header = {"names": ["ä", 'a "quoted" name\n'], "spec": None}
+    written = []
+    for i in range(12):
+        files.write_tensors(tmp_path / f"{i}.safetensors", tensors, header, "some format")
+        written.append((tmp_path / f"{i}.safetensors").read_bytes())
+    assert len(set(written)) == 1
+    found, read = files.read_tensors(tmp_path / "0.safetensors", "some format", "")
+    assert read == header
+    assert all(torch.equal(found[name], value) for name, value in tensors.items())

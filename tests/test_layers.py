@@ -16,7 +16,7 @@ LAYERS = [
     {"diffusion", "inverters"},
     {"runs", "figures"},
     {"studies", "class_embedding", "evaluation", "training"},
-    {"cli", "app"},
+    {"cli", "app", "ray"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
