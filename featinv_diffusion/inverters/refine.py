@@ -52,8 +52,8 @@ def pull(
     number alone. Adam's steps have about the length of the learning rate however large a gradient
     is, so that no step can throw a picture away.
 
-    It is all of the inverter `optimise`, and each step of `guided`; a few steps of it refine the
-    latents of any sampler, with the decoder of its autoencoder.
+    It is all of the inverter `optimise`, and each step of `guided`. `FeatInvPipeline` refines its
+    samples by itself, for its file travels without this package.
 
     Args:
         latents: `[b, …]`, where to start; they are not changed in place.
