@@ -103,7 +103,7 @@ def _encode(call: Call, output: Path) -> None:
     if not is_code_trusted():
         refuse_code(encoder.backbone, str(output))
     given = call.images or [builtin_photo()]
-    images = open_pictures(given, exclude=output.parent / output.stem)
+    images = open_pictures(given)
     with reserved(output, is_file=True), reserved(units_of_maps(output)):
         model = encoder.open()
         maps = encode_units(Joiner(call.n_workers), model, images, output, call)
