@@ -29,6 +29,7 @@ from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
 from featinv_diffusion.diffusion.folders import BASE, SCOPE_FILE, CardInfo, load_member
 from featinv_diffusion.diffusion.objective import make_scheduler
 from featinv_diffusion.errors import InputError
+from featinv_diffusion.features.natural_maps import NaturalMaps
 from featinv_diffusion.features.operators import FOLDER as OPERATORS
 from featinv_diffusion.features.operators import SUFFIX
 from featinv_diffusion.files import write_text
@@ -38,7 +39,7 @@ from featinv_diffusion.inverters.modular import FOLDER, InverseSet
 from featinv_diffusion.inverters.quality import other_qualities
 from featinv_diffusion.inverters.reconstructor import BACKBONE, Reconstructor, load_reconstructor
 from featinv_diffusion.inverters.reconstructor import FOLDER as RECONSTRUCTOR
-from featinv_diffusion.runs.scope import fit_scope, split_images
+from featinv_diffusion.runs.scope import fit_scope, recalibrate, sampling_of, split_images
 from featinv_diffusion.studies.operators import fit_operator
 from featinv_diffusion.training.controlnet import ControlNetConfig
 from featinv_diffusion.training.entry import load_component
@@ -312,6 +313,7 @@ def pack_member(config_path: Path, family: Path, name: str, *, replace_base: boo
         default_num_inference_steps=validation.num_inference_steps,
         default_guidance_scale=validation.guidance_scale,
         default_guidance=validation.guidance,
+        best_refine=BEST_REFINE.get(name, 0),
     )
     stages = {
         "classifier": Path(config.model.backbone).parents[1],
@@ -324,8 +326,14 @@ def pack_member(config_path: Path, family: Path, name: str, *, replace_base: boo
     return write_bundled(pipeline, family, name, info, replace_base=replace_base)
 
 
+BEST_REFINE = {"convnext": 2}
+"""Steps of refinement that the outside eye approves of, see docs/quality.md."""
+
+
 def fit_scopes(family: Path, data: str | None = None) -> Iterator[Path]:
     """Fits the natural maps of each packed member that has none yet, and yields their files.
+
+    Those that are there are calibrated for the qualities that they lack.
 
     The images are those of the member's own training, calibrated on those that it holds back.
 
@@ -334,7 +342,7 @@ def fit_scopes(family: Path, data: str | None = None) -> Iterator[Path]:
     """
     for name, config_name in MEMBERS.items():
         path = family / name / SCOPE_FILE
-        if path.is_file() or not path.parent.is_dir():
+        if not path.parent.is_dir():
             continue
         with without_progress_bars():
             pipeline = load_member(path.parent)
@@ -343,8 +351,19 @@ def fit_scopes(family: Path, data: str | None = None) -> Iterator[Path]:
         images = open_images(data or config.root, config.split, config.classes)
         split = split_images(images, config.held_back_per_class, N_SCOPE_IMAGES)
         inverter = DiffusionInverter(pipeline)
-        fit_scope(inverter, images, split, others=other_qualities(inverter)).save(path)
-        yield path
+        others = other_qualities(inverter)
+        if not path.is_file():
+            fit_scope(inverter, images, split, others=others).save(path)
+            yield path
+            continue
+        natural = NaturalMaps.load(path)
+        missing = [one for one in others if natural.calibrated_for(sampling_of(one)) is None]
+        if missing and natural.sampling is not None:
+            found = recalibrate(natural, missing, images, split)
+            assert found.sampling is not None
+            new = ((found.sampling, found.calibration.cosines), *found.others)
+            replace(natural, others=(*natural.others, *new)).save(path)
+            yield path
 
 
 def pack_classifier(config_path: Path, family: Path, name: str) -> Path:
