@@ -208,9 +208,10 @@ def test_apply_before_diffusion(featinv: Featinv, swap, photos, tmp_path):
     assert (replayed.code, "which has no replay" in replayed.err) == (2, True)
     sampled = featinv("sample", photos / "a.png", "--n-samples", 1, "-o", tmp_path / "sampled")
     assert sampled.code == 0
-    same = (tmp_path / "sampled/a_0.png").read_bytes()
-    assert (tmp_path / "out/a_power0.png").read_bytes() == same
-    assert (tmp_path / "out/a_power1.png").read_bytes() != same
+    names = ("sampled/a_0.png", "out/a_power0.png", "out/a_power1.png")
+    sample, same, changed = (np.asarray(Image.open(tmp_path / name), int) for name in names)
+    assert (same != sample).sum() <= 3  # the batches differ, which may round a pixel otherwise
+    assert (changed != sample).sum() > 100
 
 
 def test_a_modular_inverter_takes_operators_of_its_stage(featinv: Featinv, vit, pictures, tmp_path):

@@ -79,9 +79,11 @@ def test_sample_says_and_records_it(featinv: Featinv, fitted: Path, photos: Path
 
 
 def test_other_settings_leave_reconstructions_out(featinv: Featinv, fitted: Path, photos: Path):
-    options = ["--pipeline", fitted, "--n-samples", 1, "--steps", 2, "-o", "out"]
-    assert featinv("sample", photos / "a.png", *options).code == 0
-    assert load("out")["scope_basis"] == "map"
+    options = ["--pipeline", fitted, "--n-samples", 1, "-o", "out"]
+    for steps, basis in ((3, "map"), (2, "map and reconstruction")):  # two are the draft's
+        done = featinv("sample", photos / "a.png", *options, "--steps", steps)
+        assert done.code == 0, done.err
+        assert load("out")["scope_basis"] == basis
 
 
 def test_studies_score_the_maps_that_they_edit(featinv: Featinv, fitted: Path, photos: Path):

@@ -154,7 +154,7 @@ def test_the_report_is_how_much_comes_back():
     cells = to_cells(FEATURES)
     codes = make_sae().encode(cells)
     lost = (cells - codes @ DECODER - BIAS).square().sum() / cells.square().sum()
-    assert concepts.report["energy"] == pytest.approx(1 - lost.item(), abs=1e-6)
+    assert concepts.report["energy"] == pytest.approx(1 - lost.item(), rel=1e-6)
     assert concepts.report["codes_per_cell"] == pytest.approx(4, abs=0.5)
 
 
