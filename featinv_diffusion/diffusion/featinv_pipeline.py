@@ -488,9 +488,9 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
                 residual, the middle block last. At 0 only the prompt is left.
             eta: of DDIM; refused by schedulers that have none.
             refine: Adam steps on the final latents, so that what the backbone sees in the decoded
-                images comes nearer to the features. Two or three raise the agreement that others
-                see too; with more the images are made for this backbone alone. Any cosine that it
-                reports was then optimised: let another backbone judge.
+                images comes nearer to the features. Any cosine that it reports was then
+                optimised: let another backbone judge whether two or three steps help, and expect
+                that with ten the images are made for this backbone alone.
             refine_learning_rate: of Adam, in units of the latents.
             refine_backbone: from images `[b, 3, h, w]` in [0, 1] to features, differentiable; None
                 takes the pipeline's backbone.
@@ -676,8 +676,11 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
         guided = self.do_classifier_free_guidance
         model_input = torch.cat([latents, latents]) if guided else latents
         model_input = self.scheduler.scale_model_input(model_input, t)
-        predict = self._predict_noise if self._graphs is None else self._predict_by_graph
-        eps = predict(model_input, t, prompt_embeds, encoded_cond, strengths, dtypes)
+        inputs = (model_input, t, prompt_embeds, encoded_cond)
+        if self._graphs is None:
+            eps = self._predict_noise(*inputs, strengths, dtypes)
+        else:
+            eps = self._graph_of(inputs, strengths, dtypes)(*inputs)
         if not guided:
             return eps
         eps_negative, eps_positive = eps.chunk(2)
@@ -720,18 +723,14 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
         )[0]
         return prediction.float()
 
-    def _predict_by_graph(
+    def _graph_of(
         self,
-        model_input: torch.Tensor,
-        t: torch.Tensor,
-        prompt_embeds: torch.Tensor,
-        encoded_cond: torch.Tensor,
+        inputs: tuple[torch.Tensor, ...],
         strengths: Sequence[float],
         dtypes: tuple[torch.dtype, torch.dtype],
-    ) -> torch.Tensor:
-        """As `_predict_noise`, by the graph of these shapes; traces one where it is missing."""
+    ) -> Callable[..., torch.Tensor]:
+        """Returns the graph of `_predict_noise` for such inputs; traces it where it is missing."""
         assert self._graphs is not None
-        inputs = (model_input, t, prompt_embeds, encoded_cond)
         key = (*((x.shape, x.dtype, x.device) for x in inputs), tuple(strengths), dtypes)
         if key not in self._graphs:
             if any(hasattr(module, "_hf_hook") for module in (self.unet, self.controlnet)):
@@ -743,7 +742,7 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
             with warnings.catch_warnings():  # of branches on shapes, which are the key
                 warnings.simplefilter("ignore")
                 self._graphs[key] = torch.jit.trace(network, inputs, check_trace=False)
-        return self._graphs[key](*inputs)
+        return self._graphs[key]
 
     def _check_refine(self, refine: Any, learning_rate: Any, backbone: Any) -> int:
         n_steps = _to_int("refine", refine)
@@ -968,16 +967,8 @@ class _Network(torch.nn.Module):
         self.predict, self.strengths, self.dtypes = predict, strengths, dtypes
         self.training = unet.training  # tracing sets the mode of every child to this
 
-    def forward(
-        self,
-        model_input: torch.Tensor,
-        t: torch.Tensor,
-        prompt_embeds: torch.Tensor,
-        encoded_cond: torch.Tensor,
-    ) -> torch.Tensor:
-        return self.predict(
-            model_input, t, prompt_embeds, encoded_cond, self.strengths, self.dtypes
-        )
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        return self.predict(*inputs, self.strengths, self.dtypes)
 
 
 @contextmanager

@@ -37,7 +37,8 @@ def with_quality(settings: SampleSettings, pipeline: FeatInvPipeline) -> SampleS
 
 def other_qualities(inverter: DiffusionInverter) -> list[DiffusionInverter]:
     """Returns draft and best of a standard inverter, where they differ; they share its weights."""
-    steps = {PRESETS["draft"]["steps"]: 0, inverter.num_inference_steps: _best_refine(inverter)}
+    own = inverter.num_inference_steps
+    draft, best = (PRESETS["draft"]["steps"], 0), (own, inverter.pipeline.config["best_refine"])
     return [
         DiffusionInverter(
             inverter.pipeline,
@@ -48,10 +49,6 @@ def other_qualities(inverter: DiffusionInverter) -> list[DiffusionInverter]:
             strength=inverter.strength,
             refine=refine,
         )
-        for n_steps, refine in steps.items()
-        if (n_steps, refine) != (inverter.num_inference_steps, inverter.refine)
+        for n_steps, refine in (draft, best)
+        if (n_steps, refine) != (own, inverter.refine)
     ]
-
-
-def _best_refine(inverter: DiffusionInverter) -> int:
-    return inverter.pipeline.config["best_refine"]
