@@ -6,6 +6,7 @@ Python users and tests call functions; nothing here runs for them.
 from __future__ import annotations
 
 import atexit
+import ctypes
 import gc
 import os
 import sys
@@ -15,6 +16,10 @@ from collections.abc import Callable
 from featinv_diffusion import SELDOM
 
 FEW_MODULES = 50
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""glibc's names of what `mallopt` sets."""
+KEPT, SHARED = 128 * 2**20, 32 * 2**20
+"""Bytes of free memory that a process keeps; bytes of a block up to which it is taken from them."""
 TRACKERS = ("tensorboard", "wandb")
 """Modules of training that write what they hold at their own time."""
 
@@ -22,6 +27,7 @@ TRACKERS = ("tensorboard", "wandb")
 def run(program: Callable[[], None]) -> None:
     """Runs a program that ends in `SystemExit`, and ends the process."""
     collect_seldom_at_start()
+    keep_freed_memory()
     try:
         program()
     except SystemExit as done:
@@ -51,6 +57,20 @@ def collect_seldom_at_start() -> None:
 
     gc.callbacks.append(watch)
     gc.set_threshold(SELDOM, *normal[1:])
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc use what one tensor frees for the next, rather than ask the system for it anew.
+
+    By itself it returns large blocks at once, and each page of the next tensor is then zeroed
+    again: up to a third of the time of training on a CPU. Other C libraries are left as they are.
+    """
+    if any(name.startswith("MALLOC_") for name in os.environ):
+        return  # the user has set it
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, SHARED)
+        mallopt(M_TRIM_THRESHOLD, KEPT)
 
 
 def may_leave_at_once() -> bool:

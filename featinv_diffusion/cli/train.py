@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from featinv_diffusion.cli import exits, terminal
+from featinv_diffusion.cli import exits, process, terminal
 
 Config = TypeVar("Config")
 
@@ -100,6 +100,7 @@ def run_training(
 
 def run_script(command: Callable[..., None]) -> None:
     """Runs a command as a script, with the exit codes of `featinv`."""
+    process.keep_freed_memory()
     exits.run(lambda: typer.run(command))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -133,3 +134,36 @@ def test_importing_a_public_name_leaves_the_collector_as_it_was():
         "assert gc.get_threshold() == (123, 4, 5)"
     )
     assert python("-c", code).stderr == ""
+
+
+# ---- Memory --------------------------------------------------------------------------------------
+
+TENSORS = """
+import resource
+import numpy as np
+from featinv_diffusion.cli import process
+
+{before}
+for _ in range(10):
+    blocks = [np.ones(3 * 2**20) for _ in range(4)]  # 24 MiB each
+    del blocks
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators are left alone")
+def test_memory_that_tensors_free_is_used_again():
+    environment = {name: value for name, value in os.environ.items() if "MALLOC_" not in name}
+    faults = [
+        int(
+            subprocess.run(
+                [sys.executable, "-c", TENSORS.format(before=before)],
+                capture_output=True,
+                text=True,
+                check=True,
+                env={**environment, "PYTHONPATH": str(ROOT)},
+            ).stdout
+        )
+        for before in ("", "process.keep_freed_memory()")
+    ]
+    assert faults[1] < faults[0] / 2, faults
