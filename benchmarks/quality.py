@@ -51,8 +51,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "6 + 2": {"steps": 6, "refine": 2},
     "6 + 3": {"steps": 6, "refine": 3},
     "6 + 10": {"steps": 6, "refine": 10},
+    "6 (3)": {"steps": 6, "refine": 3, "refine_at": "steps"},
+    "6 (4)": {"steps": 6, "refine": 4, "refine_at": "steps"},
+    "10 (4)": {"steps": 10, "refine": 4, "refine_at": "steps"},
+    "10 (6)": {"steps": 10, "refine": 6, "refine_at": "steps"},
 }
-"""Denoising steps + steps of refinement."""
+"""Denoising steps + steps of refinement at the end, or (in how many of the last steps)."""
 BATCH = 8
 
 
@@ -106,7 +110,7 @@ def draw(results: dict[str, dict[str, np.ndarray]], path: Path) -> None:
     for one, name, title in zip(axes, ("own", OUTSIDE), ("own cosine", "outside eye"), strict=True):
         for label, columns in results.items():
             x, y = columns["seconds"].mean(), columns[name].mean()
-            one.plot(x, y, "o", color="tab:orange" if "+" in label else "tab:blue")
+            one.plot(x, y, "o", color="tab:blue" if label.isalnum() else "tab:orange")
             one.annotate(label, (x, y), textcoords="offset points", xytext=(4, 4), fontsize=8)
         one.set_xscale("log")
         one.set_xlabel("CPU seconds per picture")

@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/training.py --data .data/tiny-imagenet-200
 
-All train the same modules of the bundled family on the same pictures, one thread, in blocks of
-steps that take turns, so that a busy machine slows all of them alike:
+All train the same modules of the bundled family on the same pictures, one thread, each in a process
+of its own, in blocks of steps that take turns, so that a busy machine slows all of them alike:
 
 - `plain`: in the style of diffusers' examples with accelerate: a data loader of crops, VAE and
   backbone on each batch, UNet and ControlNet, `torch.optim.AdamW` as it is.
@@ -18,9 +18,12 @@ Loading counts. Filling the caches, which is done once, does not.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,6 +34,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from featinv_diffusion.backbones.names import ASSETS
+from featinv_diffusion.cli.process import keep_freed_memory
 from featinv_diffusion.config import load_config, to_yaml
 from featinv_diffusion.data.crops import CropDataset, open_training_images, to_images
 from featinv_diffusion.training.checkpoint import TrainingBar
@@ -157,19 +161,75 @@ def plain(config: ControlNetConfig, train: CropDataset, accelerator: Any, publis
     return step
 
 
-def measure(sides: dict[str, Step], n_blocks: int, n_steps: int) -> dict[str, list[float]]:
-    """Returns seconds per step of each block; the sides take turns, after a step to warm up."""
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for step in sides.values():
-        step()
-    for _ in range(n_blocks):
-        for name, step in sides.items():
+@dataclass(frozen=True)
+class Setting:
+    """What all sides train on."""
+
+    data: str
+    batch_size: int
+    n_images: int
+    dtype: str
+    optimizer: str
+
+
+CACHES = {
+    "ours": [],
+    "latents": ["cache.folder={folder}/cache"],
+    "features": ["cache.folder={folder}/cache", "cache.features=true"],
+}
+SIDES = ("published", "plain", *CACHES)
+
+
+def make_side(name: str, setting: Setting, folder: Path) -> Step:
+    """Returns the step of a side; ours runs with the allocator as `featinv train` sets it."""
+    base = make_config(setting.data, setting.batch_size, setting.dtype, folder)
+    accelerator = make_accelerator(OptimConfig(batch_size=setting.batch_size), base.run)
+    images = open_training_images(base.data)
+    images = images.pick(range(0, len(images), max(1, len(images) // setting.n_images)))
+    train, _ = make_datasets(images, base.data, 0)
+    if name not in CACHES:
+        return plain(base, train, accelerator, published=name == "published")
+    keep_freed_memory()
+    more = [option.format(folder=folder) for option in CACHES[name]]
+    more += [f"optim.optimizer={setting.optimizer}"]
+    config = make_config(setting.data, setting.batch_size, setting.dtype, folder, *more)
+    return ours(config, train, accelerator)
+
+
+def serve(name: str, setting: Setting, orders: Connection) -> None:
+    """Runs as many steps as it is told and answers with seconds per step, until told None."""
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+    with tempfile.TemporaryDirectory() as folder:
+        step = make_side(name, setting, Path(folder))
+        step()  # warms up
+        orders.send(None)
+        while (n_steps := orders.recv()) is not None:
             wait()
-            began = time.perf_counter()
+            began = clock()
             for _ in range(n_steps):
                 step()
             wait()
-            seconds[name].append((time.perf_counter() - began) / n_steps)
+            orders.send((clock() - began) / n_steps)
+
+
+def measure(setting: Setting, n_blocks: int, n_steps: int) -> dict[str, list[float]]:
+    """Returns seconds per step of each block; the sides take turns, each in a process of its own.
+
+    Seconds are those of the CPU without a GPU, which other work disturbs less.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    told: dict[str, Connection] = {}
+    for name in SIDES:
+        told[name], other = spawn.Pipe()
+        spawn.Process(target=serve, args=(name, setting, other), daemon=True).start()
+        told[name].recv()
+    seconds: dict[str, list[float]] = {name: [] for name in SIDES}
+    for _ in range(n_blocks):
+        for name, orders in told.items():
+            orders.send(n_steps)
+            seconds[name].append(orders.recv())
+    for orders in told.values():
+        orders.send(None)
     return seconds
 
 
@@ -191,30 +251,15 @@ def main(
     output: Annotated[Path | None, typer.Option(help="JSON of all blocks.")] = None,
 ) -> None:
     """Print images per second of each side, and the ratios to the two plain ones."""
-    with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
-        base = make_config(data, batch_size, dtype, place / "plain")
-        accelerator = make_accelerator(OptimConfig(batch_size=batch_size), base.run)
-        images = open_training_images(base.data)
-        images = images.pick(range(0, len(images), max(1, len(images) // n_images)))
-        train, _ = make_datasets(images, base.data, 0)
-        kept, features = f"cache.folder={place}/cache", "cache.features=true"
-        sides = {
-            "published": plain(base, train, accelerator, published=True),
-            "plain": plain(base, train, accelerator, published=False),
-        }
-        for name, more in (("ours", []), ("latents", [kept]), ("features", [kept, features])):
-            more = [*more, f"optim.optimizer={optimizer}"]
-            config = make_config(data, batch_size, dtype, place / name, *more)
-            sides[name] = ours(config, train, accelerator)
-        seconds = measure(sides, n_blocks, n_steps)
+    setting = Setting(data, batch_size, n_images, dtype, optimizer)
+    seconds = measure(setting, n_blocks, n_steps)
     rates = {name: batch_size / sorted(s)[len(s) // 2] for name, s in seconds.items()}
     print("| side | images/s | × plain | × published |\n|---|---|---|---|")
     for name, rate in rates.items():
         ratios = f"{rate / rates['plain']:.2f} | {rate / rates['published']:.2f}"
         print(f"| {name} | {rate:.1f} | {ratios} |")
     if output is not None:
-        record = {"dtype": dtype, "batch_size": batch_size, "seconds_per_step": seconds}
+        record = {**asdict(setting), "seconds_per_step": seconds}
         output.write_text(json.dumps({**record, "images_per_second": rates}, indent=1) + "\n")
 
 

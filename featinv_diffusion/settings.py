@@ -47,8 +47,9 @@ Workers = Annotated[int, Meta(ge=0, le=64)]
 DIFFUSION = "diffusion"
 BY_GRADIENT = ("guided", "optimise")
 """Inverters that need no training, but gradients through any backbone that they are given."""
+REFINE_AT = ("end", "steps")
 PARAMETRISATIONS = ("latents", "pixels")
-LATER = ("capture", "parametrise", "quality", "refine")
+LATER = ("capture", "parametrise", "quality", "refine", "refine_at")
 """Settings that older manifests lack; what they recorded was made with the default."""
 SCHEDULERS = (
     "ddim",
@@ -225,6 +226,13 @@ def changed(settings: Any, **values: Any) -> Any:
     return from_flat(type(settings), {**to_flat(settings), **values})
 
 
+def refined_by(n_steps: int, at: str | None) -> str:
+    """Returns in words how samples were refined."""
+    return (
+        f"refined in the last {n_steps} steps" if at == "steps" else f"refined by {n_steps} steps"
+    )
+
+
 @dataclass(frozen=True)
 class SampleSettings:
     """Which inverter makes the pictures, and everything else that decides them.
@@ -241,8 +249,8 @@ class SampleSettings:
             `optimise` and `guided`.
         layer: must be the pipeline's; None takes it.
         quality: a name of `QUALITIES`, which sets what is not set here: see `inverters.quality`.
-        steps, guidance_scale, guidance, refine, capture: see `DiffusionInverter`; None is what
-            the quality says.
+        steps, guidance_scale, guidance, refine, refine_at, capture: see `DiffusionInverter`; None is
+            what the quality says.
         scheduler: a name of `SCHEDULERS`; None is the pipeline's own.
         batch_size: samples per batch; it decides the last bits of the pictures.
         attention: `native` is PyTorch's scaled dot product; `xformers` needs that extra.
@@ -307,6 +315,13 @@ class SampleSettings:
         shown="0, best: the pipeline's",
         least=0,
         most=1000,
+    )
+    refine_at: str | None = option(
+        None,
+        "Where refinement takes place: on the finished sample (end), or one step each in the last "
+        "steps of denoising (steps).",
+        shown="end, best: the pipeline's",
+        choices=REFINE_AT,
     )
     capture: bool = option(
         False, "Trace the networks once, which takes seconds and speeds up many small pictures."

@@ -104,6 +104,8 @@ Image = PIL.Image.Image | str | Path
 
 # Files keep these names wherever they travel: a saved folder names its code by them.
 _CONTROLNET_STEM = "featinv_controlnet"
+REFINE_AT = {"end": 0.1, "steps": 0.05}
+"""Where latents are refined, and Adam's learning rate there."""
 _LIBRARIES = ("diffusers", "transformers")
 # What the libraries write into a config about the place it was loaded from.
 _LOADING_TRACES = ("_name_or_path", "is_local", "local_files_only")
@@ -134,7 +136,7 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
         default_num_inference_steps: used where the call names no number of steps; likewise
             `default_guidance_scale` and `default_guidance`.
         best_refine: steps of refinement of the best quality, of which another backbone than the
-            pipeline's judged that they help; 0 where none has judged.
+            pipeline's judged that they help; 0 where none has judged. `best_refine_at` says where.
         feature_layer: dotted path of a module of the timm model, or `last` for the last spatial
             map before pooling; None takes the layer of the controlnet's `feature_spec`.
     """
@@ -157,10 +159,12 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
         default_guidance_scale: float = 1.75,
         default_guidance: str = "text",
         best_refine: int = 0,
+        best_refine_at: str = "end",
         feature_layer: str | None = None,
     ):
         super().__init__()
         _check_choice("default_guidance", default_guidance, GUIDANCE)
+        _check_choice("best_refine_at", best_refine_at, tuple(REFINE_AT))
         if not isinstance(default_prompt, str):
             raise ValueError(f"default_prompt must be a text, got {default_prompt!r}.")
         if "feature_channels" not in controlnet.config:
@@ -189,6 +193,7 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
             default_guidance_scale=float(default_guidance_scale),
             default_guidance=default_guidance,
             best_refine=int(best_refine),
+            best_refine_at=best_refine_at,
             feature_layer=feature_layer or trained_layer or "last",
         )
         self.vae_scale_factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
@@ -457,7 +462,8 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
         num_images_per_prompt: Whole = 1,
         eta: Number = 0.0,
         refine: Whole = 0,
-        refine_learning_rate: Number = 0.1,
+        refine_at: str = "end",
+        refine_learning_rate: Number | None = None,
         refine_backbone: Callable[[torch.Tensor], torch.Tensor] | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
@@ -487,11 +493,14 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
             controlnet_conditioning_scale: strength of the features, one number or one for each
                 residual, the middle block last. At 0 only the prompt is left.
             eta: of DDIM; refused by schedulers that have none.
-            refine: Adam steps on the final latents, so that what the backbone sees in the decoded
-                images comes nearer to the features. Any cosine that it reports was then
-                optimised: let another backbone judge whether two or three steps help, and expect
-                that with ten the images are made for this backbone alone.
-            refine_learning_rate: of Adam, in units of the latents.
+            refine: Adam steps on the latents, so that what the backbone sees in the decoded images
+                comes nearer to the features. Any cosine that it reports was then optimised: let
+                another backbone judge whether two or three steps help, and expect that with ten the
+                images are made for this backbone alone.
+            refine_at: `end`, all on the final latents; `steps`, one each on what the last `refine`
+                evaluations predict for them, so that those which follow denoise what was moved.
+            refine_learning_rate: of Adam, in units of the latents; None is .1 at the end and .05
+                in the steps.
             refine_backbone: from images `[b, 3, h, w]` in [0, 1] to features, differentiable; None
                 takes the pipeline's backbone.
             generator: one for all samples, drawn from in order, or one per sample. Noise is drawn
@@ -520,7 +529,7 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
         self._check_call(
             images, features, num_images_per_prompt, output_type, callback_on_step_end_tensor_inputs
         )
-        refine = self._check_refine(refine, refine_learning_rate, refine_backbone)
+        refine, rate = self._check_refine(refine, refine_at, refine_learning_rate, refine_backbone)
         strengths = self._strengths(controlnet_conditioning_scale)
         step_kwargs = self._step_kwargs(eta, generator)
         self._interrupt, self._guidance_scale = False, scale
@@ -545,9 +554,13 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
         self._num_timesteps = len(timesteps)
         dtypes = self.controlnet.dtype, self.unet.dtype  # each read walks through a whole model
         x = x * self.scheduler.init_noise_sigma
+        target = features.repeat_interleave(n_samples, dim=0)
+        refined_from = len(timesteps) - (refine if refine_at == "steps" else 0)
         with self.progress_bar(total=len(timesteps)) as bar:  # pyright: ignore[reportCallIssue]
             for i, t in enumerate(timesteps):
                 eps = self._guided_noise(x, t, embeds, encoded_cond, strengths, dtypes)
+                if i >= refined_from:
+                    eps = self._refine_prediction(eps, t, x, target, rate, refine_backbone)
                 x = self.scheduler.step(eps, t, x, **step_kwargs, return_dict=False)[0]
                 if callback_on_step_end is not None:
                     held = {"latents": x, "prompt_embeds": embeds, "encoded_cond": encoded_cond}
@@ -564,9 +577,8 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
                 if self._interrupt:
                     break
 
-        if refine:
-            target = features.repeat_interleave(n_samples, dim=0)
-            x = self._refine(x, target, refine, float(refine_learning_rate), refine_backbone)
+        if refine and refine_at == "end":
+            x = self._refine(x, target, refine, rate, refine_backbone)
         output: Any = x
         if output_type != "latent":
             pixels = self._decode_latents(x)
@@ -744,15 +756,54 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
                 self._graphs[key] = torch.jit.trace(network, inputs, check_trace=False)
         return self._graphs[key]
 
-    def _check_refine(self, refine: Any, learning_rate: Any, backbone: Any) -> int:
+    def _check_refine(
+        self, refine: Any, at: str, learning_rate: Any, backbone: Any
+    ) -> tuple[int, float]:
         n_steps = _to_int("refine", refine)
         if n_steps < 0:
             raise ValueError(f"refine must be at least 0, got {n_steps}.")
-        if not 0 < float(learning_rate) < math.inf:
+        _check_choice("refine_at", at, tuple(REFINE_AT))
+        rate = float(REFINE_AT[at] if learning_rate is None else learning_rate)
+        if not 0 < rate < math.inf:
             raise ValueError(f"refine_learning_rate must be positive, got {learning_rate}.")
         if n_steps and backbone is None:
             self._timm_backbone()
-        return n_steps
+        return n_steps, rate
+
+    def _refine_prediction(
+        self,
+        prediction: torch.Tensor,
+        t: torch.Tensor,
+        sample: torch.Tensor,
+        target: torch.Tensor,
+        learning_rate: float,
+        backbone: Callable[[torch.Tensor], torch.Tensor] | None,
+    ) -> torch.Tensor:
+        """Returns the prediction that stands for refined latents, at one step of denoising.
+
+        With x = a x0 + s e of a² + s² = 1, e = (x - a x0) / s and v = (a x - x0) / s.
+        """
+        x = self.scheduler.scale_model_input(sample, t)  # of variance 1, whatever the scheduler's
+        a, s = self._signal_and_noise(t)
+        kind = self.scheduler.config.get("prediction_type", "epsilon")
+        if kind == "epsilon":
+            latents = (x - s * prediction) / a
+        else:
+            latents = a * x - s * prediction if kind == "v_prediction" else prediction
+        latents = self._refine(latents, target, 1, learning_rate, backbone)
+        if kind == "epsilon":
+            return (x - a * latents) / s
+        return (a * x - latents) / s if kind == "v_prediction" else latents
+
+    def _signal_and_noise(self, t: torch.Tensor) -> tuple[float, float]:
+        """Returns (a, s) of the current step, a² + s² = 1."""
+        scheduler = self.scheduler
+        if float(scheduler.init_noise_sigma) > 1:  # counts in noise per signal
+            sigma = float(scheduler.sigmas[scheduler.step_index])
+            norm = math.sqrt(1 + sigma**2)
+            return 1 / norm, sigma / norm
+        signal = float(scheduler.alphas_cumprod[int(t)])
+        return math.sqrt(signal), math.sqrt(1 - signal)
 
     def _refine(
         self,

@@ -125,6 +125,7 @@ class Index(TypedDict, total=False):
     default_guidance_scale: Annotated[float, Meta(ge=-1e6, le=1e6)]
     default_guidance: str
     best_refine: Annotated[int, Meta(ge=0, le=1000)]
+    best_refine_at: str
     feature_layer: str | None
 
 

@@ -15,7 +15,7 @@ from featinv_diffusion.evaluation.evaluator import CEILINGS, NULLS, OTHER_IMAGE,
 from featinv_diffusion.figures.board import draw_bars
 from featinv_diffusion.metrics.statistics import Interval, bootstrap_mean, bootstrap_statistic
 from featinv_diffusion.runs.record import count
-from featinv_diffusion.settings import BY_GRADIENT, DIFFUSION
+from featinv_diffusion.settings import BY_GRADIENT, DIFFUSION, refined_by
 
 AGREEMENT = ("cosine", "top1_match", "top5_match")
 METRICS = (*AGREEMENT, "psnr", "ssim", "lpips")
@@ -211,7 +211,9 @@ def _sampling_words(settings: Estimate) -> str:
     if settings["inverter"] != DIFFUSION:
         return ", deterministic"
     scheduler = f" of {settings['scheduler']}" if settings["scheduler"] else ""
-    refined = f", refined by {settings['refine']} steps" if settings.get("refine") else ""
+    refined = ""
+    if settings.get("refine"):
+        refined = f", {refined_by(settings['refine'], settings.get('refine_at'))}"
     return (
         f", {settings['steps']} steps{scheduler}{refined}, guidance "
         f"{settings['guidance']} {settings['guidance_scale']:g}, strength "

@@ -27,7 +27,8 @@ class DiffusionInverter(Inverter):
         guidance_scale: s in ε_u + s (ε_c − ε_u); 1 is no guidance.
         guidance: `text` (only the prompt is dropped from ε_u) or `features` (both are).
         strength: factor on all residuals of the ControlNet.
-        refine: Adam steps on the final latents towards the features, through the backbone.
+        refine: Adam steps on the latents towards the features, through the backbone.
+        refine_at: `end`, on the final latents; `steps`, in the last steps of denoising.
 
     Raises:
         InputError: the ControlNet does not declare its features, or the backbone makes others.
@@ -43,6 +44,7 @@ class DiffusionInverter(Inverter):
         guidance: str | None = None,
         strength: float = 1.0,
         refine: int = 0,
+        refine_at: str = "end",
     ):
         default = pipeline.config
         self.pipeline = pipeline
@@ -57,7 +59,7 @@ class DiffusionInverter(Inverter):
         )
         self.guidance_scale: float = _first(guidance_scale, default["default_guidance_scale"])
         self.guidance: str = _first(guidance, default["default_guidance"])
-        self.strength, self.refine = strength, refine
+        self.strength, self.refine, self.refine_at = strength, refine, refine_at
         if refine:
             self.require_backbone().check_gradient()
 
@@ -115,6 +117,7 @@ class DiffusionInverter(Inverter):
             guidance=self.guidance,
             controlnet_conditioning_scale=strength,
             refine=refine,
+            refine_at=self.refine_at,
             refine_backbone=self.backbone.features if self.backbone and refine else None,
             generator=generator,
             output_type="pt",

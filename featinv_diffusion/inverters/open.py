@@ -46,6 +46,7 @@ OF_DIFFUSION = (
     "guidance",
     "strength",
     "refine",
+    "refine_at",
     "capture",
     "attention",
     "dtype",
@@ -69,6 +70,7 @@ def load_inverter(
     guidance: str | None = None,
     strength: float = 1.0,
     refine: int | None = None,
+    refine_at: str | None = None,
     capture: bool = False,
     parametrise: str = "latents",
     attention: str = "native",
@@ -92,7 +94,8 @@ def load_inverter(
         steps, scheduler, guidance_scale, guidance: of a diffusion pipeline; None is what the
             quality says.
         strength: factor on the residuals of the ControlNet.
-        refine: steps that move a finished sample towards the features, through its own backbone.
+        refine: steps that move a sample towards the features, through its own backbone.
+        refine_at: `end` (the finished sample) or `steps` (the last steps of denoising).
         capture: whether UNet and ControlNet are traced once and kept, which pays for many images.
         parametrise: what `optimise` changes: `latents` of the autoencoder or `pixels`.
         attention: `native` or `xformers`.
@@ -116,6 +119,7 @@ def load_inverter(
         guidance=guidance,
         strength=strength,
         refine=refine,
+        refine_at=refine_at,
         capture=capture,
         parametrise=parametrise,
         attention=attention,
@@ -495,6 +499,7 @@ def _open_diffusion(
         guidance=settings.guidance,
         strength=settings.strength,
         refine=settings.refine or 0,
+        refine_at=settings.refine_at or "end",
     )
     if settings.capture:
         pipeline.enable_capture()

@@ -3,8 +3,8 @@
 - `draft`: 2 steps, to look at many pictures.
 - `standard`, the default: the pipeline's own steps and no refinement. A sample of the conditional
   model, whose agreement with the features is evidence.
-- `best`: the same, refined by as many steps as an outside eye preferred for this pipeline. A
-  pipeline for which no other backbone has judged is not refined.
+- `best`: the same, refined where and by as many steps as an outside eye preferred for this
+  pipeline. A pipeline for which no other backbone has judged is not refined.
 - `published`: the sampler of the paper, 50 steps of DDIM with guidance by the prompt.
 """
 
@@ -30,7 +30,8 @@ def with_quality(settings: SampleSettings, pipeline: FeatInvPipeline) -> SampleS
     """Returns settings with the values of their preset where none is set."""
     quality = settings.quality or STANDARD
     preset = dict(PRESETS[quality])
-    preset["refine"] = pipeline.config["best_refine"] if quality == "best" else 0
+    best = pipeline.config["best_refine"], pipeline.config["best_refine_at"]
+    preset["refine"], preset["refine_at"] = best if quality == "best" else (0, "end")
     unset = {name: value for name, value in preset.items() if getattr(settings, name) is None}
     return replace(settings, quality=quality, **unset)
 
@@ -39,6 +40,7 @@ def other_qualities(inverter: DiffusionInverter) -> list[DiffusionInverter]:
     """Returns draft and best of a standard inverter, where they differ; they share its weights."""
     own = inverter.num_inference_steps
     draft, best = (PRESETS["draft"]["steps"], 0), (own, inverter.pipeline.config["best_refine"])
+    best_at = inverter.pipeline.config["best_refine_at"]
     return [
         DiffusionInverter(
             inverter.pipeline,
@@ -48,6 +50,7 @@ def other_qualities(inverter: DiffusionInverter) -> list[DiffusionInverter]:
             guidance=inverter.guidance,
             strength=inverter.strength,
             refine=refine,
+            refine_at=best_at if refine else "end",
         )
         for n_steps, refine in (draft, best)
         if (n_steps, refine) != (own, inverter.refine)

@@ -51,6 +51,7 @@ from featinv_diffusion.settings import (
     LATER,
     MAX_SAMPLES,
     SampleSettings,
+    refined_by,
     to_flat,
 )
 
@@ -475,7 +476,7 @@ def _setting_parts(s: SampleSettings) -> list[str]:
         f"{s.steps} steps" + (f" of {s.scheduler}" if s.scheduler else ""),
         f"guidance {s.guidance} {s.guidance_scale:g}",
         f"strength {s.strength:g}",
-        *([f"refined by {s.refine} steps"] if s.refine else []),
+        *([refined_by(s.refine, s.refine_at)] if s.refine else []),
         f"seed {s.seed}",
     ]
 

@@ -120,7 +120,7 @@ def sampling_of(inverter: Inverter) -> dict[str, Any]:
         "guidance_scale": inverter.guidance_scale,
         "guidance": inverter.guidance,
         "strength": inverter.strength,
-        **({"refine": inverter.refine} if inverter.refine else {}),
+        **({"refine": inverter.refine, "refine_at": inverter.refine_at} if inverter.refine else {}),
     }
 
 

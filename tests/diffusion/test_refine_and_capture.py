@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
 
 import featinv_diffusion as fi
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
+from featinv_diffusion.diffusion.objective import SCHEDULERS, make_scheduler
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.inverters import DiffusionInverter
 from featinv_diffusion.inverters.quality import with_quality
@@ -62,6 +64,48 @@ def test_refinement_raises_the_agreement_and_leaves_the_weights_alone(pipeline):
     )
 
 
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_refining_predictions_moves_the_sample_and_nothing_else(pipeline, name):
+    """With a rate of nothing the sampler is as it was; with one, the backbone sees more."""
+    pipeline.scheduler = make_scheduler(name, pipeline.scheduler.config)
+    features = pipeline.encode_features(tiny.make_images(2))
+    settings = {"num_inference_steps": 6, "output_type": "latent", "guidance_scale": 1.0}
+    plain = sample(pipeline, features, **settings)
+    last = {**settings, "refine": 4, "refine_at": "steps"}
+    same = sample(pipeline, features, **last, refine_learning_rate=1e-9)
+    torch.testing.assert_close(same, plain, rtol=1e-3, atol=1e-3)
+    moved = sample(pipeline, features, **last, refine_learning_rate=0.2)
+    assert not torch.allclose(moved, plain, atol=0.05)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("name", ["ddim", "euler"])
+def test_what_a_refined_prediction_stands_for(pipeline, monkeypatch, name, kind):
+    """The scheduler itself reads the moved latents from it."""
+    scheduler = make_scheduler(name, pipeline.scheduler.config)
+    pipeline.scheduler = type(scheduler).from_config(scheduler.config, prediction_type=kind)
+    features = pipeline.encode_features(tiny.make_images(1))
+    wanted, found = [], []
+    refine, step = pipeline._refine, pipeline.scheduler.step
+
+    def refined(*arguments: object) -> torch.Tensor:
+        wanted.append(refine(*arguments))
+        return wanted[-1]
+
+    @functools.wraps(step)
+    def stepped(*arguments: object, **options: object) -> tuple[torch.Tensor]:
+        output = step(*arguments, **{**options, "return_dict": True})
+        found.append(output.pred_original_sample)
+        return (output.prev_sample,)
+
+    monkeypatch.setattr(pipeline, "_refine", refined)
+    monkeypatch.setattr(pipeline.scheduler, "step", stepped)
+    sample(pipeline, features, num_inference_steps=3, refine=2, refine_at="steps")
+    assert len(found) == 3
+    for seen, latents in zip(found[-2:], wanted, strict=True):
+        torch.testing.assert_close(seen, latents, rtol=1e-3, atol=1e-3)
+
+
 def test_a_refined_sample_does_not_depend_on_its_batch(pipeline):
     features = pipeline.encode_features(tiny.make_images(2))
     both = sample(pipeline, features, refine=2)
@@ -81,6 +125,7 @@ def test_a_half_precision_autoencoder_is_refined_in_full_precision(pipeline):
     [
         ({"refine": -1}, "refine must be at least 0, got -1"),
         ({"refine": 1, "refine_learning_rate": 0.0}, "refine_learning_rate must be positive"),
+        ({"refine": 1, "refine_at": "start"}, "refine_at must be one of end, steps, got 'start'"),
     ],
 )
 def test_bad_refinement_is_refused_before_sampling(pipeline, kwargs, message):

@@ -37,6 +37,7 @@ PIPELINE_SETTINGS = (
     "default_guidance_scale",
     "default_guidance",
     "best_refine",
+    "best_refine_at",
 )
 
 # What the original constructors allow and diffusers' SD1.x models cannot express.
