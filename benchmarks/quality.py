@@ -52,7 +52,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "6 + 3": {"steps": 6, "refine": 3},
     "6 + 10": {"steps": 6, "refine": 10},
     "6 (3)": {"steps": 6, "refine": 3, "refine_at": "steps"},
-    "6 (4)": {"steps": 6, "refine": 4, "refine_at": "steps"},
     "10 (4)": {"steps": 10, "refine": 4, "refine_at": "steps"},
     "10 (6)": {"steps": 10, "refine": 6, "refine_at": "steps"},
 }

@@ -249,8 +249,8 @@ class SampleSettings:
             `optimise` and `guided`.
         layer: must be the pipeline's; None takes it.
         quality: a name of `QUALITIES`, which sets what is not set here: see `inverters.quality`.
-        steps, guidance_scale, guidance, refine, refine_at, capture: see `DiffusionInverter`; None is
-            what the quality says.
+        steps, guidance_scale, guidance, refine, refine_at, capture: see `DiffusionInverter`; None
+            is what the quality says.
         scheduler: a name of `SCHEDULERS`; None is the pipeline's own.
         batch_size: samples per batch; it decides the last bits of the pictures.
         attention: `native` is PyTorch's scaled dot product; `xformers` needs that extra.
