@@ -30,6 +30,7 @@ from featinv_diffusion.data.sets import open_images
 from featinv_diffusion.evaluation.evaluator import noise_of
 from featinv_diffusion.figures.grid import GridRow, make_grid
 from featinv_diffusion.images import center_square, to_pil, to_tensor, write_png
+from featinv_diffusion.inverters import DiffusionInverter
 from featinv_diffusion.inverters.base import Inverter
 from featinv_diffusion.metrics import feature_cosine, top_k_match
 from featinv_diffusion.metrics.features import psnr
@@ -54,9 +55,27 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "6 (3)": {"steps": 6, "refine": 3, "refine_at": "steps"},
     "10 (4)": {"steps": 10, "refine": 4, "refine_at": "steps"},
     "10 (6)": {"steps": 10, "refine": 6, "refine_at": "steps"},
+    "6 trailing": {"steps": 6, "changes": {"timestep_spacing": "trailing"}},
+    "6 Karras": {"steps": 6, "changes": {"use_karras_sigmas": True}},
+    "6 of order 3": {"steps": 6, "changes": {"solver_order": 3}},
+    "6 of UniPC": {"steps": 6, "scheduler": "unipc"},
 }
-"""Denoising steps + steps of refinement at the end, or (in how many of the last steps)."""
+"""Denoising steps + steps of refinement at the end, or (in how many of the last steps).
+
+`changes` are those of the scheduler's configuration.
+"""
 BATCH = 8
+
+
+def open_setting(pipeline: str, name: str) -> Inverter:
+    """Returns the pipeline with a setting."""
+    options = dict(SETTINGS[name])
+    changes = options.pop("changes", {})
+    inverter = load_inverter(pipeline, device="cpu", **options)
+    assert isinstance(inverter, DiffusionInverter)
+    scheduler = inverter.pipeline.scheduler
+    inverter.pipeline.scheduler = type(scheduler).from_config(scheduler.config, **changes)
+    return inverter
 
 
 def edges(images: Tensor) -> Tensor:
@@ -109,7 +128,7 @@ def draw(results: dict[str, dict[str, np.ndarray]], path: Path) -> None:
     for one, name, title in zip(axes, ("own", OUTSIDE), ("own cosine", "outside eye"), strict=True):
         for label, columns in results.items():
             x, y = columns["seconds"].mean(), columns[name].mean()
-            one.plot(x, y, "o", color="tab:blue" if label.isalnum() else "tab:orange")
+            one.plot(x, y, "o", color="tab:orange" if set(label) & set("+(") else "tab:blue")
             one.annotate(label, (x, y), textcoords="offset points", xytext=(4, 4), fontsize=8)
         one.set_xscale("log")
         one.set_xlabel("CPU seconds per picture")
@@ -144,10 +163,7 @@ def main() -> None:
     items = select_items(images, Selection(n_images=options.n_images), 0)
     squares = to_tensor([center_square(images.read(item.index), 64) for item in items])
     eyes = {name: load_backbone(name) for name in (OUTSIDE, options.other)}
-    inverters = {
-        name: load_inverter(options.pipeline, device="cpu", **SETTINGS[name])
-        for name in options.settings
-    }
+    inverters = {name: open_setting(options.pipeline, name) for name in options.settings}
     results: dict[str, dict[str, np.ndarray]] = {}
     rows = []
     for name, inverter in inverters.items():
