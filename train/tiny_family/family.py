@@ -313,7 +313,8 @@ def pack_member(config_path: Path, family: Path, name: str, *, replace_base: boo
         default_num_inference_steps=validation.num_inference_steps,
         default_guidance_scale=validation.guidance_scale,
         default_guidance=validation.guidance,
-        best_refine=BEST_REFINE.get(name, 0),
+        best_refine=0 if name in NOT_REFINED else 4,
+        best_refine_at="end" if name in NOT_REFINED else "steps",
     )
     stages = {
         "classifier": Path(config.model.backbone).parents[1],
@@ -326,8 +327,8 @@ def pack_member(config_path: Path, family: Path, name: str, *, replace_base: boo
     return write_bundled(pipeline, family, name, info, replace_base=replace_base)
 
 
-BEST_REFINE = {"convnext": 2}
-"""Steps of refinement that the outside eye approves of, see docs/quality.md."""
+NOT_REFINED = ("resnet",)
+"""Members of whose refinement the outside eye sees nothing, see docs/quality.md."""
 
 
 def fit_scopes(family: Path, data: str | None = None) -> Iterator[Path]:
