@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,8 +14,8 @@ from torch import Tensor
 from featinv_diffusion import schema
 from featinv_diffusion.backbones.base import weights_sha256
 from featinv_diffusion.backbones.names import read_spec
-from featinv_diffusion.data.selection import Item
-from featinv_diffusion.data.sets import ImageSet
+from featinv_diffusion.data.selection import Item, select_items
+from featinv_diffusion.data.sets import ImageSet, open_images
 from featinv_diffusion.diffusion.hub import find_certainty_file
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.files import read_tensors, write_tensors
@@ -28,12 +29,14 @@ from featinv_diffusion.metrics.certainty import (
     ErrorModel,
     fit_certainty_models,
 )
-from featinv_diffusion.runs.progress import Advance
+from featinv_diffusion.runs.progress import Advance, progress_bar
 from featinv_diffusion.runs.sampling import not_finite, sample_maps
 from featinv_diffusion.runs.scope import sampling_of
 from featinv_diffusion.seeds import derive_seed
-from featinv_diffusion.settings import DIFFUSION
+from featinv_diffusion.settings import DIFFUSION, Selection
 from featinv_diffusion.types import Features, FeatureSpec, Images
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "featinv-certainty/1"
 COMMAND = "featinv certainty PIPELINE_FOLDER --data HELD_OUT_IMAGES"
@@ -242,6 +245,46 @@ def digest_of(inverter: Inverter) -> str:
 
 
 # ---- Calibrating ---------------------------------------------------------------------------------
+
+
+def calibrate_certainty(
+    inverter: Inverter,
+    data: str | Path,
+    *,
+    split: str = "validation",
+    classes: str | None = None,
+    held_back_per_class: int = 0,
+    n_images: int = 200,
+    n_samples: int = 8,
+    batch_size: int = 8,
+    progress: bool = False,
+) -> CertaintyCalibration:
+    """Learns how far samples lie from true pictures, as `featinv certainty` does.
+
+    Args:
+        data: folder, parquet file or Hub name of pictures that neither backbone nor inverter was
+            trained on.
+        split, classes: which part of the data.
+        held_back_per_class: only the last k pictures of each class; 0 takes all.
+        n_images: largest number of pictures, drawn evenly over classes.
+        n_samples: of each picture.
+        batch_size: samples per batch.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        InputError: as `fit_certainty`.
+    """
+    images = open_images(data, split, classes)
+    for note in images.notes:
+        logger.warning("%s", note)
+    selection = Selection(
+        n_images=min(n_images, len(images)), held_back_per_class=held_back_per_class
+    )
+    items = select_items(images, selection)
+    if not progress:
+        return fit_certainty(inverter, images, items, n_samples, batch_size)
+    with progress_bar(len(items), doing="sampling", noun="pictures") as advance:
+        return fit_certainty(inverter, images, items, n_samples, batch_size, advance)
 
 
 def fit_certainty(
