@@ -18,18 +18,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from pages import table
+from pages import crops, table
 from scipy.stats import spearmanr
 from torch import Tensor
 
 from featinv_diffusion.data.selection import Item, select_items
 from featinv_diffusion.data.sets import ImageSet, open_images
-from featinv_diffusion.images import center_square, to_tensor
+from featinv_diffusion.images import center_square, to_tensor, write_png
 from featinv_diffusion.inverters.base import Inverter
 from featinv_diffusion.inverters.open import load_inverter
 from featinv_diffusion.metrics.certainty import LEVELS, PARTS, Certainty, to_parts
 from featinv_diffusion.metrics.statistics import Interval, bootstrap_mean
 from featinv_diffusion.runs.certainty import CertaintyModel, open_certainty
+from featinv_diffusion.runs.samples import sample
 from featinv_diffusion.runs.sampling import sample_maps
 from featinv_diffusion.seeds import derive_seed
 from featinv_diffusion.settings import Selection
@@ -125,9 +126,16 @@ def main() -> None:
     parser.add_argument("--quality", default="standard")
     parser.add_argument("--n-images", type=int, default=300)
     parser.add_argument("--n-samples", type=int, default=4)
+    parser.add_argument("--figure", type=Path, help="draw crops of two photos there, and stop")
     parser.add_argument("--output", type=Path, default=Path("outputs/certainty"))
     arguments = parser.parse_args()
     inverter = load_inverter(arguments.pipeline, quality=arguments.quality)
+    if arguments.figure is not None:
+        maps = inverter.encode([photo for _, photo in crops(1)])
+        names = [name for name, _ in crops(1)]
+        drawn = sample(inverter, maps, names=names, n_samples=arguments.n_samples, certainty=True)
+        write_png(drawn.figure(), arguments.figure)
+        return
     found = open_certainty(inverter)
     model = found.model_for(arguments.n_samples)
     assert model is not None, found.note(arguments.n_samples)
