@@ -70,7 +70,11 @@ def judge(
 
 
 def measure(judged: list[Judged], part: str) -> dict[str, Interval | float]:
-    """Returns coverage, rank correlations, and expected beside measured error of a part."""
+    """Returns coverage, rank correlations, and expected beside measured error of a part.
+
+    `rank_all_if_normal` is what a perfect prediction would reach: that with normal errors of just
+    the expected sizes, for one error says little about its size.
+    """
     error = [certainty.error[part].flatten() for certainty, _ in judged]
     made = [c.spread.distance(part, truth[part]).flatten() for c, truth in judged]
     spread = [c.spread.variance[part].flatten() for c, _ in judged]
@@ -83,10 +87,13 @@ def measure(judged: list[Judged], part: str) -> dict[str, Interval | float]:
         for level in LEVELS
     }
     pairs = list(zip(error, made, strict=True))
+    every = torch.cat(error)
+    noise = torch.randn(judged[0][1][part].shape[0], len(every), dtype=every.dtype).square()
     return {
         **found,
         "rank_within": bootstrap_mean([spearmanr(u, e).statistic for u, e in pairs]),
-        "rank_all": spearmanr(torch.cat(error), torch.cat(made)).statistic,
+        "rank_all": spearmanr(every, torch.cat(made)).statistic,
+        "rank_all_if_normal": spearmanr(every, every * noise.mean(dim=0).sqrt()).statistic,
         "rank_pictures": spearmanr(
             torch.stack(error).square().mean(dim=1), squares.mean(dim=1)
         ).statistic,
@@ -107,7 +114,7 @@ def words(value: Interval | float) -> str:
 
 def print_tables(found: dict[str, dict[str, Interval | float]]) -> None:
     coverage = [f"coverage_{level:g}" for level in LEVELS]
-    ranks = ["rank_all", "rank_within", "rank_pictures", "rank_all_of_spread"]
+    ranks = ["rank_all", "rank_all_if_normal", "rank_all_of_spread", "rank_within", "rank_pictures"]
     errors = ["expected_error", "measured_error", "spread_alone"]
     shares = ["determined_share", "measured_share"]
     for names in (coverage, ranks, errors, shares):
@@ -129,6 +136,7 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, help="draw crops of two photos there, and stop")
     parser.add_argument("--output", type=Path, default=Path("outputs/certainty"))
     arguments = parser.parse_args()
+    torch.manual_seed(0)
     inverter = load_inverter(arguments.pipeline, quality=arguments.quality)
     if arguments.figure is not None:
         maps = inverter.encode([photo for _, photo in crops(1)])
