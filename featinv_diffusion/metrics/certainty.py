@@ -283,7 +283,7 @@ class Certainty:
         return (
             f"Determined by the features: {luminance} of the variance of luminance and {chroma} of "
             f"that of colour at a pixel, {coarse} and {colour} at a cell of the map; the rest is "
-            f"drawn by the prior (calibrated on {self.n_images} held-out pictures)."
+            f"invented (calibrated on {self.n_images} held-out pictures)."
         )
 
 
