@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from featinv_diffusion import schema
 from featinv_diffusion.backbones.base import weights_sha256
@@ -327,6 +328,13 @@ def fit_certainty(
     return CertaintyCalibration(inverter.spec, digest_of(inverter), models)
 
 
+def _of_size(images: Images, size: Sequence[int]) -> Images:
+    """Returns images as large as samples are, where the backbone reads them larger or smaller."""
+    if images.shape[2:] == tuple(size):
+        return images
+    return F.interpolate(images, tuple(size), mode="bilinear", antialias=True)
+
+
 def channel_scale(maps: Features) -> Tensor:
     """Returns the deviation of each channel over all cells of natural maps; never 0."""
     return maps.float().transpose(0, 1).flatten(1).std(dim=1).clamp_min(1e-6)
@@ -369,6 +377,6 @@ def _sampled(
         seen = torch.cat([seen, new]) if len(seen) else new
         while len(pictures) >= n_samples:
             image, maps = next(waiting)
-            yield image, maps, pictures[:n_samples], seen[:n_samples]
+            yield _of_size(image, pictures.shape[2:]), maps, pictures[:n_samples], seen[:n_samples]
             pictures, seen = pictures[n_samples:], seen[n_samples:]
             advance(1)

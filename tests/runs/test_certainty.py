@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from featinv_diffusion.data.selection import select_items
 from featinv_diffusion.data.sets import ImageSet
@@ -60,6 +61,23 @@ def test_it_is_of_these_samples(calibration, inverter):
     assert {model.n_images for model in models} == {N}
     assert calibration.weights_sha256 == digest_of(inverter)
     assert calibration.of({"steps": 5}) == ()
+
+
+class Half(PaintingInverter):
+    """Makes pictures of half the size that its backbone reads."""
+
+    def _invert(self, features, generator):
+        return F.avg_pool2d(super()._invert(features, generator), 2)
+
+
+def test_samples_may_have_another_size_than_the_backbone_reads(backbone, images):
+    inverter = Half(backbone, noise=0.3)
+    found = fit_certainty(inverter, images, select_items(images, Selection(n_images=N)), 2)
+    features = inverter.encode(to_pil(tiny.make_images(1)))
+    drawn = sample(inverter, features, n_samples=2, certainty=found)
+    assert drawn.certainty is not None
+    assert drawn.certainty[0].determined("chroma").shape == (32, 32)
+    assert drawn.certainty[0].determined("cell_chroma").shape == (8, 8)
 
 
 def test_a_file_keeps_it(calibration, inverter, tmp_path: Path):
