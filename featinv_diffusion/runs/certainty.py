@@ -275,7 +275,7 @@ def calibrate_certainty(
     Raises:
         InputError: as `fit_certainty`.
     """
-    images = open_images(data, split, classes)
+    images = open_images(str(data), split, classes)
     for note in images.notes:
         logger.warning("%s", note)
     selection = Selection(
