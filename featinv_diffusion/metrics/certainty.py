@@ -50,7 +50,8 @@ def to_parts(
         scale: deviation of each channel of the features among natural maps.
     """
     colours = to_luminance_chroma(images.float())
-    cells = F.adaptive_avg_pool2d(colours, features.shape[2:])
+    height, width = features.shape[2:]
+    cells = F.adaptive_avg_pool2d(colours, (height, width))
     return {
         "luminance": colours[:, :1],
         "chroma": colours[:, 1:],
@@ -110,9 +111,7 @@ def _log(values: Tensor) -> Tensor:
 def _resized(values: Float[Tensor, "h w"], size: Sequence[int]) -> Float[Tensor, "_ _"]:
     if values.shape == tuple(size):
         return values
-    return F.interpolate(values[None, None], tuple(size), mode="bilinear", align_corners=False)[
-        0, 0
-    ]
+    return F.interpolate(values[None, None], tuple(size), mode="bilinear")[0, 0]
 
 
 # ---- The error of one part -----------------------------------------------------------------------
@@ -366,28 +365,23 @@ def fit_certainty_models(
             f"At least {MIN_IMAGES} pictures must be held out to calibrate certainty, got "
             f"{len(truths)}. Give more pictures."
         )
-    natural = _natural_variances(truths)
-    return [
-        CertaintyModel(
-            n,
-            len(truths),
-            scale,
-            {
-                part: fit_error_model(*map(torch.stack, seen[n, part]), natural[part])
-                for part in PARTS
-            },
-        )
-        for n in counts
-    ]
+    natural, found = _natural_variances(truths), []
+    for n in counts:
+        models = {}
+        for part in PARTS:
+            inputs, errors = map(torch.stack, seen[n, part])
+            models[part] = fit_error_model(inputs, errors, natural[part])
+        found.append(CertaintyModel(n, len(truths), scale, models))
+    return found
 
 
 def _natural_variances(truths: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Returns the variance of pictures about their mean in each cell, smoothed over neighbours."""
     found = {}
-    grid = truths[0]["cell_features"].shape[1:]
+    height, width = truths[0]["cell_features"].shape[1:]
     for part in PARTS:
         values = torch.stack([truth[part] for truth in truths]).double()
-        cells = F.adaptive_avg_pool2d(values.var(dim=0).mean(dim=0)[None], grid)
+        cells = F.adaptive_avg_pool2d(values.var(dim=0).mean(dim=0)[None], (height, width))
         smooth = F.avg_pool2d(cells, 3, stride=1, padding=1, count_include_pad=False)[0]
         found[part] = smooth.clamp_min(_ROUNDING)
     return found
