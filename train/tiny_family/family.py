@@ -379,7 +379,7 @@ def fit_scopes(family: Path, data: str | None = None) -> Iterator[Path]:
 CERTAINTY = {"convnext": {"standard": (128, 8), "draft": (200, 8)}}
 """By member and quality: how many held-back pictures its certainty is calibrated on, and how many
 samples of each; of the other members, `CERTAINTY_OF_OTHERS`."""
-CERTAINTY_OF_OTHERS = {"standard": (60, 4)}
+CERTAINTY_OF_OTHERS = {"standard": (40, 4)}
 
 
 def fit_certainties(family: Path, data: str | None = None) -> Iterator[Path]:
