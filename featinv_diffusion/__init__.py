@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from featinv_diffusion.inverters.base import Inverter
     from featinv_diffusion.inverters.diffusion import DiffusionInverter
     from featinv_diffusion.inverters.open import list_inverters, load_inverter
+    from featinv_diffusion.metrics.certainty import Certainty
+    from featinv_diffusion.runs.certainty import CertaintyCalibration, calibrate_certainty
     from featinv_diffusion.runs.samples import Samples, sample
     from featinv_diffusion.studies.composition import Composition, compose
     from featinv_diffusion.studies.concepts import FoundConcepts, find_concepts
@@ -52,6 +54,8 @@ SELDOM = 50_000
 # Imported at first use: `import featinv_diffusion` itself loads nothing heavy.
 _MODULES = {
     "Backbone": "backbones.base",
+    "Certainty": "metrics.certainty",
+    "CertaintyCalibration": "runs.certainty",
     "Composition": "studies.composition",
     "ConceptDictionary": "concepts",
     "ConceptViz": "studies.featinv_viz",
@@ -73,6 +77,7 @@ _MODULES = {
     "Steerability": "studies.steerability",
     "TokenReading": "class_embedding.study",
     "Variability": "studies.variability",
+    "calibrate_certainty": "runs.certainty",
     "compare_models": "studies.differencing",
     "compose": "studies.composition",
     "edit": "studies.edit",
@@ -98,6 +103,8 @@ _MODULES = {
 
 __all__ = [
     "Backbone",
+    "Certainty",
+    "CertaintyCalibration",
     "Composition",
     "ConceptDictionary",
     "ConceptViz",
@@ -120,6 +127,7 @@ __all__ = [
     "TokenReading",
     "Variability",
     "__version__",
+    "calibrate_certainty",
     "compare_models",
     "compose",
     "edit",

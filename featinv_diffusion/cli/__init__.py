@@ -33,6 +33,7 @@ COMMANDS = {
     "analyze": "analyze",
     "layers": "layers",
     "scope": "scope",
+    "certainty": "certainty",
     "export": "export",
     "push": "export",
     "convert": "export",

@@ -157,7 +157,14 @@ def decode(
     decode_maps(settings, maps, output, film=film)
 
 
-def decode_maps(settings: SampleSettings, maps: Path, output: Path, *, film: bool = False) -> None:
+def decode_maps(
+    settings: SampleSettings,
+    maps: Path,
+    output: Path,
+    *,
+    film: bool = False,
+    certainty: bool = False,
+) -> None:
     """Samples the maps of a file as `featinv sample` samples pictures, and writes everything."""
     from featinv_diffusion.cli.run import named_by, quiet_libraries, report
     from featinv_diffusion.features.maps import load_maps, spec_of
@@ -177,6 +184,7 @@ def decode_maps(settings: SampleSettings, maps: Path, output: Path, *, film: boo
             seed=settings.seed,
             batch_size=settings.batch_size,
             progress=True,
+            certainty=certainty,
         )
         found.save(output)
         firsts = [done.samples[0] for done in found.reconstructions]

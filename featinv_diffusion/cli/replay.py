@@ -126,7 +126,8 @@ def _replay_samples(path: Path, folder: Path, target: Path, device: str | None) 
     _use_threads(before.environment)
     quiet_libraries()
     assert before.settings is not None
-    after = run_jobs(_on(before.settings, device), to_jobs(before), target)
+    settings = _on(before.settings, device)
+    after = run_jobs(settings, to_jobs(before), target, certainty=before.certainty)
     report(after, target)
     _compare(digests, target, [name for entry in after.images for name in entry["outputs"]])
     if after.failures:

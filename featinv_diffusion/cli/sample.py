@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,6 +22,12 @@ def sample(
     images: options.Images = None,
     *,
     settings: SampleSettings,
+    certainty: Annotated[
+        bool,
+        typer.Option(
+            "--certainty", help="Also draw how much of each picture the features determine."
+        ),
+    ] = False,
     output: options.Output = Path("outputs/sample"),
     worker: options.WorkerOption = None,
 ) -> None:
@@ -30,6 +36,10 @@ def sample(
     Writes the samples as PNGs, grid.png (original | samples, with the cosine between their
     features under each) and manifest.json (settings, seeds, metrics). Many pictures can be shared
     among workers that never talk, with --worker; `featinv merge` then writes grid and manifest.
+
+    With --certainty, grid.png also has maps of the share of light and of colour that is determined
+    by the features, and manifest.json has the numbers. The bundled pipelines are calibrated for it;
+    `featinv certainty` calibrates others.
 
     The inverter rae is an AutoencoderRAE of diffusers, named by --pipeline: a folder, or
     nyu-visionx/RAE-dinov2-wReg-base-ViTXL-n08, RAE-siglip2-base-p16-i256-ViTXL-n08 or
@@ -47,6 +57,11 @@ def sample(
 
     quiet_libraries()
     one = find_worker(worker)
+    if certainty and one is not None:
+        raise InputError(
+            "Certainty is drawn by one process, but --worker shares the pictures among several. "
+            "Leave --certainty out, and judge some of the pictures afterwards."
+        )
     if any(is_maps_file(name) for name in images or ()):
         assert images is not None
         if len(images) > 1:
@@ -59,7 +74,7 @@ def sample(
                 f"Workers share pictures, but {images[0]} holds feature maps. Give the pictures, "
                 "or leave --worker out."
             )
-        return decode_maps(settings, Path(images[0]), output)
+        return decode_maps(settings, Path(images[0]), output, certainty=certainty)
     found = open_pictures(images or [builtin_photo()], exclude=output)
     is_named = settings.pipeline is not None or settings.inverter != DIFFUSION
     settings = name_inverter(settings)
@@ -68,7 +83,7 @@ def sample(
     if one is not None:
         raise typer.Exit(_work(one, settings, found, list(map(str, images or [])), output))
     jobs = make_jobs(found, settings.seed, settings.n_samples)
-    manifest = run_jobs(settings, jobs, output)
+    manifest = run_jobs(settings, jobs, output, certainty=certainty)
     report(manifest, output)
     if manifest.failures:
         raise typer.Exit(1)

@@ -48,6 +48,7 @@ logger = logging.get_logger(__name__)
 Whole: TypeAlias = int | np.integer
 Number: TypeAlias = float | np.floating | np.integer | torch.Tensor
 SCOPE_FILE = "scope.safetensors"
+CERTAINTY_FILE = "certainty.safetensors"
 SCHEDULERS_THAT_WORK = "DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler"
 GUIDANCE = ("text", "features")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -202,6 +203,8 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
         self._graphs: dict[tuple[Any, ...], Any] | None = None
         self.scope_file: Path | None = None
         """Statistics of natural feature maps, which a saved folder takes along."""
+        self.certainty_file: Path | None = None
+        """How far samples err, by their spread; a saved folder takes it along too."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("text_encoder", "tokenizer"):
@@ -890,22 +893,33 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
                 index[name] = [_copy_source(own, folder / name), own.__name__]
         _write_json(index_path, index)
         tidy_saved_folder(folder)
-        self._save_scope(folder)
+        self._save_files(folder)
         card = self.make_model_card(folder.name, _this_command())
         (folder / "README.md").write_text(str(card), encoding="utf-8")
         if push_to_hub:
             self._upload(folder, **kwargs)
 
-    def _save_scope(self, folder: Path) -> None:
-        source, target = self.scope_file, folder / SCOPE_FILE
-        if source is None or source.resolve() == target.resolve():
-            return
-        if not source.is_file():
-            raise ValueError(
-                f"{source}, the statistics of natural feature maps, must still be there to be "
-                "saved, but is not. Set scope_file to None to save without them."
-            )
-        shutil.copyfile(source, target)
+    def keep_files_of(self, folder: Path) -> None:
+        """Notes the statistics that lie in a folder beside the weights."""
+        scope, certainty = folder / SCOPE_FILE, folder / CERTAINTY_FILE
+        self.scope_file = scope.absolute() if scope.is_file() else None
+        self.certainty_file = certainty.absolute() if certainty.is_file() else None
+
+    def _save_files(self, folder: Path) -> None:
+        for attribute, name, what in (
+            ("scope_file", SCOPE_FILE, "the statistics of natural feature maps"),
+            ("certainty_file", CERTAINTY_FILE, "the calibration of certainty"),
+        ):
+            source: Path | None = getattr(self, attribute)
+            target = folder / name
+            if source is None or source.resolve() == target.resolve():
+                continue
+            if not source.is_file():
+                raise ValueError(
+                    f"{source}, {what}, must still be there to be saved, but is not. Set "
+                    f"{attribute} to None to save without."
+                )
+            shutil.copyfile(source, target)
 
     def make_model_card(
         self,
@@ -988,8 +1002,7 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
         """As in diffusers; of a folder, the statistics of natural maps are kept."""
         loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         pipeline = loaded[0] if isinstance(loaded, tuple) else loaded
-        scope = Path(pretrained_model_name_or_path) / SCOPE_FILE
-        pipeline.scope_file = scope.absolute() if scope.is_file() else None
+        pipeline.keep_files_of(Path(pretrained_model_name_or_path))
         return loaded
 
     @classmethod

@@ -101,6 +101,7 @@ class _CardData:
 INDEX = "model_index.json"
 CLASS_NAME = "FeatInvPipeline"
 SCOPE_FILE = "scope.safetensors"
+CERTAINTY_FILE = "certainty.safetensors"
 """Statistics of natural maps, see `features.natural_maps`; not every pipeline has them."""
 
 TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
@@ -247,8 +248,9 @@ def check_pipeline_folder(folder: Path) -> None:
         if component not in OPTIONAL or names != (None, None):
             component_class(folder, component)
             check_component(folder / component, names[0] or "")
-    if (folder / SCOPE_FILE).exists():
-        check_safetensors(folder / SCOPE_FILE)
+    for name in (SCOPE_FILE, CERTAINTY_FILE):
+        if (folder / name).exists():
+            check_safetensors(folder / name)
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -474,7 +476,7 @@ def load_member(member: Path, torch_dtype: torch.dtype = torch.float32) -> FeatI
         **{c: load_component(component_class(base, c), base / c, torch_dtype) for c in BASE_MODELS},
         **defaults,
     )
-    pipeline.scope_file = member / SCOPE_FILE if (member / SCOPE_FILE).is_file() else None
+    pipeline.keep_files_of(member)
     return pipeline
 
 

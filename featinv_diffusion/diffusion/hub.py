@@ -16,6 +16,7 @@ from featinv_diffusion.backbones.base import without_progress_bars
 from featinv_diffusion.diffusion.featinv_pipeline import OWN_PATH, FeatInvPipeline, check_scheduler
 from featinv_diffusion.diffusion.folders import (
     CARD,
+    CERTAINTY_FILE,
     SCOPE_FILE,
     CardInfo,
     bundled_folder,
@@ -82,6 +83,15 @@ def find_scope_file(name_or_path: str | Path) -> Path | None:
     Args:
         name_or_path: a pipeline that was loaded before; nothing is downloaded.
     """
+    return _find_beside(name_or_path, SCOPE_FILE)
+
+
+def find_certainty_file(name_or_path: str | Path) -> Path | None:
+    """As `find_scope_file`, of the calibration of certainty."""
+    return _find_beside(name_or_path, CERTAINTY_FILE)
+
+
+def _find_beside(name_or_path: str | Path, file: str) -> Path | None:
     name = str(name_or_path)
     if name in list_bundled():
         folder = bundled_folder(name)
@@ -89,7 +99,7 @@ def find_scope_file(name_or_path: str | Path) -> Path | None:
         folder = Path(name).expanduser()
     else:
         folder = Path(snapshot_download(name, local_files_only=True))
-    path = folder / SCOPE_FILE
+    path = folder / file
     return path if path.is_file() else None
 
 

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
+from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.files import replacing
@@ -156,6 +158,14 @@ def _drawable(words: str) -> str:
 
 def _line_height(font: Font) -> int:
     return math.ceil(font.getbbox("Ag")[3])
+
+
+def draw_map(values: Float[Tensor, "h w"], size: tuple[int, int]) -> Image.Image:
+    """Returns a map of shares in [0, 1] in the colours of the figures, as a picture of a size."""
+    from matplotlib import colormaps  # slow to import, and few grids hold a map
+
+    colours = colormaps["cividis"](values.clamp(0, 1).numpy(), bytes=True)[..., :3]
+    return Image.fromarray(colours).resize(size, Image.Resampling.NEAREST)
 
 
 # ---- Pictures in their order -----------------------------------------------------------------

@@ -16,10 +16,19 @@ from torch import Tensor
 
 from featinv_diffusion import __version__
 from featinv_diffusion.errors import InputError
-from featinv_diffusion.figures.grid import GridRow, make_grid
+from featinv_diffusion.figures.grid import GridRow, draw_map, make_grid
 from featinv_diffusion.images import to_tensor
 from featinv_diffusion.inverters.base import Inverter
 from featinv_diffusion.inverters.open import open_inverter
+from featinv_diffusion.metrics.certainty import Certainty
+from featinv_diffusion.runs.certainty import (
+    DETERMINED,
+    DRAWN,
+    PIXEL_PARTS,
+    CertaintyCalibration,
+    CertaintyJudge,
+    open_certainty,
+)
 from featinv_diffusion.runs.progress import advancing
 from featinv_diffusion.runs.record import (
     Environment,
@@ -69,6 +78,7 @@ def sample(
     names: Sequence[str] | None = None,
     batch_size: int = 8,
     progress: bool = False,
+    certainty: bool | CertaintyCalibration = False,
 ) -> Samples:
     """Turns feature maps back into images, several for each map.
 
@@ -83,15 +93,18 @@ def sample(
         names: what the noise of each map depends on instead of the file name.
         batch_size: samples per batch; it decides the last bits.
         progress: show a progress bar on stderr.
+        certainty: also judge what the features determine of each picture, by the calibration in the
+            inverter's pipeline or by this one of `fit_certainty`.
 
     Raises:
         InputError: pictures that cannot be read, features of another shape or not finite, samples
-            that are not finite.
+            that are not finite, or certainty of samples that are not calibrated.
     """
     maps = read_maps(inverter, features, names)
     n_samples = 1 if inverter.is_deterministic else n_samples
     if n_samples < 1:
         raise InputError(f"n_samples must be at least 1, got {n_samples}.")
+    judge = _judge_of(inverter, certainty, n_samples)
     stems = output_stems([s.name or f"map-{i}" for i, s in enumerate(maps.sources)])
     jobs = [
         Job(
@@ -108,6 +121,7 @@ def sample(
 
     with advancing(inverter, len(jobs) * n_samples, progress):
         done = list(reconstruct_maps(inverter, maps, jobs, batch_size, fail, scope.p_value))
+    done = [_judged(one, judge) for one in done]
     eye = open_second_eye(inverter)
     if eye is not None:
         for one in done:
@@ -117,6 +131,27 @@ def sample(
         settings = replace(settings, n_samples=n_samples, seed=seed, batch_size=batch_size)
     seen = None if eye is None else eye.content()
     return Samples(settings, done, scope.basis, str(inverter.spec), seen)
+
+
+def _judge_of(
+    inverter: Inverter, certainty: bool | CertaintyCalibration, n_samples: int
+) -> CertaintyJudge | None:
+    """Returns who judges certainty where it is asked for.
+
+    Raises:
+        InputError: samples that are not calibrated.
+    """
+    if certainty is False:
+        return None
+    judge = open_certainty(inverter, None if certainty is True else certainty)
+    judge.require(n_samples)
+    return judge
+
+
+def _judged(done: Reconstruction, judge: CertaintyJudge | None) -> Reconstruction:
+    if judge is None:
+        return done
+    return replace(done, certainty=judge.judge(to_tensor(done.samples), done.features))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -156,12 +191,19 @@ class Samples:
         return torch.tensor([done.cosine for done in self.reconstructions])
 
     @property
+    def certainty(self) -> list[Certainty] | None:
+        """What the features determine of each picture; None where it was not asked for."""
+        found = [done.certainty for done in self.reconstructions if done.certainty is not None]
+        return found or None
+
+    @property
     def manifest(self) -> Manifest:
         """What `manifest.json` holds."""
         device = "cpu" if self.settings is None else self.settings.device
         manifest = Manifest(self.settings, environment=read_environment(device))
         manifest.scope_basis = self.scope_basis
         manifest.second_eye = self.second_eye
+        manifest.certainty = self.certainty is not None
         for done in self.reconstructions:
             manifest.add(done)
         return manifest
@@ -208,6 +250,7 @@ class Manifest:
         environment: what the last bits of a picture depend on besides the settings.
         scope_basis: what the images' `scope_p_value`s rest on; None where there are none.
         second_eye: see `Samples`.
+        certainty: whether the images have `certainty`, what the features determine of each.
     """
 
     settings: SampleSettings | None
@@ -216,6 +259,7 @@ class Manifest:
     environment: dict[str, Any] = field(default_factory=dict)
     scope_basis: str | None = None
     second_eye: dict[str, Any] | None = None
+    certainty: bool = False
 
     def add(self, done: Reconstruction) -> None:
         """Adds the entry of one image."""
@@ -247,6 +291,15 @@ class Manifest:
     def summary(self) -> str:
         """Returns how well the features come back, in one sentence."""
         n_samples = sum(len(entry["outputs"]) for entry in self.images)
+        shares = [e["certainty"]["determined_share"] for e in self.images if "certainty" in e]
+        light, colour = (
+            f"{sum(share[part] for share in shares) / max(1, len(shares)):.0%}"
+            for part in PIXEL_PARTS
+        )
+        determined = (
+            f" Determined by the features: {light} of the variance of light and {colour} of that "
+            "of colour at a pixel, on average."
+        )
         match = self.mean("top5_match")
         matched = "" if match is None else f", top-5 match {match:.0%}"
         if self.second_eye is not None:  # the backbone was asked until it agreed
@@ -255,6 +308,7 @@ class Manifest:
             f"{count(n_samples, 'sample')} of {count(len(self.images), 'picture')}: "
             f"mean cosine {self.mean('cosine'):.2f} "
             f"(cells shuffled: {self.mean('cosine_shuffled'):.2f}){matched}."
+            + (determined if shares else "")
         )
 
     def scope_line(self) -> str:
@@ -271,6 +325,7 @@ class Manifest:
             "environment": self.environment,
             "scope_basis": self.scope_basis,
             **({} if self.second_eye is None else {"second_eye": self.second_eye}),
+            **({"certainty": True} if self.certainty else {}),
             "images": self.images,
             "failures": self.failures,
         }
@@ -278,6 +333,7 @@ class Manifest:
 
 def to_entry(done: Reconstruction) -> dict[str, Any]:
     """Returns the entry of one image in a manifest."""
+    known = {} if done.certainty is None else {"certainty": done.certainty.numbers()}
     return {
         "input": done.job.input,
         "outputs": list(done.job.outputs),
@@ -287,6 +343,7 @@ def to_entry(done: Reconstruction) -> dict[str, Any]:
         "top1_match": done.top1_match,
         "top5_match": done.top5_match,
         "scope_p_value": done.scope_p_value,
+        **known,
     }
 
 
@@ -310,6 +367,7 @@ def read_manifest(path: Path) -> Manifest:
         content.get("failures", []),
         content.get("environment", {}),
         content.get("scope_basis"),
+        certainty=content.get("certainty", False),
     )
 
 
@@ -372,6 +430,7 @@ class _Content:
     failures: list[_Failed] = field(default_factory=list)
     environment: Environment = field(default_factory=Environment)
     scope_basis: str | None = None
+    certainty: bool = False
 
 
 # ---- The folder ----------------------------------------------------------------------------------
@@ -401,27 +460,40 @@ class SampleFolder:
         self.run.complete(self.manifest.content())
 
 
-def run_jobs(settings: SampleSettings, jobs: Sequence[Job], output: Path) -> Manifest:
+def run_jobs(
+    settings: SampleSettings, jobs: Sequence[Job], output: Path, *, certainty: bool = False
+) -> Manifest:
     """Samples the jobs picture by picture and writes everything; the manifest comes last.
 
+    Args:
+        certainty: also judge what the features determine of each picture.
+
     Raises:
-        InputError: bad settings, or no image that could be reconstructed.
+        InputError: bad settings, no image that could be reconstructed, or certainty of samples that
+            are not calibrated.
     """
     with reserved(output):
-        return _run_jobs(settings, jobs, output)
+        return _run_jobs(settings, jobs, output, certainty)
 
 
-def _run_jobs(settings: SampleSettings, jobs: Sequence[Job], output: Path) -> Manifest:
+def _run_jobs(
+    settings: SampleSettings, jobs: Sequence[Job], output: Path, certainty: bool
+) -> Manifest:
     inverter = open_inverter(settings)
     resolved = inverter.settings
     assert resolved is not None
     scope, eye = open_scope(inverter), open_second_eye(inverter)
+    judge = _judge_of(inverter, certainty, min(len(job.seeds) for job in jobs))
     manifest = Manifest(
-        resolved, environment=read_environment(resolved.device), scope_basis=scope.basis
+        resolved,
+        environment=read_environment(resolved.device),
+        scope_basis=scope.basis,
+        certainty=certainty,
     )
     folder = SampleFolder(output, manifest)
     with advancing(inverter, sum(len(job.seeds) for job in jobs), progress=True):
         for done in reconstruct(inverter, jobs, resolved.batch_size, manifest.fail, scope.p_value):
+            done = _judged(done, judge)
             folder.write(done)
             manifest.add(done)
             if eye is not None:
@@ -435,9 +507,14 @@ def _run_jobs(settings: SampleSettings, jobs: Sequence[Job], output: Path) -> Ma
 
 
 def to_row(done: Reconstruction) -> GridRow:
-    """Returns the row of one image in the grid."""
+    """Returns the row of one image in the grid; maps of what is determined follow the samples."""
     original = done.original or Image.new("RGB", done.samples[0].size, "white")
-    return GridRow(original, done.job.name, done.samples, to_captions(done.cosine))
+    samples, captions = list(done.samples), to_captions(done.cosine)
+    if done.certainty is not None:
+        for part in PIXEL_PARTS:
+            samples.append(draw_map(done.certainty.determined(part), samples[0].size))
+            captions.append(f"{done.certainty.share(part):.0%} determined")
+    return GridRow(original, done.job.name, samples, captions)
 
 
 def to_captions(cosines: Sequence[float]) -> list[str]:
@@ -452,13 +529,19 @@ def draw_grid(rows: Sequence[GridRow], manifest: Manifest) -> Image.Image:
         parts.append(f"first {len(rows)} of {len(manifest.images)} pictures")
     null = manifest.mean("cosine_shuffled")
     name = "" if manifest.settings is None else f"{manifest.settings.backbone} "
+    headers, explained = [], ""
+    if manifest.certainty:
+        n_samples = len(rows[0].samples) - len(PIXEL_PARTS)
+        headers = [f"sample {j}" for j in range(n_samples)] + [DRAWN[p] for p in PIXEL_PARTS]
+        explained = f"\n{DETERMINED}"
     eye = "" if manifest.second_eye is None else f"\n{second_eye_line(manifest.second_eye)}"
     return make_grid(
         rows,
         title=f"From {name}features back to pictures",
         subtitle=f"{' · '.join(parts)}\nUnder each sample: cosine of its features to the "
         f"original's, mean over cells. With the original's cells shuffled: {null:.2f} on average."
-        f"{eye}",
+        f"{explained}{eye}",
+        headers=headers,
     )
 
 

@@ -29,6 +29,7 @@ from featinv_diffusion.features.maps import is_maps_file, load_maps
 from featinv_diffusion.images import center_square, to_pil, to_tensor
 from featinv_diffusion.inverters.base import Inverter
 from featinv_diffusion.metrics import feature_cosine, shuffled_cosine, top_k_match
+from featinv_diffusion.metrics.certainty import Certainty
 from featinv_diffusion.seeds import derive_seed, make_generator
 from featinv_diffusion.types import FeatureMaps, Features, Images, Source
 
@@ -229,6 +230,7 @@ class Reconstruction:
         features: what the backbone sees in the samples, `[n, c, h, w]`.
         top1_match, top5_match: None where the backbone has no head.
         scope_p_value: of the image's features; None where it was not asked for or is not known.
+        certainty: what the features determine; None where it was not asked for.
     """
 
     job: Job
@@ -240,6 +242,7 @@ class Reconstruction:
     top1_match: list[bool | None]
     top5_match: list[bool | None]
     scope_p_value: float | None = None
+    certainty: Certainty | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from featinv_diffusion.settings import (
     MAX_BATCH,
     MAX_IMAGES,
+    MAX_SAMPLES,
+    QUALITIES,
     SampleSettings,
     Seed,
     check,
@@ -122,6 +124,33 @@ class ScopeSettings:
         "Held-out images to sample once each, which shows how well they come back.",
         least=0,
         most=MAX_IMAGES,
+    )
+    batch_size: int = option(8, "Samples per batch.", least=1, most=MAX_BATCH)
+    device: str = option("auto", "Device to compute on: auto, cpu, cuda, cuda:1, mps …")
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True)
+class CertaintySettings:
+    """How certainty is calibrated; see `runs.certainty`."""
+
+    images: ImageChoice = nested(ImageChoice)
+    held_back_per_class: int = option(
+        0,
+        "Only the last K images of each class, which training holds back.",
+        least=0,
+        most=MAX_IMAGES,
+    )
+    n_images: int = option(
+        200, "Held-out images to sample, drawn evenly over classes.", least=1, most=MAX_IMAGES
+    )
+    n_samples: int = option(
+        8, "Samples of each; 2, 4 … up to so many are calibrated.", least=2, most=MAX_SAMPLES
+    )
+    quality: str = option(
+        "standard", "Quality of the samples; each has its own calibration.", choices=QUALITIES
     )
     batch_size: int = option(8, "Samples per batch.", least=1, most=MAX_BATCH)
     device: str = option("auto", "Device to compute on: auto, cpu, cuda, cuda:1, mps …")

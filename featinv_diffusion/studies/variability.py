@@ -17,6 +17,14 @@ from featinv_diffusion.figures import board as figures
 from featinv_diffusion.figures.board import Board
 from featinv_diffusion.images import to_pil
 from featinv_diffusion.inverters.base import Inverter
+from featinv_diffusion.metrics.certainty import Certainty
+from featinv_diffusion.runs.certainty import (
+    DRAWN,
+    PIXEL_PARTS,
+    CertaintyCalibration,
+    certainty_notes,
+    open_certainty,
+)
 from featinv_diffusion.runs.progress import advancing
 from featinv_diffusion.runs.record import Result
 from featinv_diffusion.runs.sampling import read_maps, sample_map, to_list
@@ -28,7 +36,7 @@ from featinv_diffusion.studies.study import (
     settings_line,
     settings_of,
 )
-from featinv_diffusion.types import Images, Source
+from featinv_diffusion.types import Features, Images, Source
 
 LEVELS = (0.05, 0.25, 0.5, 0.75, 0.95)
 SHOWN = (0.05, 0.5, 0.95)
@@ -44,8 +52,12 @@ def variability(
     seeds: Sequence[int] | None = None,
     batch_size: int = 8,
     progress: bool = False,
+    calibration: CertaintyCalibration | None = None,
 ) -> Variability:
     """Samples one map many times; holds one batch, and of each sample only its cosines.
+
+    Beside the spread it tells, where that is calibrated, what the features determine: the first
+    samples are judged, as many as the calibration had.
 
     Args:
         picture: a picture or a feature map `[1, c, h, w]`; the noise depends on its file name.
@@ -54,6 +66,7 @@ def variability(
         seeds: the seed of each sample itself, as a manifest keeps them.
         batch_size: samples per batch.
         progress: show a progress bar on stderr.
+        calibration: of the certainty of such samples; None takes that in the inverter's pipeline.
 
     Raises:
         InputError: too few samples, a picture that cannot be read, a map of another shape, samples
@@ -62,12 +75,17 @@ def variability(
     maps = read_maps(inverter, picture)
     seeds = choose_seeds(inverter, maps, seed, n_samples, seeds, least=2)
     features = maps.as_subclass(Tensor)
-    scope = open_scope(inverter)
+    scope, judge = open_scope(inverter), open_certainty(inverter, calibration)
+    model = judge.model_for(len(seeds))
+    judged: list[tuple[Images, Features]] = []
     moments, cosines, examples = RunningMoments(), [], []
     with advancing(inverter, len(seeds), progress):
         for batch in sample_map(inverter, features, seeds, batch_size):
             missing = max(0, N_EXAMPLES - sum(map(len, examples)))
             examples.append(batch.images[:missing])
+            missing = (model.n_samples if model else 0) - sum(len(images) for images, _ in judged)
+            if missing > 0:
+                judged.append((batch.images[:missing], batch.features[:missing].cpu()))
             moments.update(batch.images)
             cosines.append(batch.cosine.float().cpu())
     cosine = torch.cat(cosines)
@@ -81,6 +99,10 @@ def variability(
         std=moments.std,
         cosine=cosine,
         examples=torch.cat(examples),
+        certainty=None
+        if model is None
+        else model.judge(*map(torch.cat, zip(*judged, strict=True))),
+        certainty_note=judge.note(len(seeds)),
     )
 
 
@@ -95,6 +117,8 @@ class Variability(Result):
             for the one sample of a deterministic inverter.
         cosine: of each sample's cells to the map.
         examples: the first samples.
+        certainty: what the features determine; None where such samples are not calibrated.
+        certainty_note: then the reason, a sentence.
     """
 
     command: ClassVar[str] = "variability"
@@ -104,6 +128,8 @@ class Variability(Result):
     std: Float[Tensor, "height width"] | None
     cosine: Float[Tensor, "seeds h w"]
     examples: Images
+    certainty: Certainty | None = None
+    certainty_note: str = ""
 
     def cosine_quantiles(self, levels: Sequence[float]) -> Float[Tensor, " levels"]:
         """Returns quantiles of the cosines of all cells of all samples."""
@@ -115,10 +141,12 @@ class Variability(Result):
         return rows.unflatten(1, self.cosine.shape[1:])
 
     def main_figures(self) -> dict[str, Any]:
-        """Returns the mean deviation of a pixel, and quantiles of the cosine of a cell."""
+        """Returns the mean deviation of a pixel, quantiles of the cosine of a cell, and the shares
+        that the features determine."""
         return {
             "pixel_std_mean": None if self.std is None else self.std.double().mean().item(),
             "cosine_quantiles": _by_level(self.cosine_quantiles(LEVELS)),
+            "determined_share": None if self.certainty is None else self.certainty.shares,
         }
 
     def numbers(self) -> dict[str, Any]:
@@ -129,12 +157,25 @@ class Variability(Result):
             "cosine_quantiles_per_cell": None if per_cell is None else _by_level(per_cell),
             "cosines": to_list(self.cosine.mean(dim=(1, 2))),
             "seeds": self.arguments["seeds"],
+            "certainty": None if self.certainty is None else self.certainty.numbers(),
         }
 
     def rows(self) -> list[dict[str, Any]]:
-        """Returns one dict per pixel."""
+        """Returns one dict per pixel; `error_` is what is expected, and the truth lies within
+        `radius95_` of the mean of the judged samples at 95 % of the pixels."""
         red, green, blue = self.mean
-        return pixel_rows(mean_red=red, mean_green=green, mean_blue=blue, std=self.std)
+        columns: dict[str, Tensor | None] = {
+            "mean_red": red,
+            "mean_green": green,
+            "mean_blue": blue,
+            "std": self.std,
+        }
+        if self.certainty is not None:
+            for part in PIXEL_PARTS:
+                columns[f"determined_{part}"] = self.certainty.determined(part)
+                columns[f"error_{part}"] = self.certainty.error[part]
+                columns[f"radius95_{part}"] = self.certainty.radii[part][0.95]
+        return pixel_rows(**columns)
 
     def pictures(self) -> dict[str, Image.Image]:
         """Returns the mean image."""
@@ -150,10 +191,15 @@ class Variability(Result):
             else f"{len(self.cosine)} samples: standard deviation of a pixel "
             f"{found['pixel_std_mean']:.3f} on average,"
         )
-        return f"{deviation} cosine of a cell {middle} in the median (5 % of them below {low})."
+        certainty = self.certainty_note if self.certainty is None else self.certainty.summary()
+        return (
+            f"{deviation} cosine of a cell {middle} in the median (5 % of them below {low}).\n"
+            f"{certainty}"
+        ).rstrip()
 
     def figure(self) -> Figure:
-        """Draws original, samples, their mean and deviation; below, quantiles of the cosine.
+        """Draws original, samples, their mean and deviation; below, quantiles of the cosine, and
+        what is determined where that is known.
 
         Of a deterministic inverter: original, its sample, and the cosine of each cell.
         """
@@ -175,13 +221,15 @@ class Variability(Result):
         return figure
 
     def _draw_many(self, std: Float[Tensor, "height width"]) -> Figure:
+        notes = [self.certainty_note] if self.certainty is None else certainty_notes(self.certainty)
         board = Board(
-            2,
+            2 if self.certainty is None else 3,
             4,
             f"What the features fix, and what the prior fills in: {len(self.cosine)} samples",
             [
                 settings_line(self.settings),
-                "Bright in the upper map: pixels that the features leave open.",
+                "Bright in the upper map: pixels at which the samples differ.",
+                *filter(None, notes),
                 *scope_notes(self.scope_basis),
             ],
             right=0.8,
@@ -200,6 +248,8 @@ class Variability(Result):
         levels = (f"cosine, {level:.0%} quantile" for level in SHOWN)
         maps = dict(zip(levels, self.cosine_quantiles_per_cell(SHOWN), strict=True))
         self._draw_cosines(board, figure, 1, 1, maps)
+        if self.certainty is not None:
+            _draw_certainty(board, figure, 2, self.certainty)
         return figure
 
     def _draw_sample(self, axes: Axes, j: int) -> None:
@@ -221,6 +271,17 @@ class Variability(Result):
             image = figures.show_map(axes, values, low, high)
             figures.caption(axes, f"mean {figures.number(values.mean().item())}")
         figures.add_colour_bar(board, figure, row, image, "cosine of a cell")
+
+
+def _draw_certainty(board: Board, figure: Figure, row: int, certainty: Certainty) -> None:
+    """Draws what is determined of pixels and of cells, at one scale."""
+    image: Any = None
+    for column, part in enumerate(DRAWN):
+        axes = board.tile_axes(figure, row, column)
+        figures.label(axes, DRAWN[part])
+        image = figures.show_map(axes, certainty.determined(part), 0, 1)
+        figures.caption(axes, f"{certainty.share(part):.0%} determined")
+    figures.add_colour_bar(board, figure, row, image, "determined share")
 
 
 def _by_level(values: Tensor) -> dict[str, Any]:

@@ -13,7 +13,14 @@ from pathlib import Path
 
 from featinv_diffusion.cli import exits
 from featinv_diffusion.config import read_setting
-from train.tiny_family.family import CONFIGS, STAGES, fit_operators, fit_scopes, pack_family
+from train.tiny_family.family import (
+    CONFIGS,
+    STAGES,
+    fit_certainties,
+    fit_operators,
+    fit_scopes,
+    pack_family,
+)
 
 
 def _program(script: str) -> list[str]:
@@ -41,7 +48,7 @@ def main() -> None:
     for member in pack_family(Path(arguments.output)):
         print(member)
     if not arguments.pack_only:
-        for fit in (fit_scopes, fit_operators):
+        for fit in (fit_scopes, fit_certainties, fit_operators):
             for path in fit(Path(arguments.output), arguments.data):
                 print(path)
 

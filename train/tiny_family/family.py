@@ -23,10 +23,17 @@ from transformers import (
 from featinv_diffusion.backbones.base import without_progress_bars
 from featinv_diffusion.backbones.transformers import PROCESSOR_FILE, load_transformers
 from featinv_diffusion.config import load_config, read_setting
+from featinv_diffusion.data.selection import select_items
 from featinv_diffusion.data.sets import open_images
 from featinv_diffusion.diffusion.featinv_controlnet import FeatureControlNet
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
-from featinv_diffusion.diffusion.folders import BASE, SCOPE_FILE, CardInfo, load_member
+from featinv_diffusion.diffusion.folders import (
+    BASE,
+    CERTAINTY_FILE,
+    SCOPE_FILE,
+    CardInfo,
+    load_member,
+)
 from featinv_diffusion.diffusion.objective import make_scheduler
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.features.natural_maps import NaturalMaps
@@ -36,10 +43,12 @@ from featinv_diffusion.files import write_text
 from featinv_diffusion.inverters import DiffusionInverter
 from featinv_diffusion.inverters.detr import DETECTOR, load_detr
 from featinv_diffusion.inverters.modular import FOLDER, InverseSet
-from featinv_diffusion.inverters.quality import other_qualities
+from featinv_diffusion.inverters.quality import PRESETS, other_qualities
 from featinv_diffusion.inverters.reconstructor import BACKBONE, Reconstructor, load_reconstructor
 from featinv_diffusion.inverters.reconstructor import FOLDER as RECONSTRUCTOR
+from featinv_diffusion.runs.certainty import fit_certainty
 from featinv_diffusion.runs.scope import fit_scope, recalibrate, sampling_of, split_images
+from featinv_diffusion.settings import Selection
 from featinv_diffusion.studies.operators import fit_operator
 from featinv_diffusion.training.controlnet import ControlNetConfig
 from featinv_diffusion.training.entry import load_component
@@ -365,6 +374,42 @@ def fit_scopes(family: Path, data: str | None = None) -> Iterator[Path]:
             new = ((found.sampling, found.calibration.cosines), *found.others)
             replace(natural, others=(*natural.others, *new)).save(path)
             yield path
+
+
+CERTAINTY = {"convnext": {"standard": (128, 8), "draft": (200, 8)}}
+"""By member and quality: how many held-back pictures its certainty is calibrated on, and how many
+samples of each; of the other members, `CERTAINTY_OF_OTHERS`."""
+CERTAINTY_OF_OTHERS = {"standard": (40, 4)}
+
+
+def fit_certainties(family: Path, data: str | None = None) -> Iterator[Path]:
+    """Calibrates the certainty of each packed member that has none yet, and yields their files.
+
+    The pictures are of those that the member's own training holds back.
+
+    Args:
+        data: the images' folder; None takes that of the config.
+    """
+    for name, config_name in MEMBERS.items():
+        path = family / name / CERTAINTY_FILE
+        if not path.parent.is_dir() or path.is_file():
+            continue
+        with without_progress_bars():
+            pipeline = load_member(path.parent)
+        pipeline.set_progress_bar_config(disable=True)
+        config = load_config(ControlNetConfig, str(CONFIGS / config_name)).data
+        images = open_images(data or config.root, config.split, config.classes)
+        found = None
+        for quality, (n, n_samples) in CERTAINTY.get(name, CERTAINTY_OF_OTHERS).items():
+            inverter = DiffusionInverter(
+                pipeline, num_inference_steps=PRESETS[quality].get("steps")
+            )
+            held_back = Selection(n_images=n, held_back_per_class=config.held_back_per_class)
+            new = fit_certainty(inverter, images, select_items(images, held_back), n_samples)
+            found = new if found is None else new.with_models_of(found)
+        assert found is not None
+        found.save(path)
+        yield path
 
 
 def pack_classifier(config_path: Path, family: Path, name: str) -> Path:

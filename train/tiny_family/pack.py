@@ -21,6 +21,7 @@ from featinv_diffusion.diffusion.folders import (
     BACKBONE,
     BASE,
     BASE_MODELS,
+    CERTAINTY_FILE,
     DEFAULTS,
     SCOPE_FILE,
     CardInfo,
@@ -86,7 +87,9 @@ def write_bundled(
         write_text(folder / DEFAULTS, json.dumps(defaults, indent=2, sort_keys=True) + "\n")
         where = NOTE.format(name=f"{family.name}/{name}", folder=f"{family.name}-{name}")
         if _is_same_member(pipeline, family / owner / BACKBONE, member):
-            shutil.copyfile(member / SCOPE_FILE, folder / SCOPE_FILE)
+            for file in (SCOPE_FILE, CERTAINTY_FILE):
+                if (member / file).is_file():
+                    shutil.copyfile(member / file, folder / file)
         card = replace(info, notes=f"{where}\n\n{info.notes}")
         write_model_card(folder, pipeline, card, f"{family.name}-{name}")
 
@@ -163,9 +166,9 @@ def _backbone_owner(pipeline: FeatInvPipeline, family: Path, name: str) -> str:
 
 
 def _is_same_member(pipeline: FeatInvPipeline, backbone: Path, member: Path) -> bool:
-    """Whether the member there has statistics of natural maps that hold for this pipeline."""
+    """Whether the statistics beside the member there hold for this pipeline."""
     return (
-        (member / SCOPE_FILE).is_file()
+        any((member / file).is_file() for file in (SCOPE_FILE, CERTAINTY_FILE))
         and _holds(member / "controlnet", pipeline.controlnet)
         and _holds(backbone, pipeline.backbone)
     )
