@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 from featinv_diffusion import schema
-from featinv_diffusion.errors import InputError, choices_hint
+from featinv_diffusion.errors import InputError
 
 FOLDER = Path(__file__).parent
 MEASURED = FOLDER / "measured.json"
@@ -120,12 +121,15 @@ def find_item(name: str) -> Item:
     """Returns the item of this name.
 
     Raises:
-        InputError: there is none; the nearest names are listed.
+        InputError: there is none; the nearest name is said.
     """
     items = {item.name: item for item in list_items()}
     if name not in items:
-        hint = choices_hint(name, list(items))
-        raise InputError(f"No item of the papers is named {name!r}; {hint}")
+        near = get_close_matches(name, items, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise InputError(
+            f"No item of the papers is named {name!r}; {hint}`featinv paper list` names all."
+        )
     return items[name]
 
 

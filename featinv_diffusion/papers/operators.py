@@ -193,6 +193,7 @@ def measure_swap(request: Request) -> Finding:
             spectra["self-adjoint"].twice_from_identity < 1e-6,
         ),
         "siglip-figure-5": Answer(f"position {near}", position["orthogonal"].high < 0.5),
+        "siglip-figures-11-14": Answer(f"position {near}", position["orthogonal"].high < 0.5),
         "siglip-figure-6": Answer(f"{pair}; {reason}", counts["n_negative_real"] <= 2),
     }
     tables: list[Any] = [

@@ -279,11 +279,11 @@ def _draw(
 ) -> Figure:
     """Draws truth, prediction and the picture from each stage, in colour and below in grey."""
     n = min(N_SHOWN, len(images))
-    columns = ["truth", "prediction", *found]
+    columns = ["truth", "detected", *found]
     board = Board(2 * n, len(columns), title, [note], headers="first", caption=0.16, tile=0.95)
     figure = board.make()
     for row in range(2 * n):
-        i, name = row % n, "colour" if row < n else GREY
+        i, name = (row % n) * len(images) // n, "colour" if row < n else GREY
         inputs, made = (images, found) if row < n else (grey, of_grey)
         tiles = [inputs[i], inputs[i], *(x[i] for x in made.values())]
         for column, tile in enumerate(tiles):
