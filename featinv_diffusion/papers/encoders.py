@@ -86,7 +86,9 @@ def channels_explained(
     return (1 - left / centred.square().sum(2).clamp_min(1e-12)).clamp(0, 1).float()
 
 
-def _draw_channels(image: Float[Tensor, "3 h w"], features: Float[Tensor, "c h w"]) -> Figure:
+def _draw_channels(
+    image: Float[Tensor, "3 height width"], features: Float[Tensor, "c h w"]
+) -> Figure:
     generator = make_generator(0, "channels")
     chosen = sorted(torch.randperm(len(features), generator=generator)[:N_CHANNELS].tolist())
     note = f"{len(chosen)} of {len(features)} channels, each in its own range."

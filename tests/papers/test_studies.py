@@ -89,7 +89,7 @@ def test_channels_that_are_colours_are_explained_by_them() -> None:
 def test_the_correlation_length_of_noise_is_below_that_of_waves() -> None:
     noise = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     wave = torch.sin(2 * math.pi * torch.arange(64) / 32)
-    waves = (wave[:, None] + wave).expand(1, 3, -1, -1)
+    waves = (wave[:, None] * wave).expand(1, 3, -1, -1)
     assert float(correlation_length(noise)) < 1
     # cos(2πx/32) falls below 1/e at 6.1 pixels
     assert float(correlation_length(waves)) == pytest.approx(6.1, abs=0.5)
