@@ -41,7 +41,7 @@ N_IMAGES = {
     "concepts": 29,
     "tokens": 150,
     "stages": 500,
-    "recolouring": 300,
+    "recolouring": 200,
     "prototypes": 500,
     "layers": 200,
     "shape": 300,

@@ -135,7 +135,13 @@ def boxes(tmp_path: Path) -> ImageChoice:
 
 
 @pytest.mark.parametrize(
-    "name", ["detr-figure-2", "detr-figure-8", "detr-figure-10", "detr-figure-11"]
+    "name",
+    [
+        "detr-figure-2",
+        "detr-figure-8",
+        pytest.param("detr-figure-10", marks=pytest.mark.slow),
+        pytest.param("detr-figure-11", marks=pytest.mark.slow),
+    ],
 )
 def test_an_item_with_boxes_runs_and_writes_its_folder(name: str, boxes, tmp_path: Path) -> None:
     settings = PaperSettings(images=boxes, n_images=4)
@@ -151,7 +157,13 @@ def test_an_item_with_boxes_runs_and_writes_its_folder(name: str, boxes, tmp_pat
 
 @pytest.mark.parametrize(
     "name",
-    ["detr-figure-9", "vit-spatial", "siglip-figure-2", "siglip-figure-6", "siglip-figure-8"],
+    [
+        "vit-spatial",
+        "siglip-figure-2",
+        "siglip-figure-8",
+        pytest.param("detr-figure-9", marks=pytest.mark.slow),
+        pytest.param("siglip-figure-6", marks=pytest.mark.slow),
+    ],
 )
 def test_an_item_runs_on_crops_of_two_photos(name: str) -> None:
     item = find_item(name)
