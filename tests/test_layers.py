@@ -16,6 +16,7 @@ LAYERS = [
     {"diffusion", "inverters"},
     {"runs", "figures"},
     {"studies", "class_embedding", "evaluation", "training"},
+    {"papers"},
     {"cli", "app", "ray"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

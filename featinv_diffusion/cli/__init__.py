@@ -32,6 +32,7 @@ COMMANDS = {
     "classemb": "classemb",
     "analyze": "analyze",
     "layers": "layers",
+    "paper": "paper",
     "scope": "scope",
     "certainty": "certainty",
     "export": "export",

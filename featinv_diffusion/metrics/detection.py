@@ -67,6 +67,14 @@ def average_precision(
     Raises:
         InputError: pycocotools is not installed.
     """
+    run = _evaluate(scores, boxes, targets, size)
+    return {"ap": float(run.stats[0]), "ap50": float(run.stats[1]), "ap75": float(run.stats[2])}
+
+
+def _evaluate(
+    scores: Tensor, boxes: Tensor, targets: Sequence[Mapping[str, Tensor]], size: tuple[int, int]
+) -> Any:
+    """Returns the evaluation of pycocotools."""
     coco: Any = import_pycocotools("coco")
     evaluation: Any = import_pycocotools("cocoeval")
     scale = torch.tensor([size[1], size[0], size[1], size[0]], dtype=torch.float32)
@@ -80,6 +88,23 @@ def average_precision(
             entry = _entry(i, int(label[i, j]), boxes[i, j] * scale)
             found.append(entry | {"score": float(probability[i, j])})
     return _run_coco(coco, evaluation, truths, found, len(targets), scores.shape[2] - 1)
+
+
+def average_precision_by_class(
+    scores: Float[Tensor, "b n k"],
+    boxes: Float[Tensor, "b n 4"],
+    targets: Sequence[Mapping[str, Tensor]],
+    size: tuple[int, int],
+) -> dict[int, float]:
+    """As `average_precision`, the mean over IoU .5 … .95 of each class that has objects.
+
+    Raises:
+        InputError: pycocotools is not installed.
+    """
+    run = _evaluate(scores, boxes, targets, size)
+    precision = run.eval["precision"][:, :, :, 0, -1]  # overlaps × recalls × classes
+    present = {int(k) for target in targets for k in target["class_labels"]}
+    return {k: float(precision[:, :, k].mean()) for k in sorted(present)}
 
 
 def _to_edges(boxes: Tensor) -> Tensor:
@@ -103,7 +128,7 @@ def _run_coco(
     found: list[dict[str, Any]],
     n_images: int,
     n_classes: int,
-) -> dict[str, float]:
+) -> Any:
     from contextlib import redirect_stdout
     from io import StringIO
 
@@ -119,4 +144,4 @@ def _run_coco(
         run.evaluate()
         run.accumulate()
         run.summarize()
-    return {"ap": float(run.stats[0]), "ap50": float(run.stats[1]), "ap75": float(run.stats[2])}
+    return run

@@ -215,12 +215,16 @@ class PictureSet:
         objects: `class_labels` and `boxes` (centre x, centre y, width, height, as shares) of each
             image; None if the data have no boxes.
         inside: where the objects are: their masks, or their boxes, or the whole image.
+        masks: of each object of each image, in the order of its boxes; None if there are no boxes.
+        class_names: of the labels; None where they are not known.
     """
 
     ids: list[str]
     images: Images
     objects: list[dict[str, Tensor]] | None
     inside: Bool[Tensor, "b height width"]
+    masks: list[Bool[Tensor, "n height width"]] | None = None
+    class_names: Sequence[str] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -258,7 +262,7 @@ def _load_with_objects(
     rows = _spread(members, settings.n_images)
     pictures: list[Image.Image] = []
     objects: list[dict[str, Tensor]] = []
-    inside: list[Tensor] = []
+    masks: list[Tensor] = []
     for i in rows:
         picture = images.read(i)
         whole = Crop((0, 0, picture.height, picture.width), hflip=False, vflip=False)
@@ -267,22 +271,23 @@ def _load_with_objects(
         labels = torch.tensor([label for _, label in seen], dtype=torch.long)
         pictures.append(picture.resize((size[1], size[0]), Image.Resampling.BILINEAR))
         objects.append({"class_labels": labels, "boxes": boxes})
-        inside.append(_inside(images, i, boxes, size))
+        masks.append(_masks_of(images, i, boxes, size))
     ids = [images.ids[i] for i in rows]
-    return PictureSet(ids, to_tensor(pictures), objects, torch.stack(inside))
+    inside = torch.stack([mask.any(0) for mask in masks])
+    return PictureSet(ids, to_tensor(pictures), objects, inside, masks, images.class_names)
 
 
-def _inside(images: BoxedImages, index: int, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Returns the pixels of at least one object."""
+def _masks_of(images: BoxedImages, index: int, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Returns the pixels of each object."""
     if images.masks is not None:
-        mask = torch.from_numpy(images.masks(index).any(0)).float()[None, None]
-        return F.interpolate(mask, size, mode="nearest")[0, 0] > 0.5
-    found = np.zeros(size, bool)
-    for x, y, width, height in boxes.tolist():
+        masks = torch.from_numpy(images.masks(index)).float()[None]
+        return F.interpolate(masks, size, mode="nearest")[0] > 0.5
+    found = torch.zeros(len(boxes), *size, dtype=torch.bool)
+    for mask, (x, y, width, height) in zip(found, boxes.tolist(), strict=True):
         rows = slice(round((y - height / 2) * size[0]), round((y + height / 2) * size[0]))
         columns = slice(round((x - width / 2) * size[1]), round((x + width / 2) * size[1]))
-        found[rows, columns] = True
-    return torch.from_numpy(found)
+        mask[rows, columns] = True
+    return found
 
 
 def _has_boxes(folder: Path) -> bool:
@@ -443,7 +448,8 @@ def measure_colour(names: Sequence[str], pictures: PictureSet) -> Analysis:
             for stage, row in table.items()
         }
     )
-    title = f"Recoloured objects through {inverter.path.name}"
+    what = "images" if pictures.objects is None else "objects"
+    title = f"Recoloured {what} through {inverter.path.name}"
     figures = {"pairwise_mse.png": draw_bars(intervals, title, PAIRWISE)}
     note = "Rows: input, " + ", ".join(stages) + "."
     for i in range(min(4, len(pictures))):

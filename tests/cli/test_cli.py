@@ -31,7 +31,7 @@ def test_help_lists_every_command(featinv: Featinv):
     assert done.code == 0
     samples = ("sample", "encode", "decode", "interpolate", "compose", "compare", "edit", "patch")
     studies = ("variability", "concepts", "viz", "steerability", "replay", "evaluate", "merge")
-    others = ("classemb", "analyze", "layers", "scope", "certainty")
+    others = ("classemb", "analyze", "layers", "paper", "scope", "certainty")
     hub = ("export", "push", "convert")
     assert (*samples, *studies, *others, *hub) == tuple(cli.COMMANDS)
     for name in (*cli.COMMANDS, *cli.GROUPS):
