@@ -103,7 +103,7 @@ class _OfCells(Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind"
         raise NotImplementedError
 
 
-class Paint(_OfCells, tag="paint"):
+class Paint(_OfCells, frozen=True, tag="paint"):
     """Takes the cells of the second picture's map."""
 
     def _inside(self, features: Features, materials: Materials) -> Features:
@@ -113,7 +113,7 @@ class Paint(_OfCells, tag="paint"):
         return ["features = paste(features, second, cells)"]
 
 
-class Erase(_OfCells, tag="erase"):
+class Erase(_OfCells, frozen=True, tag="erase"):
     """Sets the cells to zero."""
 
     def _inside(self, features: Features, materials: Materials) -> Features:
@@ -123,7 +123,7 @@ class Erase(_OfCells, tag="erase"):
         return ["features = paste(features, torch.zeros_like(features), cells)"]
 
 
-class Mirror(_OfCells, tag="mirror"):
+class Mirror(_OfCells, frozen=True, tag="mirror"):
     """Takes each cell from the same place of the map that is mirrored left to right."""
 
     def _inside(self, features: Features, materials: Materials) -> Features:
@@ -133,7 +133,7 @@ class Mirror(_OfCells, tag="mirror"):
         return ["features = paste(features, features.flip(3), cells)"]
 
 
-class Steer(_OfCells, tag="steer"):
+class Steer(_OfCells, frozen=True, tag="steer"):
     """Adds a factor times a direction to the cells.
 
     Args:

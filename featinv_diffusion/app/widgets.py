@@ -236,7 +236,7 @@ class MapPainter(_Redrawn):
 
     def press(self, cell: int) -> None:
         """Uses the brush on a cell, numbered row by row."""
-        kind = BRUSHES[self.brush.value]
+        kind = BRUSHES[str(self.brush.value)]
         self.kinds.pop(cell, None)
         if kind is not None:
             self.kinds[cell] = kind
