@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 import featinv_diffusion as fi
 from featinv_diffusion.app.studio import Studio
@@ -20,8 +21,8 @@ def test_a_slider_draws_another_picture_and_1_the_first_again(studio: Studio) ->
     slider.value = 0.0
     assert not torch.equal(shown.samples.images, before)
     assert shown.picture.value != picture
-    part = fi.load_concepts("tiny/convnext-sae").part(torch.Tensor(maps), concept)
-    torch.testing.assert_close(torch.Tensor(shown.features), torch.Tensor(maps) - part)
+    part = fi.load_concepts("tiny/convnext-sae").part(maps.as_subclass(Tensor), concept)
+    torch.testing.assert_close(shown.features.as_subclass(Tensor), maps.as_subclass(Tensor) - part)
     slider.value = 1.0
     assert torch.equal(shown.samples.images, before)
     assert "application/vnd.jupyter.widget-view+json" in shown._repr_mimebundle_()
@@ -41,14 +42,14 @@ def test_pressed_cells_come_from_b_and_no_others_change(studio: Studio) -> None:
     shown.buttons[9].click()
     shown.brush.value = "erase"
     shown.buttons[10].click()
-    changed = torch.Tensor(shown.features)[0].flatten(1)
-    expected = torch.Tensor(a)[0].flatten(1).clone()
-    expected[:, 9], expected[:, 10] = torch.Tensor(b)[0].flatten(1)[:, 9], 0
+    changed = shown.features.as_subclass(Tensor)[0].flatten(1)
+    expected = a.as_subclass(Tensor)[0].flatten(1).clone()
+    expected[:, 9], expected[:, 10] = b.as_subclass(Tensor)[0].flatten(1)[:, 9], 0
     assert torch.equal(changed, expected)
     shown.brush.value = "restore"
     for cell in (9, 10):
         shown.buttons[cell].click()
-    assert torch.equal(torch.Tensor(shown.features), torch.Tensor(a))
+    assert torch.equal(shown.features.as_subclass(Tensor), a.as_subclass(Tensor))
 
 
 def test_features_without_places_cannot_be_painted(studio: Studio) -> None:

@@ -136,12 +136,21 @@ async function draft() {
   }
 }
 
+function cancel() {
+  clearTimeout(timer);
+  running?.abort();
+  say("Cancelled.");
+}
+
 // Called while something is dragged, and once more when it is let go.
 function changed(isFinal) {
   if (painter.tool === "paint" && painter.edits().length && !second) chooseSecond(otherThan(picture));
   running?.abort();
   running = null;
+  get("cancel").disabled = true;
   forgive();
+  document.body.dataset.busy = "yes";
+  say("Drawing a draft.");
   remember(toState());
   draft();
   clearTimeout(timer);
@@ -230,7 +239,7 @@ function wire() {
   get("camera-close").addEventListener("click", closeCamera);
   get("camera-take").addEventListener("click", async () => take(...(await takePicture())));
   for (const id of ["quality", "n-samples", "seed"]) get(id).addEventListener("change", settle);
-  get("cancel").addEventListener("click", () => { running?.abort(); say("Cancelled."); });
+  get("cancel").addEventListener("click", cancel);
   get("concepts-reset").addEventListener("click", () => concepts.reset());
   get("map-clear").addEventListener("click", () => painter.clear());
   get("tools").addEventListener("change", () => { get("steer").hidden = painter.tool !== "steer"; });

@@ -12,8 +12,9 @@ export class Models {
     this.families = new Map();
     this.chosen = [];
     button.addEventListener("click", () => {
-      const used = new Set(this.chosen);
-      const free = [...this.families.values()].flat().find((one) => !used.has(one.name));
+      const all = [...this.families.values()].flat();
+      const used = new Set(all.filter((one) => this.chosen.includes(one.name)).map((one) => one.family));
+      const free = all.find((one) => !used.has(one.family) && one.layer === "last") ?? all.find((one) => !this.chosen.includes(one.name));
       if (!free) return;
       this.load([...this.chosen, free.name]);
       this.onChange();
