@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from featinv_diffusion.app.widgets import ConceptSliders, MapPainter, paint, slider
     from featinv_diffusion.backbones import list_backbones, load_backbone, wrap_model, wrap_module
     from featinv_diffusion.backbones.base import Backbone
     from featinv_diffusion.class_embedding.study import TokenReading, read_tokens
@@ -58,6 +59,7 @@ _MODULES = {
     "CertaintyCalibration": "runs.certainty",
     "Composition": "studies.composition",
     "ConceptDictionary": "concepts",
+    "ConceptSliders": "app.widgets",
     "ConceptViz": "studies.featinv_viz",
     "DiffusionInverter": "inverters.diffusion",
     "Edited": "studies.edit",
@@ -70,6 +72,7 @@ _MODULES = {
     "InputError": "errors",
     "Interpolation": "studies.interpolation",
     "Inverter": "inverters.base",
+    "MapPainter": "app.widgets",
     "Operator": "features.operators",
     "SAEConcepts": "concepts",
     "Samples": "runs.samples",
@@ -91,10 +94,12 @@ _MODULES = {
     "load_concepts": "concepts",
     "load_inverter": "inverters.open",
     "load_pipeline": "diffusion.hub",
+    "paint": "app.widgets",
     "patch_tokens": "studies.patching",
     "read_tokens": "class_embedding.study",
     "sample": "runs.samples",
     "show_concept": "studies.featinv_viz",
+    "slider": "app.widgets",
     "steerability": "studies.steerability",
     "variability": "studies.variability",
     "wrap_model": "backbones",
@@ -107,6 +112,7 @@ __all__ = [
     "CertaintyCalibration",
     "Composition",
     "ConceptDictionary",
+    "ConceptSliders",
     "ConceptViz",
     "DiffusionInverter",
     "Edited",
@@ -119,6 +125,7 @@ __all__ = [
     "InputError",
     "Interpolation",
     "Inverter",
+    "MapPainter",
     "Operator",
     "Patching",
     "SAEConcepts",
@@ -141,10 +148,12 @@ __all__ = [
     "load_concepts",
     "load_inverter",
     "load_pipeline",
+    "paint",
     "patch_tokens",
     "read_tokens",
     "sample",
     "show_concept",
+    "slider",
     "steerability",
     "variability",
     "wrap_model",

@@ -66,17 +66,26 @@ def read_image(path: str | Path) -> Image.Image:
     return _decode(path, str(path))
 
 
-def decode_image(content: bytes, name: str) -> Image.Image:
-    """Decodes the bytes of a picture file as `read_image` does; messages call it `name`."""
-    return _decode(BytesIO(content), name)
+def decode_image(content: bytes, name: str, max_pixels: int | None = None) -> Image.Image:
+    """Decodes the bytes of a picture file as `read_image` does; messages call it `name`.
+
+    Args:
+        max_pixels: a limit below PIL's own, checked before any pixel is decoded.
+    """
+    return _decode(BytesIO(content), name, max_pixels)
 
 
-def _decode(source: Path | BytesIO, name: str) -> Image.Image:
+def _decode(source: Path | BytesIO, name: str, max_pixels: int | None = None) -> Image.Image:
     try:
         # Between one and two times PIL's limit it only warns, and such a picture is still read.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(source, formats=_formats()) as image:
+                if max_pixels is not None and image.width * image.height > max_pixels:
+                    raise InputError(
+                        f"A picture must have at most {max_pixels / 1e6:g} million pixels, but "
+                        f"{name} has {image.width}×{image.height}. Make it smaller first."
+                    )
                 _warn_of_frames(image, name)
                 image.load()
                 return _to_rgb(_upright(image), name)

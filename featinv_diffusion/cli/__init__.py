@@ -15,6 +15,7 @@ from featinv_diffusion.cli import exits, terminal
 
 COMMANDS = {
     "sample": "sample",
+    "app": "page",
     "encode": "maps",
     "decode": "maps",
     "interpolate": "studies",
