@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: sample test coverage test-slow lint clean
+.PHONY: sample test coverage test-slow docs docs-version lint clean
 
 sample: $(VENV)/installed
 	$(BIN)/featinv sample --output outputs/sample
@@ -17,6 +17,17 @@ coverage: $(VENV)/installed
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m "slow and not gpu"
+
+# The notice that Material prints is answered in docs/adr/0018.
+docs docs-version: export NO_MKDOCS_2_WARNING = 1
+
+docs: $(VENV)/installed
+	$(BIN)/mkdocs build --strict --clean
+	@echo "Open build/site/index.html."
+
+# Commits the site of one version beside the earlier ones to the branch gh-pages; pushes nothing.
+docs-version: $(VENV)/installed
+	$(BIN)/mike deploy --update-aliases $(VERSION) latest
 
 lint: $(VENV)/installed
 	$(BIN)/pip install -q -e ".[dev]"
