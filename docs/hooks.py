@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,9 +23,10 @@ OUTSIDE = re.compile(r"\]\((?:\.\./)+((?:configs|examples|LICENSE)[^)#]*)\)")
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
-def on_pre_build(config: Any) -> None:
-    """Leaves out the script that the plugin `offline` would fetch; `assets` has one of ours."""
-    config.extra_javascript[:] = [s for s in config.extra_javascript if "://" not in str(s)]
+def on_config(config: Any) -> None:
+    """Shows the list of versions where `mike` builds one of several, and else asks for none."""
+    if "MIKE_DOCS_VERSION" in os.environ:
+        config.extra["version"] = {"provider": "mike"}
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -37,9 +39,7 @@ def on_files(files: Files, config: Any) -> Files:
         "reference/commands.md": "\n".join(_commands()),
     }
     linked = {
-        name
-        for page in (ROOT / "docs").rglob("*.md")
-        for name in OUTSIDE.findall(page.read_text())
+        name for page in (ROOT / "docs").rglob("*.md") for name in OUTSIDE.findall(page.read_text())
     }
     notebooks = sorted((ROOT / "examples").glob("*.ipynb"))
     for path in notebooks:
@@ -99,7 +99,7 @@ def _public_names() -> Iterator[str]:
     package = griffe.load("featinv_diffusion", search_paths=[ROOT], resolve_aliases=True)
     pages = "".join(p.read_text() for p in sorted((ROOT / "docs/reference").glob("*.md")))
     names = [name for name in package.exports or () if not str(name).startswith("_")]
-    yield "# Python interface\n\nWhat `import featinv_diffusion as fi` gives, made from the docstrings.\n"
+    yield "# Python interface\n\nWhat `import featinv_diffusion as fi` gives.\n"
     yield "| name | what it is |\n| --- | --- |"
     for name in names:
         docstring = package[name].docstring
