@@ -35,7 +35,6 @@ def on_files(files: Files, config: Any) -> Files:
         "changelog.md": (ROOT / "CHANGELOG.md").read_text(),
         "contributing.md": (ROOT / "CONTRIBUTING.md").read_text(),
         "adr/index.md": _decisions(),
-        "reference/index.md": "\n".join(_public_names()),
         "reference/commands.md": "\n".join(_commands()),
     }
     linked = {
@@ -56,9 +55,20 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Lets links to files of the repository lead to their copies in the site."""
-    up = "../" * page.file.src_uri.count("/")
-    return OUTSIDE.sub(lambda link: f"]({up}{link[1]})", markdown)
+    """Adds the public names; links to files of the repository lead to their copies in the site."""
+    name = page.file.src_uri
+    up = "../" * name.count("/")
+    is_notebook = name.startswith("notebooks/") and name != "notebooks/index.md"
+
+    def lead(link: re.Match[str]) -> str:
+        target = link[1]
+        if target.endswith(".ipynb") and not is_notebook:
+            target = f"notebooks/{Path(target).stem}.md"
+        return f"]({up}{target})"
+
+    if name == "reference/index.md":
+        markdown = "\n".join([markdown, *_public_names()])
+    return OUTSIDE.sub(lead, markdown)
 
 
 def to_page(path: Path) -> tuple[str, dict[str, bytes]]:
@@ -99,7 +109,6 @@ def _public_names() -> Iterator[str]:
     package = griffe.load("featinv_diffusion", search_paths=[ROOT], resolve_aliases=True)
     pages = "".join(p.read_text() for p in sorted((ROOT / "docs/reference").glob("*.md")))
     names = [name for name in package.exports or () if not str(name).startswith("_")]
-    yield "# Python interface\n\nWhat `import featinv_diffusion as fi` gives.\n"
     yield "| name | what it is |\n| --- | --- |"
     for name in names:
         docstring = package[name].docstring
