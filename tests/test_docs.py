@@ -23,6 +23,7 @@ NAMED = sorted(
         if "." in name
     }
 )
+LAUNCHED = "accelerate launch .*?-m featinv_diffusion"
 PAGES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))
 
 
@@ -56,8 +57,7 @@ def commands(text: str) -> Iterator[list[str]]:
     """Yields the words of each `featinv …` in the blocks of a page, without comments."""
     for block in re.findall(r"```(?:sh|console)\n(.*?)```", text, re.DOTALL):
         for line in re.sub(r"\\\n\s*", " ", block).splitlines():
-            found = re.match(r"(?:\$ )?(?:accelerate launch .*?-m featinv_diffusion|featinv) (.*)", line)
-            if found:
+            if found := re.match(rf"(?:\$ )?(?:{LAUNCHED}|featinv) (.*)", line):
                 yield shlex.split(found[1], comments=True)
 
 
