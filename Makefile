@@ -32,7 +32,7 @@ notebooks: $(VENV)/installed
 
 # Commits the site of one version beside the earlier ones to the branch gh-pages; pushes nothing.
 docs-version: $(VENV)/installed
-	$(BIN)/mike deploy --update-aliases $(VERSION) latest
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/mike deploy --update-aliases $(VERSION) latest
 
 lint: $(VENV)/installed
 	$(BIN)/pip install -q -e ".[dev]"
