@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import re
+import shlex
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+import typer
+
+from featinv_diffusion.cli import app
 
 ROOT = Path(__file__).parents[1]
 NAMED = sorted(
@@ -18,6 +23,8 @@ NAMED = sorted(
         if "." in name
     }
 )
+LAUNCHED = "accelerate launch .*?-m featinv_diffusion"
+PAGES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))
 
 
 def find(name: str) -> object:
@@ -39,11 +46,30 @@ def test_a_function_beside_an_equation_exists(name: str) -> None:
     find(name if name.startswith("train.") else f"featinv_diffusion.{name}")
 
 
-@pytest.mark.parametrize(
-    "page",
-    ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))],
-)
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *PAGES])
 def test_linked_files_exist(page: str) -> None:
     text = (ROOT / page).read_text()
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
         assert (ROOT / page).parent.joinpath(target).exists(), target
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """Yields the words of each `featinv …` in the blocks of a page, without comments."""
+    for block in re.findall(r"```(?:sh|console)\n(.*?)```", text, re.DOTALL):
+        for line in re.sub(r"\\\n\s*", " ", block).splitlines():
+            if found := re.match(rf"(?:\$ )?(?:{LAUNCHED}|featinv) (.*)", line):
+                yield shlex.split(found[1], comments=True)
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *PAGES])
+def test_commands_and_their_options_exist(page: str) -> None:
+    for words in commands((ROOT / page).read_text()):
+        command = typer.main.get_command(app)
+        while words and hasattr(command, "commands"):
+            names = command.commands
+            assert words[0] in names, f"featinv {words[0]}"
+            command, words = names[words[0]], words[1:]
+        options = {name for p in command.params for name in (*p.opts, *p.secondary_opts)}
+        for word in words:
+            if word.startswith("-") and not re.match(r"-?[\d.]", word):
+                assert word.split("=")[0] in options, f"{command.name} {word}"
