@@ -32,13 +32,15 @@ class Entry:
 
     Args:
         title: heading.
-        text: what is to be seen, one or two sentences.
+        text: what is shown.
+        see: what a reader should see.
         command: its arguments after `featinv`.
         figure: what it draws, below `ROOT`.
     """
 
     title: str
     text: str
+    see: str
     command: list[str]
     figure: str
 
@@ -47,18 +49,23 @@ def entries() -> Iterator[Entry]:
     yield Entry(
         "Reconstructions",
         "One photo, its feature map of 8×8 cells, four images that have about this map.",
+        "Layout, colours and large shapes return in every sample; leaves, windows and other fine "
+        "detail differ, since the map does not hold them.",
         ["sample", "photos", "--n-samples", "4", "--output", "sample"],
         "sample/grid.png",
     )
     yield Entry(
         "Interpolation",
         "Weighted sums of two maps, all with the same noise.",
+        "The outer columns are the two photos. Half-way neither is seen well, the cosine to the "
+        "mixed map is lowest, and a mark says where no photo has such a map.",
         ["interpolate", "photos/flower.jpg", "photos/china.jpg", "--output", "interpolate"],
         "interpolate/figure.png",
     )
     yield Entry(
         "Composition",
         "Cells of one map pasted into another: a region of the map is a region of the image.",
+        "The lower row of numbers: far more changes inside the outlined half than outside of it.",
         [
             *["compose", "photos/china.jpg", "photos/flower.jpg", "--box", "0,.5,1,1"],
             *["--output", "compose"],
@@ -68,6 +75,8 @@ def entries() -> Iterator[Entry]:
     yield Entry(
         "Variability",
         "What one map fixes, and what it leaves to the prior.",
+        "The mean of all samples is still sharp at large edges; the map of deviations is bright "
+        "along fine texture.",
         ["variability", "photos/flower.jpg", "--n-samples", "32", "--output", "variability"],
         "variability/figure.png",
     )
@@ -76,15 +85,22 @@ def entries() -> Iterator[Entry]:
         "Subspaces of the cells of 64 crops of the two photos, by multi-dimensional concept "
         "discovery, and where they are active. With a folder of images of one class they are the "
         "concepts of that class.",
+        "Each pair of rows is one concept: the outlines lie on similar things in all its pictures. "
+        "One threshold outlines them all, so that a picture without the concept has no outline.",
         ["concepts", "crops", "--n-concepts", "3", "--output", "concepts/concepts.safetensors"],
         "concepts/concepts.png",
     )
     yield Entry(
         "FeatInv-Viz",
-        "What changes in the image when a concept fades from the map, beside what changes anyway.",
+        "What the samples show when the concept with the most energy in the picture fades from the "
+        "map, beside equally long parts in random subspaces of natural maps.",
+        "In the row of measures the black dot of the concept against the grey ones of the nulls: "
+        "only where it lies beyond all of them the samples show this concept rather than any. "
+        "Beside the map as published, which always lights up somewhere, the last picture marks "
+        "what moves more than with each null, or nothing.",
         [
             *["viz", "photos/flower.jpg", "--concepts", "concepts/concepts.safetensors"],
-            *["--concept", "1", "--factor", "0.25", "--n-samples", "8", "--output", "viz"],
+            *["--factor", "0.25", "--output", "viz"],
         ],
         "viz/figure.png",
     )
@@ -92,12 +108,15 @@ def entries() -> Iterator[Entry]:
         "Class embedding",
         "What the tokens of the ViT say of the class, block by block, read without inversion, and "
         "which patches it rests on.",
+        "Identifiability rises with depth. Relevance is red where attention speaks for the class, "
+        "blue where against it, and white for most patches.",
         ["classemb", "crops/flower-02.png", "--output", "classemb"],
         "classemb/00-flower-02.png",
     )
     yield Entry(
         "Deterministic inversion",
         "The reconstructor of a small SigLIP 2: one picture for a map, without noise.",
+        "One picture that is blurred where a probabilistic inverter would invent detail.",
         ["sample", "photos", "crops/flower-02.png", "--inverter", "siglip2", "--output", "siglip2"],
         "siglip2/grid.png",
     )
@@ -105,6 +124,7 @@ def entries() -> Iterator[Entry]:
         "Operators in feature space",
         "A rotation of the feature vectors, the same for all cells, that swaps red and blue; "
         "applied twice it nearly brings them back.",
+        "Q turns the red flower blue and leaves shapes alone; Q to the 2 is near the first column.",
         [
             *["operator", "apply", "photos", "crops/flower-02.png", "--power", "0,1,2"],
             *["--operator", "tiny/siglip2/swap", "--inverter", "siglip2", "--output", "swap"],
@@ -138,7 +158,8 @@ def run(entry: Entry) -> str:
         figure.thumbnail((WIDTH, 4 * WIDTH))
         write_png(figure.convert("RGB"), FIGURES / name)
     return (
-        f"## {entry.title}\n\n{entry.text}\n\n![{entry.title}](figures/{name})\n\n"
+        f"## {entry.title}\n\n{entry.text} What to see: {entry.see}\n\n"
+        f"![{entry.title}](figures/{name})\n\n"
         f"```console\n$ featinv {shlex.join(entry.command)}\n{done.stdout.strip()}\n```"
     )
 
@@ -151,7 +172,9 @@ def main() -> None:
     head = (
         "# Gallery\n\nEverything here is made by `python benchmarks/gallery.py` with the bundled "
         "tiny family at 64 pixels, from the two photos that scikit-learn ships (danielbuechele and "
-        "vultilion, CC BY 2.0)."
+        "vultilion, CC BY 2.0). Neither shows one of the 100 classes that the tiny classifiers "
+        "know, so that a class named here is only what a classifier answers; measures on pictures "
+        "of known classes are in [applications.md](applications.md)."
     )
     PAGE.write_text("\n\n".join([head, *sections]) + "\n")
     print(f"Wrote {PAGE}")

@@ -69,6 +69,7 @@ QUALITIES = ("draft", "standard", "best", "published")
 ATTENTION = ("native", "xformers")
 DTYPES = ("float32", "float16", "bfloat16")
 OF_PIPELINE = "the pipeline's"
+BASES, ORDERS = ("auto", "uncentred", "centred"), ("energy", "relevance")
 METHODS = ("mcd", "pca", "nmf", "kmeans", "directions", "sae")
 """Ways to find concepts; `directions` and `sae` take them from a file."""
 ENCODINGS = ("least_squares", "projection", "sparse")
@@ -452,6 +453,18 @@ class ConceptSettings:
         "auto",
         "Library that made the file, and what it does not say: overcomplete:top_k=8.",
         metavar="auto|overcomplete|saev|prisma[:…]",
+    )
+    basis: str = option(
+        "auto",
+        "Basis of each cluster (mcd): centred as published, uncentred through the origin, or "
+        "whichever holds more energy with as many directions.",
+        choices=BASES,
+    )
+    order: str = option(
+        "energy",
+        "What comes first: the concept whose part has the most energy in the pictures, or the most "
+        "relevant to the class, as published.",
+        choices=ORDERS,
     )
     encoding: str = option(
         "least_squares", "How features split over the directions of a file.", choices=ENCODINGS

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from matplotlib.axes import Axes
@@ -32,11 +33,12 @@ from featinv_diffusion.types import FeatureSpec
 
 MAX_BLOCKS = 8
 OVERLAY = 0.55
+_CLIPPED = 0.99  # of the relevances lie on the scale
 LINES = {"negative": "-", "positive": "--", "": ":"}
 COLOURS = {
     "gradient": figures.BLUE,
     "gradient_of_probability": figures.GREEN,
-    "chefer": figures.ORANGE,
+    "chefer": figures.PURPLE,
     "random": figures.GREY,
 }
 NO_INVERTER = "No inverter of this backbone's blocks is at hand: what they show is left out."
@@ -148,12 +150,6 @@ def relevance_maps(anatomy: Anatomy, reading: Reading) -> Float[Tensor, "b block
     return reading.relevance[:, :, anatomy.n_prefix :].unflatten(2, anatomy.grid)
 
 
-def to_unit_range(values: Float[Tensor, "h w"]) -> Float[Tensor, "h w"]:
-    """Scales a map to [0, 1]; a constant one becomes 0."""
-    low, high = values.min(), values.max()
-    return (values - low) / (high - low) if high > low else torch.zeros_like(values)
-
-
 def shown_blocks(n_blocks: int, inverted: Sequence[int], most: int = MAX_BLOCKS) -> list[int]:
     """Returns blocks from 1 that fit in a figure: evenly spread, the last, those with inverters."""
     spread = torch.linspace(1, n_blocks, min(n_blocks, most)).round().int().tolist()
@@ -168,9 +164,9 @@ def draw_blocks(anatomy: Anatomy, item: TokenPicture) -> Figure:
         f"{item.predicted_name}",
         "Says: identifiability of the class at each patch, 1 − rank / number of classes; chance is "
         f"{chance_identifiability(anatomy.n_classes):.3g}. "
-        "Relevance: −∂ cross-entropy / ∂ attention to each patch, each map from its lowest "
-        "(dark) to its highest (bright); left, the sum over blocks. p: probability of the class in "
-        "what the attention adds.",
+        "Relevance: −∂ cross-entropy / ∂ attention to each patch, red where attention speaks for "
+        "the class and blue where against it, all at one scale, of which the strongest 1 % are "
+        "clipped; left, the mean over blocks. Class probability: in what the attention adds.",
         "Shows: an image made from the patches of that block." if item.shown else NO_INVERTER,
     ]
     n_rows = 3 if item.shown else 2
@@ -209,13 +205,16 @@ def _draw_relevance(
     assert item.reading.confidence is not None
     first = board.tile_axes(figure, 1, 0)
     figures.side_label(first, "relevance")
-    show_overlay(first, item.picture, maps.sum(dim=0))
-    figures.caption(first, "sum over blocks")
+    high = max(float(np.quantile(maps.abs().numpy(), _CLIPPED)), 1e-12)
+    image = show_overlay(first, item.picture, maps.mean(dim=0), high)
+    figures.caption(first, "mean over blocks")
     for column, block in enumerate(blocks, start=1):
         axes = board.tile_axes(figure, 1, column)
-        show_overlay(axes, item.picture, maps[block - 1])
+        show_overlay(axes, item.picture, maps[block - 1], high)
         confidence = item.reading.confidence[0, block - 1].item()
-        figures.caption(axes, f"p {confidence:.3f}", color=figures.GREY)
+        words = f"class probability {figures.number(confidence)}"
+        figures.caption(axes, words, color=figures.GREY)
+    figures.add_colour_bar(board, figure, 1, image, "relevance")
 
 
 def _draw_shows(board: Board, figure: Figure, item: TokenPicture, blocks: list[int]) -> None:
@@ -237,20 +236,19 @@ def _draw_shows(board: Board, figure: Figure, item: TokenPicture, blocks: list[i
             )
 
 
-def show_overlay(axes: Axes, picture: Image.Image, values: Float[Tensor, "h w"]) -> None:
-    """Lays a map, scaled to its own range and bilinearly enlarged, over a grey picture."""
-    unit = to_unit_range(values)[None, None]
-    smooth = F.interpolate(unit, (224, 224), mode="bilinear", align_corners=False)[0, 0]
+def show_overlay(
+    axes: Axes, picture: Image.Image, values: Float[Tensor, "h w"], high: float
+) -> Any:
+    """Lays a signed map from −high to high, bilinearly enlarged, over a grey picture.
+
+    Returns what a colour bar needs.
+    """
+    given = values[None, None]
+    smooth = F.interpolate(given, (224, 224), mode="bilinear", align_corners=False)[0, 0]
     figures.show_picture(axes, picture.convert("L").convert("RGB"))
-    axes.imshow(
-        smooth.numpy(),
-        extent=(0, 1, 1, 0),
-        cmap=figures.HEAT,
-        vmin=0,
-        vmax=1,
-        alpha=OVERLAY,
-        aspect="auto",
-    )
+    image = figures.show_signed(axes, smooth, high)
+    image.set_alpha(OVERLAY)
+    return image
 
 
 # ---- Figures of all images -----------------------------------------------------------------------
@@ -291,6 +289,7 @@ def _draw_tokens(board: Board, figure: Figure, tokens: Tensor, top: float) -> No
     left.yaxis.set_major_locator(MaxNLocator(integer=True))
     beside = board.left_of(0) + board.tile + 0.1
     bar = figure.colorbar(image, cax=board.axes(figure, beside, top, 0.09, board.tile))
+    bar.set_label("identifiability", size=figures.TEXT)
     bar.ax.tick_params(labelsize=figures.TEXT)
     bar.ax.spines[:].set_visible(False)
 
@@ -298,7 +297,7 @@ def _draw_tokens(board: Board, figure: Figure, tokens: Tensor, top: float) -> No
 def _draw_curves(
     axes: Axes, curves: Mapping[str, Sequence[Mapping[str, float]]], chance: float
 ) -> None:
-    styles = {"image": ("image tokens", figures.BLUE), "cls": ("class token", figures.ORANGE)}
+    styles = {"image": ("image tokens", figures.BLUE), "cls": ("class token", figures.GREEN)}
     for kind, points in curves.items():
         name, colour = styles[kind]
         blocks = list(range(1, len(points) + 1))

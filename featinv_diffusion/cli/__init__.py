@@ -81,5 +81,6 @@ def _options(
     quiet: terminal.Quiet = False,
     verbose: terminal.Verbose = False,
     json: terminal.Json = False,
+    figure_formats: terminal.FigureFormats = "",
 ) -> None:
     pass

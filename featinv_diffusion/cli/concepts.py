@@ -35,7 +35,7 @@ def concepts(
         Path, typer.Option("--output", "-o", metavar="FILE", help="File of concepts to write.")
     ] = Path("concepts.safetensors"),
 ) -> None:
-    """Find the concepts of a class in a backbone's features, most relevant first.
+    """Find the concepts of a class in a backbone's features, those that hold most of it first.
 
     Writes the concepts for `featinv viz`, and beside them a figure (pictures that activate each
     concept most, with activation maps), a JSON file, a parquet table (one row per picture and
@@ -85,6 +85,8 @@ def run(
             method=settings.method,
             n_concepts=settings.n_concepts,
             directions=settings.directions,
+            basis=settings.basis,
+            order=settings.order,
             encoding=settings.encoding,
             sae=settings.sae,
             sae_format=settings.sae_format,

@@ -14,12 +14,17 @@ from typing import Annotated, Any, TextIO
 import typer
 from typer.core import TyperGroup
 
+from featinv_diffusion.figures.formats import write_also
+
 PACKAGE = "featinv_diffusion"
 LIBRARIES = ("transformers", "diffusers", "datasets", "huggingface_hub")
 VERBOSITIES = tuple(
     f"{name}_VERBOSITY" for name in ("TRANSFORMERS", "DIFFUSERS", "DATASETS", "HF_HUB")
 )
 BARS = ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE")
+
+SHARED = ("quiet", "verbose", "json", "figure_formats")
+"""Options of every command."""
 
 _asked: set[str] = set()
 """Which of the options `quiet`, `verbose` and `json` the running command was given."""
@@ -49,6 +54,7 @@ def open_terminal() -> Iterator[None]:
         logger.setLevel(before[0])
         root.setLevel(before[1])
         sys.stdout = before[2]
+        write_also([])
         for name in (*VERBOSITIES, *BARS):
             os.environ.pop(name, None)
             os.environ.update({name: before[3][name]} if name in before[3] else {})
@@ -106,12 +112,31 @@ Verbose = Annotated[bool, _option("verbose", "Print what the package and its lib
 Json = Annotated[bool, _option("json", "Print the result as JSON; all else goes to stderr.")]
 
 
+def _also_in(formats: str) -> str:
+    if formats:
+        write_also([each.strip() for each in formats.split(",")])
+    return formats
+
+
+FigureFormats = Annotated[
+    str,
+    typer.Option(
+        "--figure-formats",
+        metavar="png,pdf,svg",
+        help="Write every figure in these formats too.",
+        rich_help_panel="Terminal",
+        callback=_also_in,
+        expose_value=False,
+    ),
+]
+
+
 class Commands(TyperGroup):
-    """Commands that all take the options `--quiet`, `--verbose` and `--json` of their group."""
+    """Commands that all take the shared options of their group."""
 
     def __init__(self, **given: Any):
         super().__init__(**given)
-        shared = [p for p in self.params if p.name in ("quiet", "verbose", "json")]
+        shared = [p for p in self.params if p.name in SHARED]
         _add_to_commands(self, shared)
 
 

@@ -239,6 +239,10 @@ def orthogonalise(
 
 Scaling = Literal["image", "cell", "none"]
 
+ACTIVE_FROM = "active_from"
+"""Entry of `origin`: the activation, scaled by image, from which a cell counts as one of each
+concept; one threshold for all pictures."""
+
 
 @dataclass(frozen=True)
 class _Kind:
@@ -473,8 +477,7 @@ class ConceptDictionary(ABC):
         Args:
             order: positions of the concepts to keep, each at most once.
         """
-        if len(set(order)) != len(order) or not order:
-            raise InputError(f"An order must name each concept at most once, got {list(order)}.")
+        self._reorder_origin(order)
         bases = [self.basis(i) for i in order]
         self._set(torch.cat(bases), [len(basis) for basis in bases], self._offset)
         return self
@@ -539,6 +542,15 @@ class ConceptDictionary(ABC):
         return cls(spec=spec, **settings)
 
     # ---- Internals
+
+    def _reorder_origin(self, order: Sequence[int]) -> None:
+        """Checks a new order, and brings what `origin` tells of single concepts into it."""
+        if len(set(order)) != len(order) or not order:
+            raise InputError(f"An order must name each concept at most once, got {list(order)}.")
+        for i in order:
+            self._slice(i)
+        if known := self.origin.get(ACTIVE_FROM):
+            self.origin = {**self.origin, ACTIVE_FROM: [known[i] for i in order]}
 
     def _cells_to_fit(self, features: Features) -> Float[Tensor, "n c"]:
         return to_cells(features.detach(), self.spec.channels if self.spec else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -185,6 +186,14 @@ class MCD(ConceptDictionary):
         position[order] = torch.arange(len(order))
         labels[used[torch.from_numpy(groups.inliers)]] = position[torch.from_numpy(clusters.labels)]
         self.labels = labels.reshape(len(features), *features.shape[2:])
+        return self
+
+    def reorder(self, order: Sequence[int]) -> MCD:
+        super().reorder(order)
+        if self.labels is not None:
+            places = torch.full((max(int(self.labels.max()), *order) + 2,), -1)
+            places[list(order)] = torch.arange(len(order))
+            self.labels = places[self.labels]  # -1 is the last place, which stays -1
         return self
 
     def complement(self) -> Float[Tensor, "r c"]:

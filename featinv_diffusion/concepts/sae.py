@@ -349,10 +349,7 @@ class SAEConcepts(ConceptDictionary):
     # ---- A choice of latents, and files
 
     def reorder(self, order: Sequence[int]) -> SAEConcepts:
-        if len(set(order)) != len(order) or not order:
-            raise InputError(f"An order must name each concept at most once, got {list(order)}.")
-        for i in order:
-            self._slice(i)
+        self._reorder_origin(order)
         places = torch.tensor(list(order))
         directions = None if self._directions is None else self._directions[places]
         self._choose(self._latents[places], directions)

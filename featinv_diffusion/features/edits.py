@@ -224,9 +224,16 @@ def _listed(box: Sequence[float]) -> str:
     return ",".join(f"{value:g}" for value in box)
 
 
-def high_cells(activation: Float[Tensor, "h w"]) -> CellMask:
-    """Marks the cells with at least `HIGH` of the greatest activation; none where all are zero."""
-    return (activation >= HIGH * activation.max()) & (activation > 0)
+def high_cells(
+    activation: Float[Tensor, "... h w"], threshold: float | None = None
+) -> Bool[Tensor, "... h w"]:
+    """Marks the cells with at least this activation; those without any are never marked.
+
+    Args:
+        threshold: None is `HIGH` of the greatest activation given.
+    """
+    low = HIGH * activation.max() if threshold is None else threshold
+    return (activation >= low) & (activation > 0)
 
 
 # ---- Edits of the same size that mean nothing ----------------------------------------------------
@@ -265,6 +272,49 @@ def random_like(
     turned = F.normalize(turned + tiny * drawn[:, 0], dim=1, eps=1e-300)
     turned = turned * cells.norm(dim=1, keepdim=True)
     return turned.reshape(b, h, w, c).permute(0, 3, 1, 2).to(change)
+
+
+def random_part(
+    features: Features,
+    part: Features,
+    frame: Float[Tensor, "c k"],
+    generator: torch.Generator,
+    n_directions: int = 1,
+) -> tuple[Features, int]:
+    """Returns an equally long part of a map in a random subspace: the null of a removal.
+
+    The map is projected on random directions of the frame, `n_directions` of them and then as many
+    more as it takes to be as long as `part`, and the projection is shortened to that length.
+    Removing it takes away what the map has, as removing a concept does.
+
+    Args:
+        features: `[1, c, h, w]`.
+        part: whose length over the whole map is taken, as long as the map or shorter.
+        frame: directions whose span is drawn from, see `random_like`.
+        generator: on the CPU.
+        n_directions: dimensions of the concept that is compared.
+
+    Returns:
+        The part, and the dimensions of its subspace. Where the whole span of the frame holds less
+        than `part`, its projection is lengthened.
+
+    Raises:
+        InputError: a frame of another width.
+    """
+    b, c, h, w = features.shape
+    if len(frame) != c:
+        raise InputError(f"The frame must be one of {c} channels, got {len(frame)}.")
+    frame = frame.cpu().double()
+    cells = features.detach().cpu().double().permute(0, 2, 3, 1).reshape(-1, c)
+    noise = torch.randn(frame.shape[1], min(frame.shape), generator=generator, dtype=torch.float64)
+    directions = torch.linalg.qr(frame @ noise).Q
+    codes = cells @ directions
+    lengths = codes.square().sum(dim=0).cumsum(dim=0).sqrt()
+    wanted = part.detach().double().norm().cpu()
+    rank = min(max(n_directions, int((lengths < wanted).sum()) + 1), len(lengths))
+    drawn = codes[:, :rank] @ directions[:, :rank].T
+    drawn = drawn * (wanted / lengths[rank - 1].clamp_min(1e-300))
+    return drawn.reshape(b, h, w, c).permute(0, 3, 1, 2).to(features), rank
 
 
 def frame_of_cells(features: Features) -> Float[Tensor, "c n"]:

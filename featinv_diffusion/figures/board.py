@@ -26,15 +26,19 @@ from torch import Tensor
 
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.features.edits import CellMask
+from featinv_diffusion.figures.grid import GREY, INK
 from featinv_diffusion.files import replacing
 from featinv_diffusion.images import to_pil
 from featinv_diffusion.metrics.statistics import Interval
 from featinv_diffusion.types import Images
 
 SUFFIXES = (".png", ".pdf", ".svg")
-BLUE, ORANGE, GREEN, YELLOW = "#0072B2", "#D55E00", "#009E73", "#F0E442"
-INK, GREY = "#1a1a1a", "#6b6b6b"
-HEAT = "cividis"
+BLUE, GREEN, PURPLE = "#0072B2", "#009E73", "#CC79A7"
+"""Series, in this order; a single one, or what is measured, may be `INK`, and nulls are `GREY`."""
+ORANGE, YELLOW = "#D55E00", "#F0E442"
+"""Outside of the scope; the border of a region. Neither colour means anything else."""
+HEAT, SIGNED = "cividis", "RdBu_r"
+"""Colours of maps from 0 on, and of maps with a sign: blue below 0, white, red above."""
 DPI = 200
 TITLE, TEXT = 10.0, 7.5  # points
 _TITLE_LETTER, _LETTER = 0.084, 0.054  # inches per letter, a little above the average
@@ -206,16 +210,36 @@ def show_map(axes: Axes, values: Float[Tensor, "h w"], low: float, high: float) 
     )
 
 
+def show_signed(axes: Axes, values: Float[Tensor, "h w"], high: float) -> Any:
+    """Draws a map with a sign in colours that run from −high to high; see `show_map`."""
+    image = show_map(axes, values, -high, high)
+    image.set_cmap(SIGNED)
+    return image
+
+
 def add_colour_bar(
-    board: Board, figure: Figure, row: int, image: Any, label: str, column: int | None = None
+    board: Board,
+    figure: Figure,
+    row: int,
+    image: Any,
+    label: str,
+    column: int | None = None,
+    mark: float | None = None,
 ) -> None:
-    """Draws the scale of a row's maps in a column, by default right of all; takes 0.6 inches."""
+    """Draws the scale of a row's maps in a column, by default right of all; takes 0.6 inches.
+
+    Args:
+        mark: value at which a line is drawn across the scale.
+    """
     left = board.left_of(board.n_columns if column is None else column)
     top = board.bottom_of(row) - board.caption - board.tile
     axes = board.axes(figure, left, top, 0.09, board.tile)
     with mpl.rc_context(_STYLE):
         bar = figure.colorbar(image, cax=axes, ticks=MaxNLocator(4))
         bar.set_label(label, size=TEXT)
+        if mark is not None and mark <= image.get_clim()[1]:
+            for colour, width in ((INK, 3), ("white", 1.2)):
+                axes.axhline(mark, color=colour, linewidth=width)
         axes.spines[:].set_visible(False)
 
 
@@ -317,7 +341,7 @@ def draw_bars(
     figure, axes = plain_figure(1.2 + 0.75 * len(values), 3.0)
     add_bars(axes, list(values), list(values.values()))
     if baseline is not None:
-        axes.axhline(baseline[1].value, color=ORANGE, linestyle="--", label=baseline[0])
+        axes.axhline(baseline[1].value, color=GREY, linestyle="--", label=baseline[0])
         highest = max(*(v.value for v in values.values()), baseline[1].value)
         axes.set_ylim(top=1.25 * highest)  # leaves room for the legend
         axes.legend(frameon=False, fontsize=TEXT, loc="upper left")

@@ -22,6 +22,8 @@ from PIL import Image
 
 from featinv_diffusion import __version__, schema
 from featinv_diffusion.errors import InputError
+from featinv_diffusion.figures.formats import paths_of
+from featinv_diffusion.figures.grid import Grid
 from featinv_diffusion.files import holding, replacing, write_text
 from featinv_diffusion.images import write_png
 from featinv_diffusion.processes import Worker
@@ -72,14 +74,15 @@ class RunFolder:
         write_png(image, self._path(name))
         self.pictures.append(name)
 
-    def figure(self, name: str, figure: Figure | Image.Image) -> None:
-        """Writes a figure in the format of the name's suffix."""
-        if isinstance(figure, Image.Image):
-            write_png(figure, self._path(name))
-        else:
-            from featinv_diffusion.figures.board import write_figure
+    def figure(self, name: str, figure: Figure | Grid) -> None:
+        """Writes a figure in the format of the name's suffix, and in `figures.formats`."""
+        for path in paths_of(self._path(name)):
+            if isinstance(figure, Grid):
+                figure.write(path)
+            else:
+                from featinv_diffusion.figures.board import write_figure
 
-            write_figure(figure, self._path(name))
+                write_figure(figure, path)
 
     def numbers(self, name: str, content: Mapping[str, Any]) -> None:
         """Writes JSON, which holds no NaN."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from featinv_diffusion import __version__
 from featinv_diffusion.errors import InputError
-from featinv_diffusion.figures.grid import GridRow, draw_map, make_grid
+from featinv_diffusion.figures.grid import Grid, GridRow, draw_map
 from featinv_diffusion.images import to_tensor
 from featinv_diffusion.inverters.base import Inverter
 from featinv_diffusion.inverters.open import open_inverter
@@ -210,7 +210,7 @@ class Samples:
 
     def figure(self) -> Image.Image:
         """Draws original | samples, with the cosine under each, as `grid.png`."""
-        return draw_grid(list(map(to_row, self.reconstructions)), self.manifest)
+        return make_grid(list(map(to_row, self.reconstructions)), self.manifest).image()
 
     def rows(self) -> list[dict[str, Any]]:
         """Returns one dict per sample."""
@@ -456,7 +456,7 @@ class SampleFolder:
 
     def complete(self) -> None:
         """Writes the grid, then the manifest."""
-        self.run.figure(GRID, draw_grid(self.shown, self.manifest))
+        self.run.figure(GRID, make_grid(self.shown, self.manifest))
         self.run.complete(self.manifest.content())
 
 
@@ -522,8 +522,8 @@ def to_captions(cosines: Sequence[float]) -> list[str]:
     return [f"cosine {round(value, 2) + 0.0:.2f}" for value in cosines]  # and never -0.00
 
 
-def draw_grid(rows: Sequence[GridRow], manifest: Manifest) -> Image.Image:
-    """Draws the rows under a heading that tells the settings and the shuffled null."""
+def make_grid(rows: Sequence[GridRow], manifest: Manifest) -> Grid:
+    """Puts the rows under a heading that tells the settings and the shuffled null."""
     parts = [] if manifest.settings is None else _setting_parts(manifest.settings)
     if len(rows) < len(manifest.images):
         parts.append(f"first {len(rows)} of {len(manifest.images)} pictures")
@@ -535,7 +535,7 @@ def draw_grid(rows: Sequence[GridRow], manifest: Manifest) -> Image.Image:
         headers = [f"sample {j}" for j in range(n_samples)] + [DRAWN[p] for p in PIXEL_PARTS]
         explained = f"\n{DETERMINED}"
     eye = "" if manifest.second_eye is None else f"\n{second_eye_line(manifest.second_eye)}"
-    return make_grid(
+    return Grid(
         rows,
         title=f"From {name}features back to pictures",
         subtitle=f"{' · '.join(parts)}\nUnder each sample: cosine of its features to the "

@@ -232,7 +232,7 @@ class Composition(Result):
             [
                 settings_line(self.settings) + (shown if n_columns < len(self.cosine) else ""),
                 "Outlined: the cells of A's map that come from B's. Under each picture the cosine "
-                "of its features to the map it was sampled from; one column per seed.",
+                "of its features to the map it was sampled from.",
                 *scope_notes(self.scope_basis),
             ],
             after_first=0.22,
@@ -255,14 +255,14 @@ class Composition(Result):
         caption(after, figures.number(self.cosine[j].item()), self.scope_p_value)
         image = figures.show_map(change, self.change[j], 0, max(self.change.max().item(), 1e-3))
         inside, outside = self.change_inside, self.change_outside
-        words = [
-            f"{word} {means[j]:.2f}" for word, means in (("in", inside), ("out", outside)) if means
-        ]
-        figures.caption(change, " · ".join(words))
+        both = (("inside", inside), ("outside", outside))
+        words = [f"{word} {means[j]:.2f}" for word, means in both if means]
+        figures.caption(change, "\n".join(words))
         names = ("A's map", "composed map", "change")
         for axes, name in zip((before, after, change), names, strict=True):
             figures.outline(axes, self.cells)
             if j == 0:
                 figures.side_label(axes, name)
+        figures.label(before, f"sample {j}")
         if is_last:
             figures.add_colour_bar(board, figure, 2, image, "mean |ΔRGB|")

@@ -30,12 +30,17 @@ from featinv_diffusion.concepts import (
     load_concepts,
     read_head,
 )
-from featinv_diffusion.concepts.base import completeness, orthonormal_rows, read_directions
+from featinv_diffusion.concepts.base import (
+    ACTIVE_FROM,
+    completeness,
+    orthonormal_rows,
+    read_directions,
+)
 from featinv_diffusion.concepts.sae_files import AUTO, find_concepts_file
 from featinv_diffusion.data.classes import find_class
 from featinv_diffusion.data.places import list_pictures
 from featinv_diffusion.errors import InputError
-from featinv_diffusion.features.edits import high_cells
+from featinv_diffusion.features.edits import HIGH, CellMask, high_cells
 from featinv_diffusion.figures import board as figures
 from featinv_diffusion.figures.board import Board, check_name
 from featinv_diffusion.images import center_square, read_batch, read_image, to_pil
@@ -47,6 +52,9 @@ from featinv_diffusion.types import Features, FeatureSpec, Source
 
 SUFFIX, MANIFEST_SUFFIX = ".safetensors", ".manifest.json"
 MAX_CONCEPTS, N_PICTURES, SIDE = 6, 6, 256
+MIN_OF_CLASS = 10
+"""Pictures of a class below which its concepts are said to be those of few pictures."""
+_GREATEST = 0.99  # quantile, so that a single cell decides nothing
 HEADER = ("concept", "dimensions", "relevance", "completeness", "energy")
 
 logger = logging.getLogger(__name__)
@@ -61,6 +69,8 @@ def find_concepts(
     method: str | None = None,
     n_concepts: int | str | None = None,
     directions: str | Path | None = None,
+    basis: str = "auto",
+    order: str = "energy",
     encoding: str = "least_squares",
     sae: SAEConcepts | str | Path | None = None,
     sae_format: str = AUTO,
@@ -69,7 +79,7 @@ def find_concepts(
     batch_size: int = 32,
     progress: bool = False,
 ) -> FoundConcepts:
-    """Finds the concepts of a class in a backbone's features, most relevant first.
+    """Finds the concepts of a class in a backbone's features, those that hold most of it first.
 
     Args:
         backbone: the backbone, or an inverter that has one.
@@ -82,6 +92,9 @@ def find_concepts(
         n_concepts: None is 3, all directions of a file, or 6 latents of an SAE; `auto` lets mcd
             choose.
         directions: file with a matrix of directions, see `concepts.base.read_directions`.
+        basis: of each cluster of mcd, see `MCD`: `centred` is the published one.
+        order: `energy` puts the concept first whose part has the largest share of the pictures'
+            squared length, `relevance` the most relevant to the class, as published.
         encoding: how features split over such directions, see `DirectionConcepts`.
         sae: a sparse autoencoder of these features, or its file, whose latents to take: those that
             add most to the class, or without a class those of the greatest parts.
@@ -105,6 +118,8 @@ def find_concepts(
         method=method,
         n_concepts=None if n_concepts is None else str(n_concepts),
         directions=None if directions is None else str(Path(directions).absolute()),
+        basis=basis,
+        order=order,
         encoding=encoding,
         sae=None if sae is None else _name_of(sae),
         sae_format=sae_format,
@@ -131,6 +146,14 @@ def find_concepts(
         "weights_sha256": weights_sha256({"backbone": backbone.model}),
     }
     activations, energy, relevance = _measure(concepts, features, chosen, batch_size)
+    weight = features.double().square().sum(dim=(1, 2, 3))
+    weight = weight / weight.sum().clamp_min(1e-300)
+    places = torch.arange(concepts.n_concepts)
+    if settings.order == "energy":
+        places = (energy * weight[:, None]).sum(dim=0).argsort(descending=True, stable=True)
+        concepts.reorder(places.tolist())
+    activations, energy = activations[:, places], energy[:, places]
+    concepts.origin[ACTIVE_FROM] = [_active_from(activations[:, k]) for k in range(len(places))]
     return FoundConcepts(
         settings=settings,
         folder=folder,
@@ -141,8 +164,9 @@ def find_concepts(
         images=names,
         sources=sources,
         activations=activations,
-        local_relevance=relevance,
+        local_relevance=None if relevance is None else relevance[:, places],
         energy=energy,
+        total_energy=weight @ energy,
         predicted=None if logits is None else logits.argmax(dim=1),
     )
 
@@ -266,7 +290,8 @@ def _make(settings: ConceptSettings, spec: FeatureSpec) -> ConceptDictionary:
         encoding: Any = settings.encoding
         return DirectionConcepts(directions, offset=offset, encoding=encoding, spec=spec)
     if settings.resolved_method == "mcd":
-        return MCD(n, max_cells=settings.max_cells or None, seed=seed, spec=spec)
+        basis: Any = settings.basis
+        return MCD(n, basis=basis, max_cells=settings.max_cells or None, seed=seed, spec=spec)
     kinds = {"pca": PCAConcepts, "nmf": NMFConcepts, "kmeans": KMeansConcepts}
     return kinds[settings.resolved_method](n, seed=seed, spec=spec)
 
@@ -322,23 +347,41 @@ def _arrange(concepts: ConceptDictionary, number: int | None, target: TargetClas
 def _measure(
     concepts: ConceptDictionary, features: Features, target: TargetClass | None, batch_size: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Returns activation maps, shares of energy, and relevance of each picture to the class."""
-    activations, relevance = [], []
-    energy = torch.zeros(concepts.n_concepts, dtype=torch.float64)
-    total = 0.0
+    """Returns activation maps, shares of each picture's energy, and its relevance to the class."""
+    activations, relevance, energy = [], [], []
     for batch in features.split(batch_size):
         norms = concepts.activations(batch, "none")
-        energy += norms.double().square().sum(dim=(0, 2, 3))
-        total += batch.double().square().sum().item()
+        total = batch.double().square().sum(dim=(1, 2, 3)).clamp_min(1e-300)
+        energy.append(norms.double().square().sum(dim=(2, 3)) / total[:, None])
         activations.append(concepts.activations(batch))
         if target is not None and target.head is not None:
             local = concepts.local_relevance(batch, target.head, target.index)
             relevance.append(local[:, :-1].mean(dim=(2, 3)))
     return (
         torch.cat(activations),
-        (energy / total).float(),
+        torch.cat(energy),
         torch.cat(relevance) if relevance else None,
     )
+
+
+def _active_from(activation: Float[Tensor, "n h w"]) -> float:
+    """Returns `HIGH` of the activation that one of a hundred cells of all pictures exceeds."""
+    return HIGH * float(np.quantile(activation.numpy(), _GREATEST))
+
+
+def active_cells(
+    concepts: ConceptDictionary, concept: int, activation: Float[Tensor, "h w"]
+) -> tuple[CellMask, str]:
+    """Marks where a concept is active in a map, and says by which rule.
+
+    Args:
+        activation: scaled by image.
+    """
+    known = concepts.origin.get(ACTIVE_FROM)
+    if known is None:
+        return high_cells(activation), "at least half of the greatest activation in this picture"
+    words = f"activation of at least {known[concept]:.2f}, one threshold for all pictures"
+    return high_cells(activation, known[concept]), words
 
 
 # ---- What was found ------------------------------------------------------------------------------
@@ -359,7 +402,8 @@ class FoundConcepts:
         sources: these pictures.
         activations: of each picture, as published: divided by its longest feature vector.
         local_relevance: what each concept adds to the logit; None where that is not defined.
-        energy: share of the squared length of all cells that each concept's part has.
+        energy: share of each picture's squared length that each concept's part has.
+        total_energy: the same of all pictures together.
         predicted: class of each picture.
     """
 
@@ -373,13 +417,33 @@ class FoundConcepts:
     sources: list[Source]
     activations: Float[Tensor, "n k h w"]
     local_relevance: Float[Tensor, "n k"] | None
-    energy: Float[Tensor, " k"]
+    energy: Float[Tensor, "n k"]
+    total_energy: Float[Tensor, " k"]
     predicted: Int[Tensor, " n"] | None
 
     @property
     def notes(self) -> list[str]:
         """What a user may not expect, a sentence each."""
-        return [] if self.target is None or self.target.note is None else [self.target.note]
+        notes = [] if self.target is None or self.target.note is None else [self.target.note]
+        n, of_class = len(self.images), None if self.target is None else self.target.n_predicted
+        if n < MIN_OF_CLASS or (of_class is not None and of_class < MIN_OF_CLASS):
+            found = f"{n} are given" if of_class is None else f"{of_class} of {n} are classified so"
+            notes.append(
+                f"Warning: concepts of a class need at least {MIN_OF_CLASS} pictures of it, but "
+                f"{found}; these concepts are those of few pictures, or of other classes."
+            )
+        direction = self._direction
+        if direction is not None and self.concepts.global_relevance(direction).max() > 1:
+            notes.append(
+                "Relevance is the length of a concept's share of the class direction; it exceeds 1 "
+                "where bases are oblique, so that shares cancel."
+            )
+        return notes
+
+    @property
+    def basis(self) -> str | None:
+        """The basis of MCD and how it was published, in words; None of other methods."""
+        return basis_words(self.concepts)
 
     @property
     def _direction(self) -> Tensor | None:
@@ -407,6 +471,7 @@ class FoundConcepts:
             "head": None if target is None or target.head is None else target.head.form,
             "completeness": None if direction is None else concepts.completeness(direction),
             "relevance_of_rest": None if relevance is None else relevance[-1],
+            "basis": concepts.report.get("basis"),
             "energy": concepts.report.get("energy"),
             "concepts": [
                 {
@@ -419,7 +484,7 @@ class FoundConcepts:
                     "completeness": None
                     if direction is None
                     else _completeness(concepts.basis(k), direction),
-                    "energy": self.energy[k].item(),
+                    "energy": self.total_energy[k].item(),
                 }
                 for k in range(concepts.n_concepts)
             ],
@@ -439,6 +504,7 @@ class FoundConcepts:
                 "concept": k,
                 "activation_max": greatest[i, k].item(),
                 "activation_mean": mean[i, k].item(),
+                "energy": self.energy[i, k].item(),
                 "relevance": None if relevance is None else relevance[i, k].item(),
             }
             for i, name in enumerate(self.images)
@@ -467,7 +533,8 @@ class FoundConcepts:
             [
                 self._heading(n_concepts),
                 "Of each concept the pictures that activate it most, and their activation maps; "
-                "outlined: at least half of the picture's own maximum.",
+                "outlined: active, from half of the activation that 1 % of all cells exceed, one "
+                "threshold for all pictures.",
             ],
             headers="first",
             right=0.7,
@@ -481,7 +548,7 @@ class FoundConcepts:
                 activation = self.activations[i, k]
                 above, below = (board.tile_axes(figure, 2 * k + row, column) for row in range(2))
                 figures.show_picture(above, _large(self.sources[i]))
-                figures.outline(above, high_cells(activation))
+                figures.outline(above, active_cells(self.concepts, k, activation)[0])
                 figures.caption(above, figures.short_name(self.images[i]), color=figures.GREY)
                 image = figures.show_map(below, activation, 0, high)
                 figures.caption(below, f"max {figures.number(activation.max().item())}")
@@ -498,6 +565,7 @@ class FoundConcepts:
         head = (
             f"{self.settings.resolved_method}, {len(self.images)} pictures, "
             f"{self.concepts.n_concepts} concepts{shown}, of {sizes} dimensions"
+            + (f", {self.basis}" if self.basis else "")
         )
         if self._direction is None:
             return head
@@ -553,6 +621,18 @@ class FoundConcepts:
         return f"{type(self).__name__}: {self.summary()}"
 
 
+def basis_words(concepts: ConceptDictionary) -> str | None:
+    """Names the basis of MCD beside the published one; None of other methods."""
+    basis = concepts.report.get("basis") if isinstance(concepts, MCD) else None
+    if basis is None:
+        return None
+    return (
+        "centred basis, as published"
+        if basis == "centred"
+        else (f"{basis} basis (published: centred)")
+    )
+
+
 def _large(source: Source) -> Image.Image:
     """Returns the picture as figures show it; files are larger than what the backbone saw."""
     if source.location is not None:
@@ -586,7 +666,7 @@ def _energies(found: dict[str, Any]) -> list[str]:
         parts.append(f"with as many dimensions, which decides: {both}")
     return [
         f"Energy of the cells in the span of all concepts: {'; '.join(parts)}. "
-        f"The {fit['basis']} basis is used."
+        f"The {fit['basis']} basis is used; the published one is centred."
     ]
 
 

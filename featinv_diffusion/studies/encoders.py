@@ -655,7 +655,7 @@ def _draw_panel(axes: Axes, name: str, encoders: Sequence[Mapping[str, Any]]) ->
     for place, null in zip(places, nulls, strict=True):
         if null is not None:
             ends = (place - 0.32, place + 0.32)
-            axes.hlines(null["value"], *ends, color=figures.ORANGE, linewidth=1.5)
+            axes.hlines(null["value"], *ends, color=figures.GREY, linewidth=1.5)
     labels = [encoder["label"] for encoder in encoders]
     axes.set_xticks(places, labels, rotation=30, ha="right", rotation_mode="anchor")
     axes.set_title(title_of(name), fontsize=figures.TEXT)

@@ -1,17 +1,16 @@
-"""FeatInv-Viz: where a picture changes when a concept of its features is attenuated."""
+"""FeatInv-Viz: what samples show when a concept of their features is attenuated, and where."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
-from jaxtyping import Float
-from matplotlib.axes import Axes
+from jaxtyping import Bool, Float
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
@@ -21,32 +20,39 @@ from featinv_diffusion.concepts import ConceptDictionary
 from featinv_diffusion.concepts.sae_files import AUTO, find_concepts_file
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.features import scale_part
-from featinv_diffusion.features.edits import CellMask, high_cells, to_pixels
+from featinv_diffusion.features.edits import CellMask, random_part, to_pixels
 from featinv_diffusion.figures import board as figures
-from featinv_diffusion.figures.board import Board
 from featinv_diffusion.images import to_pil
 from featinv_diffusion.inverters.base import Inverter
 from featinv_diffusion.runs.progress import advancing
 from featinv_diffusion.runs.record import Result
-from featinv_diffusion.runs.sampling import read_maps, sample_all, to_list
-from featinv_diffusion.runs.scope import Scope, caption, open_scope, scope_notes
+from featinv_diffusion.runs.sampling import SampleBatch, read_maps, sample_all, to_list
+from featinv_diffusion.runs.scope import Scope, open_scope
 from featinv_diffusion.seeds import make_generator
-from featinv_diffusion.studies.concepts import FoundConcepts, check_concepts
-from featinv_diffusion.studies.study import (
-    choose_seeds,
-    draw_original,
-    pixel_rows,
-    settings_line,
-    settings_of,
+from featinv_diffusion.studies.concepts import (
+    FoundConcepts,
+    active_cells,
+    basis_words,
+    check_concepts,
 )
-from featinv_diffusion.types import Features, Images, Source
+from featinv_diffusion.studies.study import choose_seeds, pixel_rows, settings_of
+from featinv_diffusion.studies.viz_measures import (
+    MEASURES,
+    THRESHOLD,
+    EditEffect,
+    class_share,
+    mean_of_nulls,
+    measure_edit,
+    median,
+    normalise,
+    p_value,
+    rgb_distance,
+)
+from featinv_diffusion.types import Features, Source
 
-THRESHOLD = 0.33
-"""Of the normalised map, as published: pixels below count as unaffected."""
 MAX_DIRECTIONS = 1000
-_CURVE = 1.0  # inches
-_FADED = 0.8  # towards white
-_CLIPPED = 0.99  # of a map's pixels lie on the scale, so that single ones do not darken the rest
+N_DIRECTIONS = 19
+"""Null subspaces: one edit in twenty that means nothing is above all of them."""
 
 
 def show_concept(
@@ -54,12 +60,12 @@ def show_concept(
     picture: Any,
     concepts: ConceptDictionary | FoundConcepts | str | Path,
     *,
-    concept: int = 0,
+    concept: int | None = None,
     factor: float = 0.25,
     film: Sequence[float] = (0, 0.5, 1, 1.5, 2),
     sae_format: str = AUTO,
-    n_directions: int = 3,
-    n_samples: int = 8,
+    n_directions: int = N_DIRECTIONS,
+    n_samples: int = 4,
     seed: int = 0,
     seeds: Sequence[int] | None = None,
     batch_size: int = 8,
@@ -67,20 +73,24 @@ def show_concept(
 ) -> ConceptViz:
     """Samples a picture's map with a concept at several strengths, all with the same noise.
 
-    The map of the result is the distance between samples before and after, beside two nulls at the
-    same scale: samples of other noise, and edits of the same size along random directions. A
-    deterministic inverter makes one sample of each map, and has no null of other noise.
+    Beside the concept stand nulls at the same factor: equally long parts of the same map in random
+    subspaces of the span of natural maps, of as many dimensions as the concept or more where that
+    is too short (`features.edits.random_part`). Whatever is measured of the concept is measured of
+    each null, with the same noise. What another noise changes is no null of paired samples, which
+    do not differ at all without an edit; it is the scale that maps are drawn to. A deterministic
+    inverter makes one sample of each map, and has no other noise.
 
     Args:
         picture: a picture or a feature map `[1, c, h, w]`; the noise depends on its file name.
         concepts: of this backbone and layer: what `find_concepts` returns, a dictionary, an SAE,
             or a file of one of these.
-        concept: index of the concept, from 0; of an SAE the latent.
-        factor: factor on the concept's part in the edit that the map shows (FeatInv, algorithm 1):
+        concept: index of the concept, from 0; of an SAE the latent. None is the one whose part has
+            the most energy in this picture.
+        factor: factor on the concept's part in the edit that is measured (FeatInv, algorithm 1):
             0 removes it, 1 leaves it, 2 doubles it.
         film: further factors to sample.
         sae_format: library that made a file of an SAE, see `concepts.sae_files.read_sae`.
-        n_directions: random directions; they derive from the first seed.
+        n_directions: random subspaces; they derive from the first seed.
         n_samples: samples of each map, at least 2; deterministic inverters make one.
         seed: random seed.
         seeds: the seed of each sample itself, as a manifest keeps them.
@@ -89,7 +99,7 @@ def show_concept(
 
     Raises:
         InputError: concepts of other features, no such concept, factors that are not finite or
-            alike, too few samples or directions, a picture that cannot be read, samples that are
+            alike, too few samples or subspaces, a picture that cannot be read, samples that are
             not finite.
     """
     factors = check_factors(factor, film)
@@ -101,21 +111,35 @@ def show_concept(
     maps = read_maps(inverter, picture)
     seeds = choose_seeds(inverter, maps, seed, n_samples, seeds, least=2)
     source, features = maps.sources[0], maps.as_subclass(Tensor)
+    norms = dictionary.activations(features, "none")[0]
+    energy = norms.double().square().sum(dim=(1, 2)).cpu()
+    concept = int(energy.argmax()) if concept is None else concept
     part = dictionary.part(features, concept)
+    activation = dictionary.activations(features)[0, concept].float().cpu()
+    cells, rule = active_cells(dictionary, concept, activation)
     class_index = _find_class(backbone, dictionary, source)
     scope = open_scope(inverter)
+    frame, span = _frame(scope, features)
 
-    def sample(part: Features, factor: float) -> Dose:
+    def sample(part: Features, factor: float, dimensions: int) -> Dose:
         edited = scale_part(features, part, factor)
-        done = sample_all(inverter, edited, seeds, batch_size)
-        cosine = done.cosine.mean(dim=(1, 2)).cpu()
-        probability = _probability(backbone, done.images, class_index, batch_size)
-        return Dose(factor, edited, done.images, cosine, probability)
+        return Dose(factor, edited, sample_all(inverter, edited, seeds, batch_size), dimensions)
 
     with advancing(inverter, (len(factors) + n_directions) * len(seeds), progress):
-        doses = [sample(part, each) for each in factors]
-        generators = [make_generator(seeds[0], "direction", k) for k in range(n_directions)]
-        random_doses = [sample(turn_part(part, generator), factor) for generator in generators]
+        doses = [sample(part, each, dictionary.sizes[concept]) for each in factors]
+        nulls = []
+        for k in range(n_directions):
+            generator = make_generator(seeds[0], "direction", k)
+            random, rank = random_part(features, part, frame, generator, dictionary.sizes[concept])
+            nulls.append(sample(random, factor, rank))
+
+    def effect(dose: Dose) -> EditEffect:
+        before = next(each for each in doses if each.factor == 1)
+        change = dose.features - features
+        return measure_edit(
+            before.samples, dose.samples, change, dictionary, concept, cells, class_index
+        )
+
     p_values = _scope_of(doses, scope)
     labels = backbone.labels
     return ConceptViz(
@@ -134,13 +158,20 @@ def show_concept(
         scope_basis=scope.basis,
         picture=source,
         doses=doses,
-        random_doses=random_doses,
-        activation=dictionary.activations(features)[0, concept].float().cpu(),
+        nulls=nulls,
+        own_effect=effect(next(dose for dose in doses if dose.factor == factor)),
+        null_effects=[effect(dose) for dose in nulls],
+        span=span,
+        span_dimensions=min(frame.shape),
+        activation=activation,
+        cells=cells,
+        active_rule=rule,
+        concept_basis=basis_words(dictionary),
         part_energy=_share(part, features),
         class_index=class_index,
         class_name=None if class_index is None or labels is None else labels[class_index],
         scope_p_values=p_values,
-        scope_p_values_random=_scope_of(random_doses, scope),
+        scope_p_values_null=_scope_of(nulls, scope),
     )
 
 
@@ -174,16 +205,6 @@ def _find_class(backbone: Backbone, concepts: ConceptDictionary, source: Source)
     return known
 
 
-@torch.no_grad()
-def _probability(
-    backbone: Backbone, images: Images, class_index: int | None, batch_size: int
-) -> Float[Tensor, " seeds"] | None:
-    if class_index is None:
-        return None
-    scores = [backbone.classify(part.to(backbone.device)) for part in images.split(batch_size)]
-    return torch.cat(scores).float().softmax(dim=1)[:, class_index].cpu()
-
-
 def _scope_of(doses: Sequence[Dose], scope: Scope) -> list[float] | None:
     """Returns how natural each edited map is."""
     maps = torch.cat([dose.features for dose in doses])
@@ -196,68 +217,15 @@ def _share(part: Tensor, features: Tensor) -> float:
     return part.double().square().sum().item() / total if total > 0 else 0.0
 
 
-def turn_part(part: Features, generator: torch.Generator) -> Features:
-    """Turns the directions of a part to random ones, and leaves all else as it is.
+def _frame(scope: Scope, features: Features) -> tuple[Float[Tensor, "c k"], str]:
+    """Returns directions with the second moment of natural cells, and what they are of.
 
-    Each cell keeps its norm, and any two cells the angle between them, so that a concept of one
-    dimension becomes one random direction with the concept's own coefficients.
-
-    Args:
-        part: `[1, c, h, w]`.
-        generator: on the CPU.
+    A removal goes towards the origin, so that the mean of the cells is one of the directions.
     """
-    cells = part[0].flatten(1).T.cpu().double()
-    codes, lengths, _ = torch.linalg.svd(cells, full_matrices=False)
-    noise = torch.randn(cells.shape[1], len(lengths), generator=generator, dtype=torch.float64)
-    frame = torch.linalg.qr(noise).Q
-    return ((codes * lengths) @ frame.T).T.reshape(part.shape).to(part)
-
-
-def rgb_distance(
-    images: Float[Tensor, "b 3 height width"], others: Float[Tensor, "b 3 height width"]
-) -> Float[Tensor, "b height width"]:
-    """Returns the Euclidean distance over RGB of each pixel, 0 … √3."""
-    return (images - others).norm(dim=1)
-
-
-def median(values: Float[Tensor, "n height width"]) -> Float[Tensor, "height width"]:
-    """Returns the median over the first axis; of an even number the mean of the middle two."""
-    ordered = values.sort(dim=0).values
-    return (ordered[(len(values) - 1) // 2] + ordered[len(values) // 2]) / 2
-
-
-def normalise(values: Float[Tensor, "height width"]) -> Float[Tensor, "height width"]:
-    """Divides a map by its maximum; one of zeros stays zero."""
-    high = values.max()
-    return values / high if high > 0 else torch.zeros_like(values)
-
-
-def dominance(values: Float[Tensor, ...], null: Float[Tensor, ...]) -> float:
-    """Returns how much more often values lie above those of a null than below, −1 … 1.
-
-    Cliff's delta (1993): P(value > null) − P(value < null) over all pairs.
-    """
-    return (values.flatten()[:, None] - null.flatten()).sign().double().mean().item()
-
-
-def energy_inside(distance: Float[Tensor, "... height width"], cells: CellMask) -> float | None:
-    """Returns the share of the summed squared distance that lies under cells; None of nothing.
-
-    Args:
-        distance: with one leading axis at least, over which energies add up.
-    """
-    energy = distance.double().square().flatten(0, -3).sum(dim=0)
-    total = energy.sum().item()
-    inside = to_pixels(cells, (energy.shape[0], energy.shape[1]))
-    return energy[inside].sum().item() / total if total > 0 else None
-
-
-def fade(
-    picture: Float[Tensor, "3 height width"], distance: Float[Tensor, "height width"]
-) -> Float[Tensor, "3 height width"]:
-    """Pales the pixels whose normalised distance is below the threshold."""
-    kept = (normalise(distance) >= THRESHOLD).to(picture)
-    return picture * kept + (1 - kept) * (picture * (1 - _FADED) + _FADED)
+    if scope.natural is None:
+        return features.flatten(2)[0].float().cpu(), "the cells of this picture"
+    basis = scope.natural.density.basis
+    return torch.cat([basis.axes * basis.std, basis.mean[:, None]], dim=1), "natural maps"
 
 
 @dataclass(frozen=True, eq=False)
@@ -267,57 +235,85 @@ class Dose:
     Args:
         factor: on the part; 1 is the map as it is.
         features: the edited map.
-        images: one per seed, in [0, 1], rounded to 8 bits.
-        cosine: of each sample's features to the edited map.
-        probability: that the backbone gives the class in each sample; None without a head.
+        samples: one per seed.
+        dimensions: of the subspace that the part lies in.
     """
 
     factor: float
     features: Float[Tensor, "1 c h w"]
-    images: Float[Tensor, "seeds 3 height width"]
-    cosine: Float[Tensor, " seeds"]
-    probability: Float[Tensor, " seeds"] | None
+    samples: SampleBatch
+    dimensions: int
 
     @property
-    def mean_probability(self) -> float:
-        """Mean over the samples; NaN without a head."""
-        return math.nan if self.probability is None else self.probability.double().mean().item()
+    def images(self) -> Float[Tensor, "seeds 3 height width"]:
+        """In [0, 1], rounded to 8 bits."""
+        return self.samples.images
+
+    @cached_property
+    def cosine(self) -> Float[Tensor, " seeds"]:
+        """Of each sample's features to the edited map."""
+        return self.samples.cosine.mean(dim=(1, 2)).cpu()
+
+    def probability(self, class_index: int | None) -> list[float] | None:
+        """Returns the probability of a class in each sample; None without a head."""
+        if class_index is None or self.samples.logits is None:
+            return None
+        return class_share(self.samples.logits, class_index).tolist()
+
+    def mean_probability(self, class_index: int | None) -> float:
+        """Returns its mean over the samples; NaN without a head."""
+        found = self.probability(class_index)
+        return math.nan if found is None else sum(found) / len(found)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ConceptViz(Result):
-    """What one concept does to the samples of a map, beside what noise and other edits do.
+    """What one concept does to the samples of a map, beside what equally long removals do.
 
     Distances are ‖x − x'‖ over the three channels, in units where a channel is 0 … 1.
 
     Args:
         picture: that the map comes from.
         doses: the samples of the concept at each factor, by rising factor; 1 is among them.
-        random_doses: the samples of edits of the same size along random directions.
-        activation: of the concept in the map.
+        nulls: the samples of each random subspace, at the factor that is measured.
+        own_effect: of the concept at this factor.
+        null_effects: of each null.
+        span: what random subspaces are drawn from.
+        span_dimensions: of it.
+        activation: of the concept in the map, divided by the longest feature vector.
+        cells: where it is active.
+        active_rule: from which activation on, in words.
+        concept_basis: the basis of MCD in words, beside the published one; None of other methods.
         part_energy: share of the map's squared length that the concept's part has.
         class_index: class whose probability is shown; None without a head.
         scope_p_values: of each of the doses; None where the scope is not known.
-        scope_p_values_random: of each of the random doses.
+        scope_p_values_null: of each of the nulls.
     """
 
     command: ClassVar[str] = "viz"
 
     picture: Source
     doses: list[Dose]
-    random_doses: list[Dose]
+    nulls: list[Dose]
+    own_effect: EditEffect
+    null_effects: list[EditEffect]
+    span: str
+    span_dimensions: int
     activation: Float[Tensor, "h w"]
+    cells: CellMask
+    active_rule: str
+    concept_basis: str | None
     part_energy: float
     class_index: int | None
     class_name: str | None
     scope_p_values: list[float] | None
-    scope_p_values_random: list[float] | None
+    scope_p_values_null: list[float] | None
 
     # ---- The maps
 
     @property
     def factor(self) -> float:
-        """The factor of the edit that the map shows."""
+        """The factor of the edit that is measured."""
         return self.arguments["factor"]
 
     @property
@@ -339,120 +335,151 @@ class ConceptViz(Result):
         return rgb_distance(self.after.images, self.before.images)
 
     @property
-    def seed_noise(self) -> Float[Tensor, "seeds height width"] | None:
-        """The distance between the samples before it, of each seed and the next one."""
-        images = self.before.images
-        return None if len(images) < 2 else rgb_distance(images, images.roll(-1, dims=0))
-
-    @property
-    def random(self) -> Float[Tensor, "directions seeds height width"]:
-        """As `distance`, after edits of the same size along random directions."""
-        before = self.before.images
-        return torch.stack([rgb_distance(dose.images, before) for dose in self.random_doses])
-
-    @property
     def map(self) -> Float[Tensor, "height width"]:
         """The output of algorithm 1, not normalised: the median over seeds."""
         return median(self.distance)
 
     @property
-    def null_map(self) -> Float[Tensor, "height width"] | None:
-        """The same of unpaired seeds and no edit; None of a deterministic inverter."""
-        return None if self.seed_noise is None else median(self.seed_noise)
+    def signed_map(self) -> Float[Tensor, "height width"]:
+        """Mean over seeds and channels of after minus before; what seeds do not share cancels."""
+        return (self.after.images - self.before.images).mean(dim=(0, 1))
 
     @property
-    def random_map(self) -> Float[Tensor, "height width"]:
-        """The same of random directions, mean over them."""
-        return torch.stack([median(distance) for distance in self.random]).mean(dim=0)
+    def null_maps(self) -> Float[Tensor, "n height width"]:
+        """The output of algorithm 1 of each null."""
+        before = self.before.images
+        return torch.stack([median(rgb_distance(dose.images, before)) for dose in self.nulls])
+
+    @property
+    def other_noise(self) -> float | None:
+        """Mean over pixels of the median distance between samples of each seed and the next one,
+        without any edit: the scale of the maps. None of a deterministic inverter."""
+        images = self.before.images
+        if len(images) < 2:
+            return None
+        return median(rgb_distance(images, images.roll(-1, dims=0))).double().mean().item()
+
+    @property
+    def has_null(self) -> bool:
+        """Whether subspaces are drawn: a part as long as the whole span leaves nothing to draw."""
+        return any(dose.dimensions < self.span_dimensions for dose in self.nulls)
+
+    @property
+    def is_above_null(self) -> bool:
+        """Whether a pixel moves more on average than with each of the nulls."""
+        greatest = max(null.effect for null in self.null_effects)
+        return self.has_null and self.own_effect.effect > greatest
+
+    @property
+    def affected(self) -> Bool[Tensor, "height width"]:
+        """Pixels that move more than with each of the nulls; none where the whole does not."""
+        marked = self.map > self.null_maps.amax(dim=0)
+        return marked if self.is_above_null else torch.zeros_like(marked)
 
     # ---- The numbers
 
-    def main_figures(self) -> dict[str, Any]:
-        """Returns the maps against their nulls, and where the change lies.
+    def p_value(self, measure: str) -> float | None:
+        """Returns how often a random subspace shows at least as much; see `viz_measures`."""
+        if not self.has_null:
+            return None
+        return p_value(measure, self.own_effect, self.null_effects, self.factor)
 
-        `effect`, `null` and `null_random` are the means over pixels of the three maps; `dominance`
-        compares the mean distances of single samples, see there. Shares and ratios of nothing, and
-        what rests on a null that there is not, are None.
+    def null_mean(self, measure: str) -> float | None:
+        """Returns the mean of a measure over the nulls."""
+        return mean_of_nulls(measure, self.null_effects)
+
+    def main_figures(self) -> dict[str, Any]:
+        """Returns each measure with its interval over seeds, beside its null.
+
+        `viz_measures.EditEffect` says what they are. `null_natural` has the mean of each over the
+        random subspaces, `p_values` the share of these that show at least as much, the concept
+        counted among them. What is not defined is None.
         """
-        cells, distance, noise, random = (
-            high_cells(self.activation),
-            self.distance,
-            self.seed_noise,
-            self.random,
-        )
-        effect, null, null_random = map(_mean, (self.map, self.null_map, self.random_map))
-        assert effect is not None
-        means = distance.mean(dim=(1, 2))
-        size = (distance.shape[1], distance.shape[2])
+        size = (self.map.shape[0], self.map.shape[1])
+        noise, effect = self.other_noise, self.own_effect.effect
+        intervals = {name: self.own_effect.interval(name) for name in MEASURES if name != "effect"}
         return {
             "class_index": self.class_index,
             "class_name": self.class_name,
+            "concept_basis": self.concept_basis,
             "part_energy": self.part_energy,
             "factors": [dose.factor for dose in self.doses],
             "class_probabilities": self._probabilities(self.doses),
-            "class_probabilities_random": self._probabilities(self.random_doses),
             "cosines": [dose.cosine.double().mean().item() for dose in self.doses],
             "effect": effect,
-            "null": null,
-            "null_random": null_random,
-            "effect_over_null": effect / null if null else None,
-            "effect_over_null_random": effect / null_random if null_random else None,
-            "dominance": None if noise is None else dominance(means, noise.mean(dim=(1, 2))),
-            "dominance_random": dominance(means, random.mean(dim=(2, 3))),
-            "affected": _mean((normalise(self.map) >= THRESHOLD).double()),
-            "area_inside": _mean(to_pixels(cells, size).double()),
-            "energy_inside": energy_inside(distance, cells),
-            "energy_inside_null": None if noise is None else energy_inside(noise, cells),
-            "energy_inside_null_random": energy_inside(random, cells),
+            "other_noise": noise,
+            "effect_over_other_noise": effect / noise if noise else None,
+            **{k: None if value is None else asdict(value) for k, value in intervals.items()},
+            "null_natural": {
+                "n": len(self.nulls),
+                "span": self.span,
+                "dimensions": [dose.dimensions for dose in self.nulls],
+                **{name: self.null_mean(name) for name in MEASURES},
+                "class_probabilities": self._probabilities(self.nulls),
+            },
+            "p_values": {name: self.p_value(name) for name in MEASURES},
+            "is_above_null": self.is_above_null,
+            "affected": self.affected.double().mean().item(),
+            "affected_as_published": (normalise(self.map) >= THRESHOLD).double().mean().item(),
+            "area_inside": to_pixels(self.cells, size).double().mean().item(),
         }
 
     def _probabilities(self, doses: Sequence[Dose]) -> list[float] | None:
-        return None if self.class_index is None else [dose.mean_probability for dose in doses]
+        if self.class_index is None:
+            return None
+        return [dose.mean_probability(self.class_index) for dose in doses]
 
     def numbers(self) -> dict[str, Any]:
-        """Returns these, the p-values, the activation map and the values of each sample."""
+        """Returns these, each null, the scope, the activation map and each sample."""
         return {
             **self.main_figures(),
+            "nulls": [
+                {"dimensions": dose.dimensions, **{name: null.mean(name) for name in MEASURES}}
+                for dose, null in zip(self.nulls, self.null_effects, strict=True)
+            ],
             "scope_p_values": self.scope_p_values,
-            "scope_p_values_random": self.scope_p_values_random,
+            "scope_p_values_null": self.scope_p_values_null,
             "activation": to_list(self.activation),
+            "active_rule": self.active_rule,
             "samples": self._samples(),
         }
 
     def _samples(self) -> list[dict[str, Any]]:
         """One dict per sample of each edit, in the order of `pictures`."""
         before = self.before.images
-        return [
-            {
-                "edit": kind,
-                "direction": direction,
-                "factor": dose.factor,
-                "sample": j,
-                "seed": seed,
-                "output": f"{stem}_{j}.png",
-                "cosine": dose.cosine[j].item(),
-                "class_probability": None
-                if dose.probability is None
-                else dose.probability[j].item(),
-                "distance": (dose.images[j] - before[j]).norm(dim=0).mean().item(),
-            }
-            for kind, direction, stem, dose in self._edits()
-            for j, seed in enumerate(self.arguments["seeds"])
-        ]
+        rows = []
+        for kind, number, stem, dose in self._edits():
+            probability = dose.probability(self.class_index)
+            for j, seed in enumerate(self.arguments["seeds"]):
+                rows.append(
+                    {
+                        "edit": kind,
+                        "null": number,
+                        "factor": dose.factor,
+                        "sample": j,
+                        "seed": seed,
+                        "output": f"{stem}_{j}.png",
+                        "cosine": dose.cosine[j].item(),
+                        "class_probability": None if probability is None else probability[j],
+                        "distance": (dose.images[j] - before[j]).norm(dim=0).mean().item(),
+                    }
+                )
+        return rows
 
     def _edits(self) -> Iterator[tuple[str, int | None, str, Dose]]:
-        """Yields kind, number of the direction, name, and samples of each edit."""
+        """Yields kind, number of the null, name, and samples of each edit."""
         for dose in self.doses:
             yield "concept", None, f"factor_{figures.exact_number(dose.factor)}", dose
-        for k, dose in enumerate(self.random_doses):
-            yield "random", k, f"random_{k}", dose
+        for k, dose in enumerate(self.nulls):
+            yield "null", k, f"null_{k}", dose
 
     def rows(self) -> list[dict[str, Any]]:
         """Returns one dict per pixel: the maps, and the first of them normalised."""
         return pixel_rows(
             distance=self.map,
-            null=self.null_map,
-            null_random=self.random_map,
+            signed=self.signed_map,
+            null_natural=self.null_maps.mean(dim=0),
+            null_greatest=self.null_maps.amax(dim=0),
             normalised=normalise(self.map),
         )
 
@@ -465,160 +492,18 @@ class ConceptViz(Result):
         }
 
     def summary(self) -> str:
-        """Returns how much changes, where, and what becomes of the class; a sentence each."""
-        found = self.main_figures()
-        noise = (
-            "; a deterministic inverter has no null of other noise"
-            if found["null"] is None
-            else f", other noise and no edit: {found['null']:.3f}"
-        )
-        parts = [
-            f"Concept {self.arguments['concept']} at factor {self.factor:g} moves a pixel by "
-            f"{found['effect']:.3f} on average (random directions of its size: "
-            f"{found['null_random']:.3f}{noise})."
-        ]
-        if found["energy_inside"] is not None:
-            parts.append(
-                f"{found['energy_inside']:.0%} of the change lies where the concept is active, "
-                f"{found['area_inside']:.0%} of the picture "
-                f"(random directions: {found['energy_inside_null_random']:.0%})."
-            )
-        if self.class_index is not None:
-            before, after = self.before.mean_probability, self.after.mean_probability
-            parts.append(f"Probability of {self._class}: {before:.2f} before, {after:.2f} after.")
-        return "\n".join(parts)
+        """Returns what the samples show of the concept, of the class and where; with nulls."""
+        from featinv_diffusion.studies.viz_words import summarise
+
+        return summarise(self)
 
     @property
-    def _class(self) -> str:
+    def class_words(self) -> str:
+        """The name of the class, or its index."""
         return self.class_name or f"class {self.class_index}"
 
-    # ---- The figure
-
     def figure(self) -> Figure:
-        """Draws pictures above maps at one scale above the film of doses, and its probabilities."""
-        n_samples = len(self.before.cosine)
-        made = f"{n_samples} samples, of which the first is shown"
-        has_noise = self.seed_noise is not None
-        board = Board(
-            3,
-            max(6, len(self.doses)),
-            f"Concept {self.arguments['concept']} at factor {self.factor:g}: where the picture "
-            "changes",
-            [
-                f"{settings_line(self.settings)} · {made if has_noise else '1 sample'}",
-                "Outlined: cells with at least half of the concept's greatest activation. Maps: "
-                f"RGB distance of samples, {'median over seeds, ' if has_noise else ''}at one "
-                "scale; the brightest 1 % are clipped.",
-                *scope_notes(self.scope_basis),
-            ],
-            tile=1.25,
-            gap=0.1,
-            right=0.1,
-            extra=0.0 if self.class_index is None else _CURVE + 0.65,
-        )
-        figure = board.make()
-        found = self.main_figures()
-        self._draw_pictures(board, figure, found)
-        self._draw_maps(board, figure, found)
-        self._draw_means(board, figure)
-        self._draw_film(board, figure)
-        if self.class_index is not None:
-            self._draw_curve(board, figure)
-        return figure
+        """Draws pictures above maps, above the measures with their nulls, above the doses."""
+        from featinv_diffusion.studies.viz_figure import draw
 
-    def _draw_pictures(self, board: Board, figure: Figure, found: dict[str, Any]) -> None:
-        tiles = [board.tile_axes(figure, 0, column) for column in range(5)]
-        titles = ("concept activation", "reconstruction", f"at factor {self.factor:g}", "affected")
-        for axes, title in zip(tiles[1:], titles, strict=True):
-            figures.label(axes, title)
-        draw_original(tiles[0], self.picture)
-        figures.outline(tiles[0], high_cells(self.activation))
-        high = self.activation.max().item()
-        figures.show_map(tiles[1], self.activation, 0, max(high, 1e-6))
-        figures.caption(tiles[1], f"0 … {high:.2f}")
-        before, after = self.before, self.after
-        figures.show_picture(tiles[2], before.images[0])
-        figures.caption(tiles[2], f"cos {figures.number(before.cosine[0].item())}")
-        figures.show_picture(tiles[3], after.images[0])
-        words = f"cos {figures.number(after.cosine[0].item())}"
-        caption(tiles[3], words, self._p_value(self.doses.index(after)))
-        figures.show_picture(tiles[4], fade(before.images[0], self.map))
-        figures.caption(tiles[4], f"≥ {THRESHOLD} of max: {found['affected']:.0%}")
-
-    def _draw_maps(self, board: Board, figure: Figure, found: dict[str, Any]) -> None:
-        drawn = [
-            (name, values, found[share])
-            for name, values, share in (
-                ("concept", self.map, "energy_inside"),
-                ("null: other noise", self.null_map, "energy_inside_null"),
-                ("null: random", self.random_map, "energy_inside_null_random"),
-            )
-            if values is not None
-        ]
-        tops = (float(np.quantile(values.numpy(), _CLIPPED)) for _, values, _ in drawn)
-        high = max(1e-3, *tops)
-        image: Any = None
-        for column, (title, values, inside) in enumerate(drawn):
-            axes = board.tile_axes(figure, 1, column)
-            image = figures.show_map(axes, values, 0, high)
-            figures.outline(axes, high_cells(self.activation))
-            figures.label(axes, title)
-            share = "" if inside is None else f" · {inside:.0%} inside"
-            figures.caption(axes, f"{values.mean().item():.3f}{share}")
-        figures.add_colour_bar(board, figure, 1, image, "RGB distance", column=len(drawn))
-
-    def _draw_means(self, board: Board, figure: Figure) -> None:
-        """Draws the mean distance of every pair of samples, in the columns beside the maps."""
-        left = board.left_of(4) + 0.1
-        top = board.bottom_of(1) - board.caption - board.tile
-        axes = board.axes(figure, left, top, board.left_of(6) - board.gap - left, board.tile)
-        groups = [
-            (name, distances.mean(dim=(1, 2)).numpy(), colour, marker)
-            for name, distances, colour, marker in (
-                ("concept", self.distance, figures.INK, "o"),
-                ("noise", self.seed_noise, figures.BLUE, "^"),
-                ("random", self.random.flatten(0, 1), figures.ORANGE, "s"),
-            )
-            if distances is not None
-        ]
-        for place, (_, means, colour, marker) in enumerate(groups):
-            spots = place + np.linspace(-0.2, 0.2, len(means))
-            axes.plot(spots, means, marker, color=colour, ms=3, alpha=0.7, mew=0)
-            axes.hlines(means.mean(), place - 0.3, place + 0.3, color=colour, lw=1)
-        names = [name for name, *_ in groups]
-        axes.set(xticks=range(len(groups)), xticklabels=names, xlim=(-0.5, len(groups) - 0.5))
-        axes.set_ylim(bottom=0)
-        axes.set_ylabel("mean distance")
-
-    def _draw_film(self, board: Board, figure: Figure) -> None:
-        for column, dose in enumerate(self.doses):
-            axes = board.tile_axes(figure, 2, column)
-            figures.show_picture(axes, dose.images[0])
-            figures.label(axes, f"factor {dose.factor:g}")
-            words = (
-                f"cos {figures.number(dose.cosine[0].item())}"
-                if dose.probability is None
-                else f"p = {figures.number(dose.probability[0].item())}"
-            )
-            caption(axes, words, self._p_value(column))
-
-    def _draw_curve(self, board: Board, figure: Figure) -> None:
-        """Draws the class probability of every sample as a dot below its dose, and the means."""
-        n = len(self.doses)
-        width = n * (board.tile + board.gap) - board.gap
-        axes: Axes = board.axes(figure, board.left_of(0), board.bottom_of(2) + 0.25, width, _CURVE)
-        places = (np.arange(n) + 0.5) / n
-        values = np.stack([d.probability.numpy() for d in self.doses if d.probability is not None])
-        axes.plot(places, values, "o", color=figures.INK, ms=2, alpha=0.4, mew=0)
-        axes.plot(places, values.mean(axis=1), "o-", color=figures.INK, lw=1, ms=4)
-        axes.set(xlim=(0, 1), ylim=(-0.03, 1.03), yticks=[0, 0.5, 1], xticks=places)
-        axes.set(xticklabels=[f"{dose.factor:g}" for dose in self.doses])
-        axes.set_xlabel("factor of the concept")
-        axes.set_title(f"p of {self._class}", size=figures.TEXT, loc="left")
-
-    def _p_value(self, place: int) -> float | None:
-        return None if self.scope_p_values is None else self.scope_p_values[place]
-
-
-def _mean(values: Tensor | None) -> float | None:
-    return None if values is None else values.double().mean().item()
+        return draw(self)

@@ -232,7 +232,7 @@ class Interpolation(Result):
             "Mixtures of two feature maps, as pictures",
             [
                 f"{settings_line(self.settings)}{shown}",
-                "One row per seed; under each picture the cosine of its features to the mixed map.",
+                "One row per sample; below each picture: cosine of its features to the mixed map.",
                 *scope_notes(self.scope_basis),
             ],
             headers="first",
@@ -254,6 +254,8 @@ class Interpolation(Result):
         p_value = None if self.scope_p_value is None else self.scope_p_value[i]
         figures.show_picture(axes, self.images[i, row])
         caption(axes, figures.number(self.cosine[i, row].item()), p_value)
+        if i == max(range(len(self.weights)), key=lambda i: self.weights[i]):
+            figures.side_label(axes, f"sample {row}")
         if row == 0:
             of_a, of_b = map(figures.exact_number, (self.weights[i], 1 - self.weights[i]))
             figures.label(axes, f"{of_a} A + {of_b} B")
@@ -265,7 +267,7 @@ class Interpolation(Result):
         columns = (
             ("to the mixed map", self.cosine, figures.INK, "o"),
             ("to A", self.cosine_to_maps[..., 0], figures.BLUE, "^"),
-            ("to B", self.cosine_to_maps[..., 1], figures.ORANGE, "s"),
+            ("to B", self.cosine_to_maps[..., 1], figures.GREEN, "s"),
         )
         for _, cosine, colour, marker in columns:
             values = cosine[list(order)].cpu().numpy()

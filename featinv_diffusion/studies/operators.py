@@ -44,7 +44,7 @@ from featinv_diffusion.features.pixel_operations import (
 )
 from featinv_diffusion.figures import board as figures
 from featinv_diffusion.figures.board import add_bars, draw_grid
-from featinv_diffusion.figures.grid import GridRow, make_grid
+from featinv_diffusion.figures.grid import Grid, GridRow
 from featinv_diffusion.images import as_picture, center_square, read_image, to_pil, to_tensor
 from featinv_diffusion.inverters.base import Inverter
 from featinv_diffusion.metrics import feature_cosine
@@ -295,7 +295,7 @@ class AppliedOperator:
 
     def figure(self) -> Image.Image:
         """Draws original | R(f Qⁿ) for each power, as `grid.png`."""
-        return _draw_applied(self)
+        return _grid_of(self).image()
 
     def save(self, folder: str | Path) -> Path:
         """Writes the pictures, `grid.png` and `manifest.json`, which cannot be replayed."""
@@ -303,7 +303,7 @@ class AppliedOperator:
         for done in self.images:
             for output, picture in zip(done.job.outputs, done.pictures, strict=True):
                 run.picture(output, picture)
-        run.figure(GRID, self.figure())
+        run.figure(GRID, _grid_of(self))
         record = asdict(self.operator.record)
         del record["image_digests"]
         run.complete(
@@ -445,12 +445,12 @@ def _to_entry(done: Applied) -> dict[str, Any]:
     }
 
 
-def _draw_applied(found: AppliedOperator) -> Image.Image:
+def _grid_of(found: AppliedOperator) -> Grid:
     operator, record = found.operator, found.operator.record
     values = "".join(f", {key} {value}" for key, value in record.parameters.items())
     inverter = "" if found.settings is None else f" · inverter {Path(found.settings.inverter).name}"
     given = "" if _source_of(operator) in (keep, None) else f" First column: {_given(operator)}."
-    return make_grid(
+    return Grid(
         [
             GridRow(done.original, done.job.name, done.pictures, to_captions(done.cosine))
             for done in found.images[:MAX_GRID_ROWS]
@@ -823,7 +823,7 @@ def draw_measures(summary: Mapping[str, Interval | None], power: int, title: str
 
 def _draw_bars(axes: Axes, bars: Mapping[str, Interval | None], ylabel: str) -> None:
     values = {name: value for name, value in bars.items() if value is not None}
-    colours = [figures.ORANGE if "Q" in name else figures.BLUE for name in values]
+    colours = [figures.GREEN if "Q" in name else figures.BLUE for name in values]
     add_bars(axes, list(values), list(values.values()), colours)
     axes.set_ylabel(f"{ylabel}\n95 % interval", fontsize=figures.TEXT)
 

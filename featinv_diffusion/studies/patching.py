@@ -261,13 +261,13 @@ class Patching(Result):
         has_class = self.class_effect is not None
         board = Board(
             2,
-            4 if has_class else 3,
+            5 if has_class else 3,
             f"Cells of {self.arguments['at']} that come from B",
             [
                 settings_line(self.settings),
                 self.summary(),
-                "Maps by cell: change of the picture; absolute change of the class probability, "
-                "from 0 to the greatest of the two maps.",
+                "Maps by cell: change of the picture; change of the class probability of A; each "
+                "pair at one scale.",
             ],
             right=0.75,
             after_first=0.22,
@@ -292,10 +292,11 @@ class Patching(Result):
         for row, (values, name) in enumerate(pairs):
             if values is None:
                 continue
-            axes = board.tile_axes(figure, row, 3)
+            axes = board.tile_axes(figure, row, 4)
             highest = max(float(m.abs().max()) for m, _ in pairs if m is not None)
-            figures.show_map(axes, values.abs(), 0, max(highest, 1e-3))
-            figures.label(axes, f"class, {name}")
-            figures.caption(axes, f"up to {values.abs().max().item():.2f}")
-        figures.add_colour_bar(board, figure, 0, image, "mean |ΔRGB|")
+            shown = figures.show_signed(axes, values, max(highest, 1e-3))
+            figures.label(axes, f"class probability, {name}")
+            figures.caption(axes, f"mean {fmean(values.flatten().tolist()):+.3f}")
+            figures.add_colour_bar(board, figure, row, shown, "Δ class probability")
+        figures.add_colour_bar(board, figure, 0, image, "mean |ΔRGB|", column=3)
         return figure

@@ -489,7 +489,7 @@ def _draw_histograms(board: Board, figure: Figure, trials: Sequence[Trial]) -> N
         left = board.margin + 0.4 + place * (width + 0.7)
         axes = board.axes(figure, left, top, width, 1.1)
         axes.hist(values, bins=20, color=figures.BLUE)
-        axes.axvline(line, color=figures.ORANGE, lw=1)
+        axes.axvline(line, color=figures.GREY, lw=1, ls="--")
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=figures.TEXT)
         axes.set_xlabel(name, fontsize=figures.TEXT)

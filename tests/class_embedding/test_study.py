@@ -22,14 +22,14 @@ from featinv_diffusion.class_embedding.pictures import (
     draw_identifiability,
     draw_removal,
     match_inverters,
+    show_overlay,
     shown_blocks,
-    to_unit_range,
 )
 from featinv_diffusion.class_embedding.reading import read_images
 from featinv_diffusion.class_embedding.settings import TokenMeasures
 from featinv_diffusion.class_embedding.study import measure_tokens, read_tokens
 from featinv_diffusion.errors import InputError
-from featinv_diffusion.figures.board import write_figure
+from featinv_diffusion.figures.board import plain_figure, write_figure
 from featinv_diffusion.images import to_pil
 from featinv_diffusion.inverters.base import Inverter
 from featinv_diffusion.inverters.chain import MapChain
@@ -202,9 +202,19 @@ def test_shown_blocks_hold_the_last_and_the_inverted():
     assert len(shown_blocks(24, [])) == 8
 
 
-def test_maps_are_scaled_to_their_own_range():
-    assert to_unit_range(torch.tensor([[1.0, 3.0], [2.0, 1.0]])).tolist() == [[0, 1], [0.5, 0]]
-    assert to_unit_range(torch.ones(2, 2)).tolist() == [[0, 0], [0, 0]]
+def test_relevance_is_drawn_around_zero_whatever_its_range():
+    """White for 0, red above and blue below, also where no value is negative."""
+    values = torch.zeros(2, 2)
+    values[0] = torch.tensor([0.5, -0.5])
+    axes = plain_figure(1, 1)[1]
+    image = show_overlay(axes, Image.new("RGB", (4, 4)), values, 0.5)
+    assert image.get_clim() == (-0.5, 0.5)
+    red, white, blue = (image.to_rgba(value)[:3] for value in (0.5, 0.0, -0.5))
+    assert min(white) > 0.95
+    assert red[0] > red[2]
+    assert blue[2] > blue[0]
+    shown = image.get_array()
+    assert (shown[0, 0], shown[0, -1]) == (0.5, -0.5)
 
 
 @pytest.mark.parametrize("with_inverter", [True, False])

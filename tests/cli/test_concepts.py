@@ -14,6 +14,7 @@ import featinv_diffusion as fi
 from featinv_diffusion.backbones import load_backbone, names
 from featinv_diffusion.concepts import MCD, ConceptDictionary, read_head
 from featinv_diffusion.images import center_square, read_image, to_tensor
+from featinv_diffusion.studies.concepts import active_cells
 from tests.cli.conftest import Featinv, Outcome
 
 NAMES = ["a.png", "b.jpg", "more/c.png"]
@@ -56,7 +57,9 @@ def test_what_it_writes(featinv: Featinv, photos: Path):
     rows = numbers["concepts"]
     expected = concepts.global_relevance(direction).tolist()
     assert [row["relevance"] for row in rows] == pytest.approx(expected[:-1], abs=1e-5)
-    assert rows[0]["relevance"] >= rows[1]["relevance"]
+    assert rows[0]["energy"] >= rows[1]["energy"]
+    assert (numbers["basis"], concepts.report["basis"]) == ("uncentred", "uncentred")
+    assert "The uncentred basis is used; the published one is centred." in done.out
     assert numbers["relevance_of_rest"] == pytest.approx(expected[-1], abs=1e-5)
     for k, row in enumerate(rows):
         part = concepts.part(features, k)
@@ -99,13 +102,43 @@ def test_the_class_is_that_of_most_pictures(featinv: Featinv, photos: Path):
 
 
 @pytest.mark.parametrize("method", ["pca", "kmeans"])
-def test_other_methods_sort_by_relevance_too(featinv: Featinv, photos: Path, method):
-    assert run(featinv, photos, "--method", method).code == 0
-    found = load("c.json")
-    relevance = [row["relevance"] for row in found["concepts"]]
-    assert found["kind"] == method
-    assert relevance == sorted(relevance, reverse=True)
-    assert len(relevance) == 3
+def test_energy_or_relevance_decides_what_comes_first(featinv: Featinv, photos: Path, method):
+    both = {}
+    for order in ("energy", "relevance"):
+        assert run(featinv, photos, "--method", method, "--order", order).code == 0
+        found = load("c.json")
+        assert found["kind"] == method
+        both[order] = [(row[order], row["completeness"]) for row in found["concepts"]]
+        assert both[order] == sorted(both[order], reverse=True)
+        pictures = parquet.read_table("out/c.parquet").to_pylist()
+        assert pictures[0]["energy"] == pytest.approx(
+            energy_in(photos, ConceptDictionary.load("out/c.safetensors")), rel=1e-4
+        )
+    assert {share for _, share in both["energy"]} == {share for _, share in both["relevance"]}
+
+
+def energy_in(photos: Path, concepts: ConceptDictionary) -> float:
+    """Share of the first picture's squared length that the part of the first concept has."""
+    features = features_of(photos)[:1]
+    return (concepts.part(features, 0).square().sum() / features.square().sum()).item()
+
+
+def test_the_published_basis_and_few_pictures_are_named(featinv: Featinv, photos: Path):
+    done = run(featinv, photos, "--basis", "centred", "--n-concepts", 2, "--figure", "f.svg")
+    assert load("c.json")["basis"] == "centred"
+    assert "need at least 10 pictures of it" in done.out
+    assert "centred basis, as published" in Path("out/f.svg").read_text()
+
+
+def test_one_threshold_outlines_the_active_cells_of_all_pictures(photos: Path):
+    found = fi.find_concepts(fi.load_backbone("tiny/convnext"), photos, n_concepts=2, target=4)
+    for k in range(2):
+        values = found.activations[:, k].numpy()
+        threshold = np.quantile(values, 0.99) / 2
+        marked = [active_cells(found.concepts, k, torch.tensor(each))[0] for each in values]
+        np.testing.assert_array_equal(torch.stack(marked), values >= threshold)
+    rest = found.concepts.reorder([1])
+    assert active_cells(rest, 0, torch.tensor(values[0]))[0].equal(marked[0])
 
 
 def test_directions_of_a_file(featinv: Featinv, photos: Path):

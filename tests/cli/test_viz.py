@@ -59,30 +59,38 @@ def test_what_it_writes(featinv: Featinv, photos: Path, concepts: str):
     assert manifest["class_index"] == 4
     assert len(manifest["class_probabilities"]) == len(manifest["cosines"]) == 4
     assert manifest["scope_p_value"] is None
-    stems = ["factor_0", "factor_0.25", "factor_1", "factor_2", "random_0"]
+    stems = ["factor_0", "factor_0.25", "factor_1", "factor_2", "null_0"]
     assert manifest["outputs"] == [f"{stem}_{j}.png" for stem in stems for j in range(2)]
     # The maps again, from the pictures alone.
     effect = (distance("factor_0.25_0", "factor_1_0") + distance("factor_0.25_1", "factor_1_1")) / 2
-    random = (distance("random_0_0", "factor_1_0") + distance("random_0_1", "factor_1_1")) / 2
-    null = distance("factor_1_0", "factor_1_1")
+    null = (distance("null_0_0", "factor_1_0") + distance("null_0_1", "factor_1_1")) / 2
+    signed = sum(pixels(f"factor_0.25_{j}") - pixels(f"factor_1_{j}") for j in range(2)) / 2
+    noise = distance("factor_1_0", "factor_1_1")
     table = parquet.read_table("out/viz.parquet").to_pydict()
-    for name, expected in (("distance", effect), ("null", null), ("null_random", random)):
+    maps = {"distance": effect, "null_natural": null, "signed": signed.mean(axis=2)}
+    for name, expected in maps.items():
         np.testing.assert_allclose(np.reshape(table[name], (64, 64)), expected, atol=1e-6)
     np.testing.assert_allclose(
         np.reshape(table["normalised"], (64, 64)), effect / effect.max(), atol=1e-5
     )
     assert manifest["effect"] == pytest.approx(effect.mean(), abs=1e-6)
-    assert manifest["null"] == pytest.approx(null.mean(), abs=1e-6)
-    assert manifest["null_random"] == pytest.approx(random.mean(), abs=1e-6)
-    assert manifest["effect_over_null"] == pytest.approx(effect.mean() / null.mean(), rel=1e-4)
-    assert manifest["affected"] == pytest.approx((effect >= 0.33 * effect.max()).mean(), abs=1e-3)
+    assert manifest["other_noise"] == pytest.approx(noise.mean(), abs=1e-6)
+    assert manifest["null_natural"]["effect"] == pytest.approx(null.mean(), abs=1e-6)
+    published = (effect >= 0.33 * effect.max()).mean()
+    assert manifest["affected_as_published"] == pytest.approx(published, abs=1e-3)
+    above = (effect > null).mean() if effect.mean() > null.mean() else 0
+    assert manifest["affected"] == pytest.approx(above, abs=1e-3)
+    written = load("viz")
+    for key in ("activation_ratio", "realised_change", "arrived", "class_probability_change"):
+        assert written[key]["low"] <= written[key]["value"] <= written[key]["high"]
+        assert written["null_natural"][key] == written["nulls"][0][key]
     samples = load("viz")["samples"]
     assert [row["output"] for row in samples] == manifest["outputs"]
     before = [row["class_probability"] for row in samples if row["factor"] == 1]
     assert manifest["class_probabilities"][2] == pytest.approx(np.mean(before))
-    assert "Probability of class 4" in done.out
+    assert "Class probability of class 4" in done.out
     figure = Path("out/f.svg").read_text()
-    for words in ("original", "affected", "null: random", "factor 0.25"):
+    for words in ("original", "affected", "null, mean", "factor 0.25", "as published"):
         assert f">{words}</text>" in figure
 
 
@@ -91,7 +99,8 @@ def test_at_factor_one_nothing_changes(featinv: Featinv, photos: Path, concepts:
     assert run(featinv, photos, "--factor", 1, "--film", "1").code == 0
     manifest = load()
     assert manifest["factors"] == [1]
-    assert (manifest["effect"], manifest["null_random"], manifest["energy_inside"]) == (0, 0, None)
+    assert (manifest["effect"], manifest["affected"], manifest["energy_inside"]) == (0, 0, None)
+    assert manifest["null_natural"]["effect"] == 0
     assert set(parquet.read_table("out/viz.parquet").to_pydict()["normalised"]) == {0}
     for j in range(2):
         same = Path(f"out/factor_1_{j}.png").read_bytes() == Path(f"s/a_{j}.png").read_bytes()
@@ -117,10 +126,10 @@ def test_with_a_deterministic_inverter(featinv: Featinv, photos: Path, tmp_path,
     fi.find_concepts(inverter, photos, method="pca", n_concepts=2).save("c.safetensors")
     done = run(featinv, photos, "--inverter", "siglip", "--film", "1", n_samples=1)
     assert (done.code, done.err) == (0, "")
-    assert "a deterministic inverter has no null of other noise" in done.out
+    assert "a deterministic inverter has no other noise" in done.out
     manifest = load()
-    assert (manifest["null"], manifest["class_index"]) == (None, None)
-    assert manifest["outputs"] == ["factor_0.25_0.png", "factor_1_0.png", "random_0_0.png"]
+    assert (manifest["other_noise"], manifest["class_index"]) == (None, None)
+    assert manifest["outputs"] == ["factor_0.25_0.png", "factor_1_0.png", "null_0_0.png"]
     assert "3 of 3 pictures are identical" in featinv("replay", "out", "-o", "again").out
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import numpy as np
 import pytest
 import torch
@@ -67,6 +69,14 @@ def test_kmeans_on_cells_of_both_signs_is_the_weaker_baseline(fitted):
     assert found is not None
     assert (found >= 0).all()
     assert adjusted_rand_score(LABELS, found.flatten()) < 0.9
+
+
+def test_labels_follow_a_new_order(fitted):
+    before = fitted.labels.clone()
+    found = deepcopy(fitted).reorder([2, 0])
+    for old, new in ((2, 0), (0, 1), (1, -1), (-1, -1)):
+        assert (found.labels[before == old] == new).all()
+    torch.testing.assert_close(found.basis(0), fitted.basis(2))
 
 
 @pytest.mark.parametrize("name", ["fitted", "intersecting"])

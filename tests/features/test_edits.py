@@ -18,7 +18,7 @@ from featinv_diffusion.features import (
     permute_cells,
     scale_part,
 )
-from featinv_diffusion.features.edits import random_like
+from featinv_diffusion.features.edits import random_like, random_part
 from featinv_diffusion.features.natural_maps import fit_basis
 from tests.features import natural
 
@@ -255,3 +255,35 @@ def test_random_directions_vary_as_natural_cells_do():
     noise = torch.randn(20_000, len(basis.std), generator=make_generator()) * basis.std
     expected = (noise / noise.norm(dim=1, keepdim=True)).square().mean(dim=0)
     torch.testing.assert_close(found, expected, atol=0.03, rtol=0.1)
+
+
+def test_a_random_part_is_an_equally_long_projection():
+    """Of the map on a subspace of the frame, shortened: what is removed is there to be removed."""
+    basis = fit_basis(natural.make_maps(200, seed=1))
+    frame = basis.axes[:, :6] * basis.std[:6]
+    features = natural.make_maps(1, seed=2)
+    projected = torch.einsum("bchw,ck,dk->bdhw", features, basis.axes[:, :6], basis.axes[:, :6])
+    cells = features.permute(0, 2, 3, 1).flatten(0, 2).double()
+    for length, least in ((0.1, 2), (0.9, 1)):
+        wanted = length * projected
+        part, rank = random_part(features, wanted, frame, make_generator(1), least)
+        torch.testing.assert_close(part.norm(), wanted.norm())
+        rows = part.permute(0, 2, 3, 1).flatten(0, 2).double()
+        assert torch.linalg.matrix_rank(rows, rtol=1e-4) == rank >= least
+        _, _, span = torch.linalg.svd(rows, full_matrices=False)
+        share = (cells @ span[:rank].T @ span[:rank]).norm() / rows.norm()
+        assert share >= 1 - 1e-5
+        torch.testing.assert_close(
+            rows * share, cells @ span[:rank].T @ span[:rank], rtol=1e-3, atol=1e-4
+        )
+        again, _ = random_part(features, wanted, frame, make_generator(1), least)
+        other, _ = random_part(features, wanted, frame, make_generator(2), least)
+        assert torch.equal(part, again)
+        assert not torch.allclose(part, other)
+    whole, rank = random_part(features, features, frame, make_generator(1))
+    assert rank == 6
+    torch.testing.assert_close(whole.norm(), features.norm())
+    nothing, _ = random_part(features, torch.zeros_like(features), frame, make_generator(1))
+    assert not nothing.any()
+    with pytest.raises(InputError, match="The frame must be one of"):
+        random_part(features, features, frame[1:], make_generator(1))

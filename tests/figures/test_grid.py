@@ -8,7 +8,10 @@ from PIL import Image
 
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.figures import grid as viz
+from featinv_diffusion.figures.board import plain_figure
+from featinv_diffusion.figures.formats import figure_formats
 from featinv_diffusion.figures.grid import GridRow, make_grid
+from featinv_diffusion.runs.record import RunFolder
 
 COLOURS = ("red", "lime", "blue", "yellow")
 
@@ -64,7 +67,7 @@ def test_headers_name_the_first_columns():
     changed = (np.asarray(plain) != np.asarray(named)).any(axis=(0, 2)).nonzero()[0]
     left = viz.MARGIN + 192 + viz.GAP
     assert left < changed.min() < changed.max() < left + 192
-    assert make_grid([make_row()], headers=["sample 1"]).tobytes() == plain.tobytes()
+    assert make_grid([make_row()], headers=["sample 0"]).tobytes() == plain.tobytes()
 
 
 def test_pictures_of_256_pixels_keep_their_pixels():
@@ -89,11 +92,34 @@ def test_long_and_foreign_names_fit_their_tile():
     columns = np.flatnonzero(changed)
     assert columns[0] >= viz.MARGIN
     assert columns[-1] < viz.MARGIN + 192
-    assert viz._shortened("0123456789", viz.ImageFont.load_default(15), 60)[-2:] == "89"
+    assert viz._shortened("0123456789", viz.load_font(15), 60)[-2:] == "89"
 
 
 def test_letters_without_a_glyph_are_replaced():
-    assert viz._drawable("naïve · 写真 …") == "naive · ?? …"
+    assert viz._drawable("naïve · 写真 …") == "naïve · ?? …"
+
+
+@pytest.mark.parametrize("suffix", [".pdf", ".svg"])
+def test_a_grid_is_drawn_on_the_board_too(tmp_path, suffix):
+    """With the same words, as text that can be searched."""
+    grid = viz.Grid([make_row(2), make_row(1)], title="Title", subtitle="one\ntwo", headers=["Q"])
+    grid.write(tmp_path / f"grid{suffix}")
+    written = (tmp_path / f"grid{suffix}").read_bytes()
+    assert written.startswith({".pdf": b"%PDF", ".svg": b"<?xml"}[suffix])
+    if suffix == ".svg":
+        for words in ("Title", "one", "two", "original", "Q", "sample 1", "a", "cosine 0.1"):
+            assert f">{words}</text>" in written.decode()
+
+
+def test_figures_are_written_in_all_formats_that_are_asked_for(tmp_path):
+    with figure_formats("svg", "png"):
+        RunFolder(tmp_path).figure("grid.png", viz.Grid([make_row()]))
+        RunFolder(tmp_path).figure("bars.pdf", plain_figure(2, 2)[0])
+    RunFolder(tmp_path).figure("later.pdf", plain_figure(2, 2)[0])
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"grid.png", "grid.svg", "bars.pdf", "bars.svg", "bars.png", "later.pdf"}
+    with pytest.raises(InputError, match="png, pdf, svg"), figure_formats("jpg"):
+        pass
 
 
 def test_many_rows():

@@ -1,4 +1,4 @@
-"""FeatInv-Viz: what is sampled, with which noise, and what the maps and their nulls are."""
+"""FeatInv-Viz: what is sampled, with which noise, and what the measures and their nulls are."""
 
 from __future__ import annotations
 
@@ -9,22 +9,24 @@ import pytest
 import torch
 from PIL import Image
 
-from featinv_diffusion.concepts import ConceptDictionary, DirectionConcepts
+from featinv_diffusion.concepts import MCD, ConceptDictionary, DirectionConcepts
+from featinv_diffusion.concepts.base import ACTIVE_FROM
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.features import box_mask
-from featinv_diffusion.features.edits import high_cells
+from featinv_diffusion.features.edits import high_cells, random_part
 from featinv_diffusion.inverters import DiffusionInverter
 from featinv_diffusion.seeds import make_generator
 from featinv_diffusion.studies.concepts import find_concepts
-from featinv_diffusion.studies.featinv_viz import (
-    dominance,
+from featinv_diffusion.studies.featinv_viz import show_concept
+from featinv_diffusion.studies.viz_figure import fade
+from featinv_diffusion.studies.viz_measures import (
+    EditEffect,
     energy_inside,
-    fade,
     median,
     normalise,
+    over_images,
+    p_value,
     rgb_distance,
-    show_concept,
-    turn_part,
 )
 from tests import tiny
 from tests.studies.painting import PaintingInverter, assert_alike, save_pictures
@@ -55,8 +57,8 @@ def upper_part() -> torch.Tensor:
 
 def show(inverter, features, *, noise=0.0, **arguments):
     painting = PaintingInverter(inverter.backbone, noise)
-    arguments = {"seeds": SEEDS, "film": [], **arguments}
-    return show_concept(painting, features, make_concepts(inverter), **arguments)
+    arguments = {"seeds": SEEDS, "film": [], "concept": 0, "n_directions": 3, **arguments}
+    return show_concept(painting, features, make_concepts(inverter, class_index=4), **arguments)
 
 
 # ---- what is sampled -----------------------------------------------------------------------------
@@ -68,45 +70,196 @@ def test_the_map_by_hand(inverter):
     expected = torch.zeros(64, 64)
     expected[:32] = math.sqrt(3) * 0.3
     torch.testing.assert_close(found.map, expected, rtol=0, atol=ROUNDING)
-    assert found.null_map.max() == 0
-    assert found.numbers()["null"] == 0
-    assert found.numbers()["area_inside"] == 0.5
-    assert found.numbers()["energy_inside"] == 1
-    kept = fade(found.before.images[0], found.map)
-    assert torch.equal(kept[:, :32], found.before.images[0][:, :32])
-    assert (kept[:, 32:] > found.before.images[0][:, 32:]).all()
+    torch.testing.assert_close(found.signed_map, -expected / math.sqrt(3), rtol=0, atol=1 / 255)
+    assert found.other_noise == 0
+    numbers = found.numbers()
+    assert numbers["area_inside"] == 0.5
+    assert numbers["energy_inside"] == {"value": 1, "low": 1, "high": 1, "n": 3}
+    assert numbers["signed_change"]["value"] == pytest.approx(-0.3, abs=1 / 255)
     rows = found.rows()
     assert [rows[i]["distance"] for i in (0, -1)] == [found.map[0, 0].item(), 0]
     assert [rows[i]["normalised"] for i in (0, -1)] == [1, 0]
+    assert numbers["affected_as_published"] == 0.5
 
 
-def test_pairs_share_their_noise_and_the_noise_null_does_not(inverter):
+def test_measures_of_features_by_hand(inverter):
+    """From the features of the samples alone, with formulas of their own."""
+    features = upper_part()
+    found = show(inverter, features, noise=0.2)
+    backbone = inverter.backbone
+    before, after = (backbone.features(d.images).flatten(1) for d in (found.before, found.after))
+    asked = np.zeros((32, 8, 8))
+    asked[0, :4] = -0.3
+    change = (after - before).double().numpy()
+    dots = change @ asked.ravel()
+    numbers = found.numbers()
+    cosine = dots / np.linalg.norm(change, axis=1) / np.linalg.norm(asked)
+    assert numbers["realised_change"]["value"] == pytest.approx(cosine.mean(), abs=1e-5)
+    assert numbers["arrived"]["value"] == pytest.approx((dots / (asked**2).sum()).mean(), abs=1e-5)
+    lengths = [x.reshape(3, 32, 64)[:, 0].abs().mean().item() for x in (after, before)]
+    ratio = numbers["activation_ratio"]
+    assert ratio["value"] == pytest.approx(lengths[0] / lengths[1], rel=1e-5)
+    assert ratio["low"] <= ratio["value"] <= ratio["high"]
+    shares = [
+        x.softmax(dim=1)[:, found.class_index]
+        for x in map(backbone.classify, (found.after.images, found.before.images))
+    ]
+    difference = (shares[0] - shares[1]).mean().item()
+    assert numbers["class_probability_change"]["value"] == pytest.approx(difference, abs=1e-5)
+
+
+def test_pairs_share_their_noise_and_other_noise_does_not(inverter):
     found = show(inverter, upper_part(), noise=0.2, concept=1)
     assert found.map.max() == 0
     noise = [torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(s)) for s in SEEDS]
-    for j, (one, other) in enumerate([(0, 1), (1, 2), (2, 0)]):
-        expected = 0.2 * (noise[one] - noise[other]).norm(dim=0)
-        torch.testing.assert_close(found.seed_noise[j], expected, rtol=0, atol=ROUNDING)
+    pairs = [0.2 * (noise[i] - noise[j]).norm(dim=0) for i, j in ((0, 1), (1, 2), (2, 0))]
+    expected = torch.stack(pairs).median(dim=0).values.mean().item()
+    assert found.other_noise == pytest.approx(expected, abs=ROUNDING)
 
 
-def test_random_directions_move_what_they_are_given_to_move(inverter):
+def test_nulls_are_equally_long_parts_of_the_same_map(inverter):
     features = upper_part()
     found = show(inverter, features, factor=0.5, n_directions=3)
     part = make_concepts(inverter).part(features, 0)
+    cells = features[0].flatten(1)
     for k in range(3):
-        turned = turn_part(part, make_generator(SEEDS[0], "direction", k))
-        shift = 0.5 * turned[0, :2].sum(dim=0).abs() * math.sqrt(3)
+        generator = make_generator(SEEDS[0], "direction", k)
+        random, rank = random_part(features, part, cells, generator)
+        assert found.nulls[k].dimensions == rank
+        torch.testing.assert_close(found.nulls[k].features, features - 0.5 * random)
+        torch.testing.assert_close(random.norm(), part.norm())
+        shift = 0.5 * random[0, :2].sum(dim=0).abs() * math.sqrt(3)
         expected = shift.repeat_interleave(8, 0).repeat_interleave(8, 1)
-        torch.testing.assert_close(found.random[k, 1], expected, rtol=0, atol=ROUNDING)
-    assert not torch.equal(found.random[0], found.random[2])
-    torch.testing.assert_close(found.random_map, found.random[:, 0].mean(dim=0))
+        torch.testing.assert_close(found.null_maps[k], expected, rtol=0, atol=ROUNDING)
+    assert not torch.equal(found.null_maps[0], found.null_maps[2])
+
+
+# ---- against the null ----------------------------------------------------------------------------
+
+
+def rich_part() -> torch.Tensor:
+    """Cells of all channels, of which pictures show the first two: concept 0 much, concept 1 not"""
+    features = 0.2 * tiny.make_features(1)
+    features[:, 0, :4] = 0.9
+    features[:, 5, 4:] = 0.9
+    return features
+
+
+def test_what_pictures_show_is_above_the_null_and_what_they_hide_is_not(inverter):
+    seen = show(inverter, rich_part(), noise=0.1, n_directions=19)
+    assert seen.is_above_null
+    assert seen.p_value("effect") == 1 / 20
+    assert seen.affected[:32].double().mean() > 0.5
+    assert seen.numbers()["affected"] == seen.affected.double().mean().item()
+    hidden = show(inverter, rich_part(), noise=0.1, n_directions=19, concept=1)
+    assert hidden.p_value("effect") > 1 / 20
+    assert not hidden.affected.any()
+    assert hidden.numbers()["affected"] == 0
+    assert "no pixel is marked as affected" in hidden.summary()
+    assert "no pixel is marked as affected" not in seen.summary()
+    words = {text.get_text() for text in hidden.figure().findobj(lambda a: hasattr(a, "get_text"))}
+    assert {"not above its null", "signed change", "class probability of class 4"} & words
+    assert "p" not in words
+
+
+def test_an_edit_of_nothing_raises_no_alarm(inverter):
+    features = inverter.backbone.features(tiny.make_images(1))
+    concepts = make_concepts(inverter)
+    found = show_concept(
+        inverter, features, concepts, concept=0, factor=1, film=[], seeds=SEEDS[:2]
+    )
+    assert torch.equal(found.map, torch.zeros(64, 64))
+    assert torch.equal(normalise(found.map), torch.zeros(64, 64))
+    assert torch.equal(found.null_maps, torch.zeros(19, 64, 64))
+    numbers = found.numbers()
+    assert (numbers["effect"], numbers["null_natural"]["effect"], numbers["affected"]) == (0, 0, 0)
+    assert numbers["energy_inside"] is None
+    known = {name: p for name, p in numbers["p_values"].items() if p is not None}
+    assert known == dict.fromkeys(set(numbers["p_values"]) - {"energy_inside"}, 1.0)
+    assert numbers["activation_ratio"]["value"] == 1
+    assert numbers["class_probability_change"]["value"] == 0
+
+
+def test_random_subspaces_as_concepts_raise_alarms_at_the_nominal_rate(inverter):
+    """Each null in turn as the concept among the others: 1 of 20 is above all, for any measure."""
+    found = show(inverter, rich_part(), noise=0.1, n_directions=20)
+    nulls = found.null_effects
+    for measure in ("effect", "activation_ratio", "realised_change", "class_probability_change"):
+        alarms = [
+            p_value(measure, null, nulls[:i] + nulls[i + 1 :], 0.25) <= 0.05
+            for i, null in enumerate(nulls)
+        ]
+        assert sum(alarms) == 1, measure
+
+
+def test_a_concept_that_is_the_whole_map_has_no_null(inverter):
+    features = upper_part()
+    concepts = DirectionConcepts(torch.eye(32)[:1], spec=inverter.backbone.spec)
+    concepts._sizes = (1,)
+    whole = features.clone()
+    whole[:, 1:] = 0
+    painting = PaintingInverter(inverter.backbone)
+    found = show_concept(painting, whole, concepts, film=[], seeds=SEEDS, n_directions=3)
+    assert not found.has_null
+    assert not found.affected.any()
+    assert set(found.numbers()["p_values"].values()) == {None}
+    assert "There is no null" in found.summary()
+    assert found._repr_png_().startswith(b"\x89PNG")
+
+
+def test_without_a_number_the_concept_with_most_energy_is_shown(inverter):
+    features = upper_part()
+    features[:, 5] = 0.3
+    given = {"concept": None}
+    assert show(inverter, features, **given).arguments["concept"] == 0
+    features[:, 5] = 0.5
+    found = show(inverter, features, **given)
+    assert found.arguments["concept"] == 1
+    assert found.part_energy == pytest.approx(0.5**2 * 64 / features.square().sum().item())
+
+
+def test_the_threshold_of_the_pictures_that_concepts_were_found_in(inverter):
+    features = upper_part()
+    features[:, 0, 4:] = 0.1
+    threshold = 0.3 * features.norm(dim=1).max().item()
+    painting = PaintingInverter(inverter.backbone)
+    common = {"concept": 0, "film": [], "seeds": SEEDS, "n_directions": 1}
+    longest = features.norm(dim=1).max()
+    for low, share in ((0.05, 1.0), (0.3, 0.5), (0.9, 0.0)):
+        concepts = make_concepts(inverter, **{ACTIVE_FROM: [low / longest.item(), 0]})
+        found = show_concept(painting, features, concepts, **common)
+        assert found.main_figures()["area_inside"] == share
+    assert "active nowhere in this picture" in found.summary()
+    assert threshold > 0
+
+
+def test_the_published_basis_is_named(inverter):
+    images = tiny.make_images(4)
+    found = {}
+    for basis in ("centred", "uncentred"):
+        concepts = MCD(1, basis=basis, spec=inverter.backbone.spec)
+        concepts.fit(inverter.backbone.features(images))
+        painting = PaintingInverter(inverter.backbone)
+        features = inverter.backbone.features(images[:1])
+        viz = show_concept(painting, features, concepts, film=[], seeds=SEEDS, n_directions=1)
+        found[basis] = viz.numbers()["concept_basis"]
+        assert found[basis] in viz.summary()
+    assert found == {
+        "centred": "centred basis, as published",
+        "uncentred": "uncentred basis (published: centred)",
+    }
+
+
+# ---- real samplers, files, and what is refused ---------------------------------------------------
 
 
 def test_the_samples_are_those_of_the_edited_maps(inverter):
     """Of a real sampler: factors in order, same noise, the backbone's own class scores."""
     features = inverter.backbone.features(tiny.make_images(1))
     concepts = make_concepts(inverter, class_index=3)
-    found = show_concept(inverter, features, concepts, seeds=SEEDS[:2], film=[2, 0], n_directions=1)
+    found = show_concept(
+        inverter, features, concepts, concept=0, seeds=SEEDS[:2], film=[2, 0], n_directions=1
+    )
     part = concepts.part(features, 0)
     assert [dose.factor for dose in found.doses] == [0, 0.25, 1, 2]
     assert found.after.factor == 0.25
@@ -116,28 +269,13 @@ def test_the_samples_are_those_of_the_edited_maps(inverter):
         images = inverter.invert(edited, generator=generators)
         torch.testing.assert_close(dose.images, images.clamp(0, 1), rtol=0, atol=1 / 255)
         scores = inverter.backbone.classify(dose.images)
-        torch.testing.assert_close(dose.probability, scores.softmax(dim=1)[:, 3])
+        np.testing.assert_allclose(dose.probability(3), scores.softmax(dim=1)[:, 3], rtol=1e-5)
     changed = (found.after.images - found.before.images).square().sum(dim=1).sqrt()
     torch.testing.assert_close(found.distance, changed)
     names = ["factor_0_0.png", "factor_0.25_0.png", "factor_1_0.png", "factor_2_0.png"]
-    assert list(found.pictures())[::2] == [*names, "random_0_0.png"]
-    assert "Probability of class 3: 0." in found.summary()
+    assert list(found.pictures())[::2] == [*names, "null_0_0.png"]
+    assert "Class probability of class 3: 0." in found.summary()
     assert found._repr_png_().startswith(b"\x89PNG")
-
-
-def test_factor_one_gives_a_map_of_exactly_zero(inverter):
-    features = inverter.backbone.features(tiny.make_images(1))
-    concepts = make_concepts(inverter)
-    found = show_concept(inverter, features, concepts, factor=1, film=[], seeds=SEEDS[:2])
-    assert torch.equal(found.map, torch.zeros(64, 64))
-    assert torch.equal(normalise(found.map), torch.zeros(64, 64))
-    assert torch.equal(found.random_map, torch.zeros(64, 64))
-    numbers = found.numbers()
-    assert (numbers["effect"], numbers["null_random"], numbers["affected"]) == (0, 0, 0)
-    assert numbers["energy_inside"] is None
-    assert numbers["effect_over_null_random"] is None
-    assert numbers["effect_over_null"] == 0
-    assert numbers["dominance_random"] == 0
 
 
 def test_paths_pictures_and_maps_give_the_same(inverter, tmp_path):
@@ -162,25 +300,24 @@ def test_paths_pictures_and_maps_give_the_same(inverter, tmp_path):
 def test_without_a_class_of_the_concepts_it_is_the_picture_s_own(inverter, tmp_path):
     (path,) = save_pictures(tmp_path, 1)
     found = show_concept(
-        PaintingInverter(inverter.backbone, None), path, make_concepts(inverter), film=[]
+        PaintingInverter(inverter.backbone, None),
+        path,
+        make_concepts(inverter),
+        film=[],
+        n_directions=1,
     )
     logits = inverter.encode(path).sources[0].logits
     assert (found.class_index, found.class_name) == (logits.argmax(), f"class {logits.argmax()}")
 
 
-def test_a_deterministic_inverter_has_no_null_of_other_noise(inverter):
+def test_a_deterministic_inverter_has_no_other_noise(inverter):
     found = show(inverter, upper_part(), noise=None)
     numbers = found.numbers()
     assert len(numbers["samples"]) == 2 + 3
-    for name in ("null", "effect_over_null", "dominance", "energy_inside_null"):
-        assert numbers[name] is None
-    assert numbers["effect_over_null_random"] > 0
-    assert found.null_map is None
-    assert {row["null"] for row in found.rows()} == {None}
-    assert "a deterministic inverter has no null of other noise" in found.summary()
-    words = {text.get_text() for text in found.figure().findobj(lambda a: hasattr(a, "get_text"))}
-    assert {"concept", "null: random"} <= words
-    assert "null: other noise" not in words
+    assert (numbers["other_noise"], numbers["effect_over_other_noise"]) == (None, None)
+    assert numbers["null_natural"]["effect"] > 0
+    assert numbers["realised_change"]["n"] == 1
+    assert "a deterministic inverter has no other noise" in found.summary()
     assert found._repr_png_().startswith(b"\x89PNG")
 
 
@@ -198,36 +335,6 @@ def test_a_deterministic_inverter_has_no_null_of_other_noise(inverter):
 def test_what_cannot_be_shown(inverter, arguments, words):
     with pytest.raises(InputError, match=words):
         show(inverter, upper_part(), **arguments)
-
-
-# ---- random directions ---------------------------------------------------------------------------
-
-
-def test_a_turned_part_keeps_norms_and_angles_of_its_cells():
-    part = tiny.make_features(1)
-    turned = turn_part(part, make_generator(0))
-    cells, others = (m[0].flatten(1).T.double() for m in (part, turned))
-    torch.testing.assert_close(others @ others.T, cells @ cells.T, rtol=1e-4, atol=1e-4)
-    assert (cells - others).norm() > cells.norm()
-    assert torch.equal(turned, turn_part(part, make_generator(0)))
-    assert not torch.allclose(turned, turn_part(part, make_generator(1)))
-
-
-def test_a_concept_of_one_dimension_becomes_one_random_direction():
-    generator = torch.Generator().manual_seed(0)
-    codes, direction = torch.randn(64, generator=generator), torch.zeros(32)
-    direction[0] = 1
-    part = torch.outer(direction, codes).reshape(1, 32, 8, 8)
-    cells = turn_part(part, make_generator(3))[0].flatten(1)
-    singular = torch.linalg.svdvals(cells)
-    assert singular[1] < 1e-4 * singular[0]
-    along = cells.T @ (cells[:, 0] / codes[0])
-    torch.testing.assert_close(along, codes, rtol=1e-4, atol=1e-4)
-
-
-def test_nothing_turned_is_nothing():
-    part = torch.zeros(1, 32, 8, 8)
-    assert torch.equal(turn_part(part, make_generator(0)), part)
 
 
 # ---- numbers -------------------------------------------------------------------------------------
@@ -250,10 +357,38 @@ def test_a_normalised_map_ends_at_one():
     )
 
 
-def test_dominance_by_hand():
-    """Pairs 1>0, 1<2, 2>0, 2=2: (2 − 1) / 4."""
-    assert dominance(torch.tensor([1.0, 2.0]), torch.tensor([[0.0], [2.0]])) == 0.25
-    assert dominance(torch.ones(3), torch.zeros(2)) == 1
+def make_effect(distance: float, ratio: float) -> EditEffect:
+    ones = [1.0, 1.0]
+    return EditEffect(ones, ones, [ratio, ratio], ones, ones, None, ones, ones, distance)
+
+
+def test_p_values_by_hand():
+    """Attenuated, a smaller activation is the stronger effect; amplified, a greater one."""
+    own, nulls = make_effect(2, 0.8), [make_effect(1, 0.7), make_effect(2, 0.9), make_effect(3, 1)]
+    assert p_value("effect", own, nulls, 0.25) == 3 / 4
+    assert p_value("activation_ratio", own, nulls, 0.25) == 2 / 4
+    assert p_value("activation_ratio", own, nulls, 2) == 3 / 4
+    assert p_value("class_probability_change", own, nulls, 0.25) is None
+
+
+def test_over_images_by_hand():
+    pairs = [
+        (make_effect(4, 0.5), [make_effect(1, 1), make_effect(3, 1)]),
+        (make_effect(2, 0.7), [make_effect(1, 1), make_effect(5, 1)]),
+    ]
+    found = over_images("effect", pairs, 0.25)
+    assert (found.value.value, found.null.value, found.difference.value) == (3, 2.5, 0.5)
+    assert (found.n_above, found.value.n) == (1, 2)
+    assert over_images("activation_ratio", pairs, 0.25).value.value == pytest.approx(0.6)
+    assert over_images("class_probability_change", pairs, 0.25) is None
+
+
+def test_faded_pixels_are_those_that_are_not_kept():
+    picture, kept = torch.rand(3, 4, 4, generator=make_generator(0)), torch.zeros(4, 4).bool()
+    kept[:2] = True
+    shown = fade(picture, kept)
+    assert torch.equal(shown[:, :2], picture[:, :2])
+    assert (shown[:, 2:] > picture[:, 2:]).all()
 
 
 def test_the_share_of_energy_by_hand():
