@@ -116,11 +116,25 @@ def _differences(a: Values, b: Values) -> np.ndarray:
 
 _BLOCK = 2_000_000
 """Drawn indices held at a time: 16 MB, whatever the number of images and resamples."""
+LEAST_BOOTSTRAP = 30
+"""With fewer images an interval is Student's: a bootstrap of 5 covers 81 % where it says 95 %."""
+FEW = 10
+"""With fewer images an interval rests on the assumption that they are about normal."""
+
+
+def few_images_note(n: int, what: str = "images") -> str | None:
+    """Returns what must be said of figures of so few; None where there are enough."""
+    if n >= FEW:
+        return None
+    return (
+        f"The figures rest on {n} {what}, fewer than {FEW}. Their intervals hold if values are "
+        "about normal, which so few cannot show, and of one alone there is none."
+    )
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure with its bootstrap interval.
+    """A figure with its interval.
 
     Args:
         value: of all images.
@@ -154,6 +168,7 @@ def bootstrap_mean(
 ) -> Interval:
     """Returns the mean with its percentile bootstrap interval (Efron and Tibshirani 1993, §13.3).
 
+    Of fewer than `LEAST_BOOTSTRAP` images the interval is Student's, see `bootstrap_statistic`.
     Images are what is resampled: one value per image. One seed draws the same images in each call,
     so that figures of one run are comparable.
 
@@ -199,6 +214,9 @@ def bootstrap_statistic(
     """Returns a function of the means of several columns, with its percentile bootstrap interval.
 
     Row i of every column belongs to image i, and a resample draws the same images for all columns.
+    Of fewer than `LEAST_BOOTSTRAP` images, whose resamples vary too little, the interval is the
+    value ± Student's quantile with n − 1 degrees of freedom times the standard error of the
+    jackknife (Tukey 1958), which for a mean is the usual t interval.
 
     Args:
         columns: one value per image each.
@@ -209,7 +227,8 @@ def bootstrap_statistic(
 
     Raises:
         InputError: no image, columns of different lengths, values that are NaN or infinite, or a
-            statistic that is so for all images or on a resample (a denominator at zero).
+            statistic that is so for all images, on a resample or without one of the images (a
+            denominator at zero).
     """
     table = _to_table(columns)
     if not 0 < level < 1 or n_resamples < 1:
@@ -220,12 +239,37 @@ def bootstrap_statistic(
     value = _evaluate(statistic, list(columns), table.mean(axis=1))
     if table.shape[1] == 1:
         return Interval(value, value, value, 1)
+    if table.shape[1] < LEAST_BOOTSTRAP:
+        n = table.shape[1]
+        left_out = (table.sum(axis=1, keepdims=True) - table) / (n - 1)
+        return jackknife(
+            value, [_evaluate(statistic, list(columns), means) for means in left_out.T], n, level
+        )
     resampled = [
         _evaluate(statistic, list(columns), means)
         for means in _resample_means(table, n_resamples, seed)
     ]
     low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
     return Interval(value, float(low), float(high), table.shape[1])
+
+
+def jackknife(value: float, left_out: Values, n: int, level: float = 0.95) -> Interval:
+    """Returns a value with Student's interval from what it is without each part of the images.
+
+    Args:
+        value: of all images.
+        left_out: of all but one part each, of parts of about one size; at least two.
+        n: images.
+
+    Source: Tukey 1958; Efron and Tibshirani 1993, equation 11.5.
+    """
+    from scipy.stats import t as student  # slow to import
+
+    without = _to_row(left_out)
+    k = len(without)
+    error = ((k - 1) / k * np.square(without - without.mean()).sum()) ** 0.5
+    half = float(student.ppf((1 + level) / 2, k - 1)) * float(error)
+    return Interval(value, value - half, value + half, n)
 
 
 class FeatureMoments:

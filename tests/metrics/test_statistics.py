@@ -9,6 +9,7 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,11 +21,13 @@ from featinv_diffusion.metrics import (
     bootstrap_difference,
     bootstrap_mean,
     bootstrap_statistic,
+    statistics,
 )
-from featinv_diffusion.metrics.statistics import share
+from featinv_diffusion.metrics.statistics import few_images_note, share
 
 
-def test_bootstrap_of_three_values_is_that_of_all_27_draws():
+def test_bootstrap_of_three_values_is_that_of_all_27_draws(monkeypatch):
+    monkeypatch.setattr(statistics, "LEAST_BOOTSTRAP", 0)
     values = [0.0, 1.0, 5.0]
     means = [np.mean(draw) for draw in itertools.product(values, repeat=3)]
     got = bootstrap_mean(values, level=0.8, n_resamples=20_000)
@@ -32,6 +35,27 @@ def test_bootstrap_of_three_values_is_that_of_all_27_draws():
     # The quantiles lie inside plateaus of the 27 equally likely means: 1/3 and 11/3.
     assert [got.low, got.high] == pytest.approx(np.quantile(means, [0.1, 0.9]).tolist())
     assert got.n == 3
+
+
+def test_few_images_have_the_interval_of_student():
+    values = [1.0, 2.0, 4.0, 7.0]
+    wanted = scipy.stats.t.interval(0.9, 3, np.mean(values), scipy.stats.sem(values))
+    got = bootstrap_mean(values, level=0.9)
+    assert (got.low, got.high) == pytest.approx(wanted)
+
+
+def test_five_images_are_covered_as_often_as_is_said():
+    draws = np.random.default_rng(0).normal(3.0, 2.0, size=(2000, 5))
+    found = [bootstrap_mean(row) for row in draws]
+    assert np.mean([i.low <= 3 <= i.high for i in found]) == pytest.approx(0.95, abs=0.02)
+    pairs = np.random.default_rng(1).normal([[4.0], [2.0]], 0.3, size=(500, 2, 8))
+    ratios = [bootstrap_statistic({"a": a, "b": b}, lambda m: m["a"] / m["b"]) for a, b in pairs]
+    assert np.mean([i.low <= 2 <= i.high for i in ratios]) == pytest.approx(0.95, abs=0.04)
+
+
+def test_what_is_said_of_few_images():
+    assert few_images_note(10) is None
+    assert "rest on 9 images, fewer than 10" in str(few_images_note(9))
 
 
 def test_interval_of_many_values_is_the_normal_one():
