@@ -65,7 +65,9 @@ DEFAULT = "default"
 SHIPPED = (("dpmsolver++", 10), ("features", 3.0), 1.0)
 """Sampler, guidance and strength of the run `DEFAULT`, a row of each curve."""
 N_CURVE = 300
-N_NULL, N_BASELINE, N_OPTIMISED = 60, 3000, 8
+N_NULL, N_BASELINE, N_OPTIMISED = 50, 2000, 8
+N_GALLERY = 1350
+"""Validation images beside those of the run among which the own original is looked for."""
 OUTSIDE = "tf_efficientnet_lite0"
 """Public ImageNet weights (extra `real`), which share nothing with the family."""
 FITTED = tuple(member for member in MEMBERS if member != "convnext-pooled")
@@ -81,18 +83,19 @@ def plan(
     """Yields (name of the run, arguments of `featinv evaluate`)."""
     curve = ["--pipeline", "tiny/convnext", "--n-images", str(N_CURVE), "--n-null-images", "0"]
     common = ["--data", data, "--batch-size", "16"]
+    gallery = ["--n-gallery-images", str(N_GALLERY)]
     backbones = [f"tiny/{name}" for name in BACKBONES if f"tiny/{name}" in list_backbones()]
     for member in MEMBERS if "members" in tables else ():
         if f"tiny/{member}" in list_bundled():
             own = f"tiny/{member.partition('-')[0]}"
             others = ",".join([*(name for name in backbones if name != own), OUTSIDE])
-            size = ["--n-images", str(n_images), "--n-null-images", str(N_NULL)]
+            size = ["--n-images", str(n_images), "--n-null-images", str(N_NULL), *gallery]
             baselines = ["--baselines-from", training, "--n-baseline-images", str(N_BASELINE)]
             slow = ["--n-optimised-images", str(N_OPTIMISED)] if member == "convnext" else []
             options = [*size, "--evaluated-by", others, *(baselines if member in FITTED else [])]
             yield member, [*common, "--pipeline", f"tiny/{member}", *options, *slow]
     for name in INVERTERS if "inverters" in tables else ():
-        size = ["--n-images", str(n_images), "--n-null-images", "0"]
+        size = ["--n-images", str(n_images), "--n-null-images", "0", *gallery]
         yield name_of(name), [*common, "--inverter", name, *size, "--evaluated-by", OUTSIDE]
     curves: dict[str, list[str]] = {}
     for name, steps in SAMPLERS if "samplers" in tables else ():
@@ -206,6 +209,12 @@ def baselines_table() -> str:
                 rows.append([member, label, *cells, outside])
     header = "features of|made by|centred cosine|cosine|top-5|top-1|PSNR|cosine, outside eye"
     return table(header.split("|"), rows)
+
+
+def headline(m: dict[str, Any]) -> str:
+    """Returns what the columns of the first table mean."""
+    n, hard = m["retrieval"]["n_gallery"], m["retrieval"]["same_class"]["mean_gallery"]
+    return HEADLINE.format(n=f"{n:,}", hard=f"{hard:.0f}", outside=OUTSIDE)
 
 
 def outside_span(m: dict[str, Any]) -> str:
@@ -355,7 +364,7 @@ def write_page(arguments: argparse.Namespace) -> None:
         f"One sample per image at the shipped defaults: {s['steps']} steps of {s['scheduler']}, "
         f"guidance {s['guidance']} {s['guidance_scale']:g}. In brackets: 95 % intervals over "
         "images. Each row repeats with `featinv evaluate`.",
-        "What comes back": f"{members_table()}\n\n{HEADLINE} There: {outside_span(run)}.\n\n"
+        "What comes back": f"{members_table()}\n\n{headline(run)} There: {outside_span(run)}.\n\n"
         "![One sample per backbone](figures/tiny-family.png)",
         "What needs no trained inverter": f"{baselines_table()}\n\n{BASELINES}",
         "Pooled and unpooled (the paper's Table 1)": f"{matches_table()}\n\n{pooled_gap()}\n\n"
@@ -420,11 +429,11 @@ def _autoencoder_note(data: str, n_images: int) -> str:
     )
 
 
-HEADLINE = (
+HEADLINE = (  # of a run, see `headline`
     "Centred cosine: the mean cell of the images is taken away first, so that another image has "
-    "about 0. Own original found: first among all images by the centred maps, and among those of "
-    "its class. CKA: linear, of whole maps, without the bias of small samples. The outside eye is "
-    f"{OUTSIDE} with its public ImageNet weights, which share nothing with the family: its cosine "
+    "about 0. Own original found: first among {n} images by the centred maps, and among the {hard} "
+    "of its class. CKA: linear, of whole maps, without the bias of small samples. The outside eye "
+    "is {outside} with public ImageNet weights, which share nothing with the family: its cosine "
     "between another image (0) and the autoencoder (1), and its match of 1,000 classes."
 )
 BASELINES = (

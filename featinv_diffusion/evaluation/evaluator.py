@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import Any
 
@@ -173,6 +173,14 @@ class Evaluator:
                 moments.setdefault(name, []).append(moments_of(view.features))
         joined = {name: torch.cat(parts) for name, parts in moments.items()}
         return {name: Natural.of(rows) for name, rows in joined.items() if len(rows)}
+
+    @torch.no_grad()
+    def vectors_of(self, items: Sequence[Item]) -> Iterator[tuple[Item, Tensor]]:
+        """Yields images that can be read with the vector of the map of each."""
+        alone = replace(self, backbones={OWN: self.own})
+        for members, views, _ in alone._encode(items, []):
+            vectors = self.natural[OWN].vectors(views[OWN].features)
+            yield from zip(members, vectors, strict=True)
 
     @torch.no_grad()
     def run(self, items: Sequence[Item]) -> Measured:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from featinv_diffusion.backbones import Backbone, load_backbone, same_backbone
 from featinv_diffusion.backbones.base import LAST, weights_sha256, without_progress_bars
-from featinv_diffusion.data.selection import Item
+from featinv_diffusion.data.selection import Item, select_items
 from featinv_diffusion.data.sets import ImageSet, open_images
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.evaluation.baselines import Optimise, fit_baselines
@@ -76,6 +76,15 @@ class Opened:
             progress=progress,
         )
         return replace(ready, baselines=baselines)
+
+    def gallery(self, items: Sequence[Item]) -> Iterator[tuple[Item, Tensor]]:
+        """Yields the next images of the selection with the vectors of their maps."""
+        evaluator, settings = self.evaluator, self.settings
+        chosen = replace(settings.selected, n_images=None, n_null_images=0)
+        drawn = select_items(evaluator.images, chosen, settings.seed)
+        more = drawn[len(items) : len(items) + settings.n_gallery_images]
+        if more and (natural := evaluator.measure_natural(items)):
+            yield from replace(evaluator, natural=natural).vectors_of(more)
 
     def cost(self, items: Sequence[Item]) -> str:
         """Says in a sentence or two what each part of the evaluation costs."""

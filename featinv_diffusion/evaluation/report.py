@@ -26,7 +26,6 @@ from featinv_diffusion.metrics.statistics import (
     bootstrap_mean,
     bootstrap_statistic,
     few_images_note,
-    share,
 )
 from featinv_diffusion.runs.record import count
 from featinv_diffusion.settings import BY_GRADIENT, DIFFUSION, refined_by
@@ -115,12 +114,9 @@ def mean_of(values: np.ndarray, is_share: bool = False) -> Estimate:
     """Returns `value`, `low`, `high`, `n` of a mean.
 
     Args:
-        is_share: of zeros and ones, whose interval among few images is Wilson's: that of Student
-            has no width where all are equal.
+        is_share: of zeros and ones.
     """
-    few = len(values) < LEAST_BOOTSTRAP
-    n_true = int(values.sum())
-    return asdict(share(n_true, len(values)) if is_share and few else bootstrap_mean(values))
+    return asdict(bootstrap_mean(values.astype(bool) if is_share else values))
 
 
 def normalised_agreement(columns: Columns, seen: str = "") -> Estimate | None:

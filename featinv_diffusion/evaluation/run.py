@@ -285,7 +285,8 @@ def _join(
     settings, evaluator = opened.settings, opened.evaluator
     figures = summarise(rows.columns, settings.evaluated_by)
     figures["label_accuracy"]["labels_matched_by"] = opened.labels_matched_by
-    figures |= measure_similarity(units, rows.table["label"].to_pylist())
+    labels = rows.table["label"].to_pylist()
+    figures |= measure_similarity(units, labels, opened.gallery(items))
     if figures.get("lpips") and isinstance(lpips := evaluator.lpips, Lpips):
         figures["lpips"]["conventions"] = lpips.conventions
     data = {

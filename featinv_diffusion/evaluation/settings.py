@@ -31,6 +31,7 @@ class EvaluationSettings:
         evaluated_by: other backbones that look at the reconstructions; the own one is left out.
         lpips_weights, inception_weights: weight files; None looks in the caches of torchvision and
             torch-fidelity.
+        n_gallery_images: the next ones of the selection, at most all.
         baselines_from: what `open_images` takes, of a folder or Hub data set the split `train`.
         n_baseline_images: at most; the ridges are fitted on the first 2,000 of them.
         n_optimised_images: spread evenly over those that are evaluated.
@@ -79,6 +80,12 @@ class EvaluationSettings:
         "Images to measure distances to.",
         metavar="FOLDER_OR_NPZ",
         shown="the evaluated originals",
+    )
+    n_gallery_images: int = option(
+        0,
+        "More images of the data, encoded only, among which reconstructions look for their own.",
+        least=0,
+        most=MAX_IMAGES,
     )
     baselines_from: str | None = option(
         None,
@@ -132,11 +139,11 @@ class EvaluationSettings:
     def identity(self) -> dict[str, Any]:
         """Returns what a run that is taken up again must share.
 
-        The index of a GPU differs by process, and the reference is read when all is measured: a
-        finished run can be summarised anew with another one.
+        The index of a GPU differs by process, and the reference and the gallery are read when all
+        is measured: a finished run can be summarised anew with others.
         """
         decided = {**self.content(), "device": self.sampling.device.partition(":")[0]}
-        del decided["reference"]
+        del decided["reference"], decided["n_gallery_images"]
         return decided
 
 

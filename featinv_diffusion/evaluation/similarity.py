@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -24,11 +25,16 @@ MAX_GALLERY, MAX_CKA = 10_000, 2000
 Figure = dict[str, Any]
 
 
-def measure_similarity(units: Sequence[Unit[Item]], labels: Sequence[int | None]) -> Figure:
+def measure_similarity(
+    units: Sequence[Unit[Item]],
+    labels: Sequence[int | None],
+    gallery: Iterable[tuple[Item, Tensor]] = (),
+) -> Figure:
     """Returns `retrieval` and `linear_cka`, each None where no vectors of maps were kept.
 
     Args:
         labels: of the rows of all units.
+        gallery: more originals that compete, with the vectors of their maps.
     """
     original, made, trip = (_read(units, x) for x in (ORIGINAL, RECONSTRUCTED, ROUND_TRIP))
     if original is None or made is None or len(original) < 2:
@@ -39,12 +45,16 @@ def measure_similarity(units: Sequence[Unit[Item]], labels: Sequence[int | None]
     known = [labels[i] for i in kept]
     original, made = original[kept], made[kept]
     trip = None if trip is None else trip[kept]
-    partners = find_partners(known)
+    more = list(islice(gallery, MAX_GALLERY - len(kept)))
+    competing = torch.cat([original, *(vector[None].float() for _, vector in more)])
+    classes = [*known, *(item.label for item, _ in more)]
     retrieval = {
-        **_retrieval(original, made, known),
-        "n_gallery": len(kept),
-        "nulls": {OTHER_IMAGE: _retrieval(original, made[partners], known)},
-        "ceilings": {VAE_ROUND_TRIP: None if trip is None else _retrieval(original, trip, known)},
+        **_retrieval(competing, made, classes),
+        "n_gallery": len(competing),
+        "nulls": {OTHER_IMAGE: _retrieval(competing, made[find_partners(known)], classes)},
+        "ceilings": {
+            VAE_ROUND_TRIP: None if trip is None else _retrieval(competing, trip, classes)
+        },
     }
     cka = linear_cka(original[:MAX_CKA], made[:MAX_CKA])
     if cka is None:
@@ -72,7 +82,7 @@ def _retrieval(original: Tensor, made: Tensor, labels: Sequence[int | None]) -> 
     ranks = retrieval_ranks(original, made)
     figure: Figure = {f"top{k}": mean_of((ranks < k).double().numpy(), True) for k in (1, 5)}
     count = Counter(labels)
-    rivals = [0 if label is None else count[label] - 1 for label in labels]
+    rivals = [0 if label is None else count[label] - 1 for label in labels[: len(made)]]
     rows = [i for i, n in enumerate(rivals) if n]
     if not rows:
         return {**figure, "same_class": None}

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.metrics.statistics import Interval, jackknife
@@ -39,30 +40,31 @@ def sketch(maps: Float[Tensor, "b ..."], size: int = SKETCH) -> Float[Tensor, "b
 
 def retrieval_ranks(
     originals: Float[Tensor, "n d"],
-    reconstructions: Float[Tensor, "n d"],
+    reconstructions: Float[Tensor, "m k"],
     labels: Sequence[int | None] | None = None,
-) -> Int[Tensor, " n"]:
+) -> Int[Tensor, " m"]:
     """Returns how many other originals are as near to each reconstruction as its own, by cosine.
 
     0 where the own original is found first.
 
     Args:
-        originals, reconstructions: centred vectors; row i of both belongs to image i.
-        labels: where given, only originals of the same class compete.
+        originals: centred vectors; row i is that of reconstruction i, further rows only compete.
+        reconstructions: centred vectors of the same length.
+        labels: of the originals; where given, only those of the same class compete.
 
     Raises:
-        InputError: the two are not of one shape.
+        InputError: fewer originals than reconstructions, or vectors of another length.
     """
-    if originals.shape != reconstructions.shape:
+    if len(originals) < len(reconstructions) or originals.shape[1] != reconstructions.shape[1]:
         raise InputError(
-            "Retrieval needs one vector of the original per reconstruction, got shapes "
-            f"{list(originals.shape)} and {list(reconstructions.shape)}."
+            "Retrieval needs the vector of an original for each reconstruction, of the same "
+            f"length, got shapes {list(originals.shape)} and {list(reconstructions.shape)}."
         )
-    a = torch.nn.functional.normalize(originals.float())
-    b = torch.nn.functional.normalize(reconstructions.float())
+    a = F.normalize(originals.float())
+    b = F.normalize(reconstructions.float())
     classes = None if labels is None else torch.tensor([-1 if x is None else x for x in labels])
     ranks = []
-    for rows in torch.arange(len(a)).split(_ROWS):
+    for rows in torch.arange(len(b)).split(_ROWS):
         near = b[rows] @ a.T
         own = near[torch.arange(len(rows)), rows]
         beats = near >= own[:, None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -149,11 +150,11 @@ class Interval:
     n: int
 
 
-def share(n_true: int, n: int) -> Interval:
-    """Returns a share with its 95 % interval of Wilson (1927), which holds at 0 and 1 too."""
+def share(n_true: int, n: int, level: float = 0.95) -> Interval:
+    """Returns a share with its interval of Wilson (1927), which holds at 0 and 1 too."""
     if not 0 <= n_true <= n or n < 1:
         raise InputError(f"A share must be of at least one, got {n_true} of {n}.")
-    z, p = 1.959964, n_true / n
+    z, p = NormalDist().inv_cdf((1 + level) / 2), n_true / n
     middle = (p + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5
     return Interval(p, max(0.0, middle - half), min(1.0, middle + half), n)
@@ -168,13 +169,17 @@ def bootstrap_mean(
 ) -> Interval:
     """Returns the mean with its percentile bootstrap interval (Efron and Tibshirani 1993, §13.3).
 
-    Of fewer than `LEAST_BOOTSTRAP` images the interval is Student's, see `bootstrap_statistic`.
+    Of fewer than `LEAST_BOOTSTRAP` images the interval is Student's, see `bootstrap_statistic`,
+    and of booleans Wilson's, see `share`: where all are equal, Student's has no width.
     Images are what is resampled: one value per image. One seed draws the same images in each call,
     so that figures of one run are comparable.
 
     Raises:
         InputError: no value, or one that is NaN or infinite.
     """
+    given = values.cpu() if isinstance(values, Tensor) else values
+    if (row := np.asarray(given)).dtype == bool and 0 < len(row) < LEAST_BOOTSTRAP:
+        return share(int(row.sum()), len(row), level)
     columns = {"values": values}
     return bootstrap_statistic(
         columns, lambda means: means["values"], level=level, n_resamples=n_resamples, seed=seed

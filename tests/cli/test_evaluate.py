@@ -76,6 +76,8 @@ def test_it_writes_figures_with_nulls_and_ceilings(featinv: Featinv, table: Path
     done = featinv("evaluate", "--data", table, *OPTIONS, "--output", "out")
     assert done.err == ""
     assert done.code == 0
+    cost = "To make: 7 samples of the images, 3 more for the null of permuted cells, 3 more, "
+    assert done.out.startswith(cost)
     assert "7 images: centred cosine " in done.out
     metrics = load("out")
     for name in ("cosine", "top1_match", "top5_match", "psnr", "ssim"):

@@ -217,6 +217,9 @@ def test_baselines_stand_beside_the_reconstruction(inverter, photos, training, t
     assert "| optimise (optimised) | " in page
     assert "Own original found first among 3: " in page
     assert "nearest neighbour" in [t.get_text() for t in result.figure().axes[0].get_xticklabels()]
+    again = evaluate(inverter, photos, n_images=2, n_gallery_images=5, **QUICK)
+    assert again.metrics["retrieval"]["n_gallery"] == N
+    assert again.metrics["retrieval"]["top1"]["n"] == 2
     (training / "a.png").unlink()
     with pytest.raises(InputError, match="baselines_fingerprint: "):
         evaluate(inverter, photos, output=tmp_path / "out", **options)

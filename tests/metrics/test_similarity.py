@@ -30,8 +30,10 @@ def test_ranks_count_the_others_that_are_as_near():
     made = torch.tensor([[3.0, 0.1], [1, 0], [1, 1], [1, 1]])
     assert retrieval_ranks(originals, made).tolist() == [0, 3, 1, 1]  # a copy is as near
     assert retrieval_ranks(originals, made, [0, 0, 1, 2]).tolist() == [0, 1, 0, 0]
-    with pytest.raises(InputError, match="one vector of the original per reconstruction"):
-        retrieval_ranks(originals, made[:2])
+    assert retrieval_ranks(originals, made[:1], [0, 1, 0, 0]).tolist() == [0]
+    assert retrieval_ranks(originals, originals[1:2].flip(1)).tolist() == [0]  # more only compete
+    with pytest.raises(InputError, match="the vector of an original for each reconstruction"):
+        retrieval_ranks(originals[:2], made, [0, 0])
 
 
 def test_a_sketch_keeps_inner_products():
