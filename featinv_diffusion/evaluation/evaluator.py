@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
 
@@ -51,7 +51,7 @@ VAE_ROUND_TRIP, RESIZED_ORIGINAL = CEILINGS = ("vae_round_trip", "resized_origin
 
 MAP = "map"
 """The name of the vectors of whole maps, beside those of the extractors."""
-N_NATURAL = 256
+N_NATURAL = 128
 """Images, the first of the selection, whose mean cell is taken from all maps."""
 PREDICTED = "predicted_class"
 """The column with the top-1 class that the own backbone sees in the reconstruction."""
@@ -177,8 +177,7 @@ class Evaluator:
     @torch.no_grad()
     def vectors_of(self, items: Sequence[Item]) -> Iterator[tuple[Item, Tensor]]:
         """Yields images that can be read with the vector of the map of each."""
-        alone = replace(self, backbones={OWN: self.own})
-        for members, views, _ in alone._encode(items, []):
+        for members, views, _ in self._encode(items, []):
             vectors = self.natural[OWN].vectors(views[OWN].features)
             yield from zip(members, vectors, strict=True)
 

@@ -80,11 +80,12 @@ class Opened:
     def gallery(self, items: Sequence[Item]) -> Iterator[tuple[Item, Tensor]]:
         """Yields the next images of the selection with the vectors of their maps."""
         evaluator, settings = self.evaluator, self.settings
+        alone = replace(evaluator, backbones={OWN: evaluator.own})
         chosen = replace(settings.selected, n_images=None, n_null_images=0)
         drawn = select_items(evaluator.images, chosen, settings.seed)
         more = drawn[len(items) : len(items) + settings.n_gallery_images]
-        if more and (natural := evaluator.measure_natural(items)):
-            yield from replace(evaluator, natural=natural).vectors_of(more)
+        if more and (natural := alone.measure_natural(items)):
+            yield from replace(alone, natural=natural).vectors_of(more)
 
     def cost(self, items: Sequence[Item]) -> str:
         """Says in a sentence or two what each part of the evaluation costs."""

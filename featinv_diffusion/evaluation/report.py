@@ -173,7 +173,7 @@ def _of_pictures(columns: Columns, kind: str, evaluated_by: Sequence[str] = ()) 
 
 
 NOTE = """\
-95 % intervals over images: percentile bootstrap; below 30 images Student's, of shares Wilson's.
+95 % intervals over images: percentile bootstrap, below 30 images Student's, of shares Wilson's.
 Cosine: mean over cells between the features of original and reconstruction. Centred cosine: the
 same less the mean cell of these images, so that another image has about 0. Match: the original's
 top class is among the top k of the reconstruction. Nulls are compared with the same originals:

@@ -98,7 +98,7 @@ def test_blocks_do_not_change_the_draws(monkeypatch, n_resamples):
 def test_matches_are_shares(kind):
     assert bootstrap_mean(kind([True, False, True, True])) == share(3, 4)
     all_of_40 = bootstrap_mean(kind([True] * 40))
-    assert (all_of_40.value, all_of_40.low, all_of_40.high) == (1, 1, 1)
+    assert 0.9 < all_of_40.low < all_of_40.high == all_of_40.value == 1
     with pytest.raises(InputError, match="at least one image"):
         bootstrap_mean(kind([]))
 
