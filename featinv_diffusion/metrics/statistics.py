@@ -170,13 +170,14 @@ def bootstrap_mean(
     """Returns the mean with its percentile bootstrap interval (Efron and Tibshirani 1993, §13.3).
 
     Of fewer than `LEAST_BOOTSTRAP` images the interval is Student's, see `bootstrap_statistic`. Of
-    booleans it is Wilson's, see `share`: where all are equal, the others have no width. Images are what is resampled: one value per image. One seed draws the same images in each call,
-    so that figures of one run are comparable.
+    booleans it is Wilson's, see `share`: where all are equal, the others have no width. Images are
+    what is resampled: one value per image. One seed draws the same images in each call, so that
+    figures of one run are comparable.
 
     Raises:
         InputError: no value, or one that is NaN or infinite.
     """
-    given = values.cpu() if isinstance(values, Tensor) else values
+    given = values.detach().cpu() if isinstance(values, Tensor) else values
     if (row := np.asarray(given)).dtype == bool and len(row):
         return share(int(row.sum()), len(row), level)
     columns = {"values": values}

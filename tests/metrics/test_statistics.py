@@ -68,7 +68,7 @@ def test_interval_of_many_values_is_the_normal_one():
 
 
 def test_interval_covers_the_truth_as_often_as_it_says():
-    draws = np.random.default_rng(0).binomial(1, 0.7, size=(200, 80)).astype(bool)
+    draws = np.random.default_rng(0).binomial(1, 0.7, size=(200, 80))
     intervals = [bootstrap_mean(d, n_resamples=200, seed=i) for i, d in enumerate(draws)]
     covered = np.mean([i.low <= 0.7 <= i.high for i in intervals])
     assert 0.89 <= covered <= 0.99
