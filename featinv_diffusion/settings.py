@@ -398,7 +398,10 @@ class Selection:
         most=MAX_IMAGES,
     )
     n_null_images: int = option(
-        256, "Images for the nulls that cost a sample each.", least=0, most=MAX_IMAGES
+        256,
+        "Images for the nulls that cost a sample each; 0 leaves these out.",
+        least=0,
+        most=MAX_IMAGES,
     )
 
     def __post_init__(self) -> None:

@@ -19,7 +19,7 @@ from featinv_diffusion.class_embedding.settings import ImageChoice
 from featinv_diffusion.data.selection import select_items
 from featinv_diffusion.data.sets import ImageSet, open_images
 from featinv_diffusion.errors import InputError, what_is_at
-from featinv_diffusion.evaluation.run import match_labels
+from featinv_diffusion.evaluation.labels import match_labels
 from featinv_diffusion.features.edits import CellMask
 from featinv_diffusion.images import (
     SUFFIXES,

@@ -41,10 +41,10 @@ def evaluate(
         raise InputError(f"The images to evaluate on must be named, {EXAMPLE}.")
     quiet_libraries()
     if (found := find_worker(worker)) is not None:
-        run_evaluation(settings, output, found, command_line())
+        run_evaluation(settings, output, found, command_line(), print)
         raise typer.Exit(end_worker(found, output))
     accelerator = make_accelerator()
-    result = run_evaluation(settings, output, accelerator, command_line())
+    result = run_evaluation(settings, output, accelerator, command_line(), print)
     accelerator.end_training()
     if result is not None:
         report(result, output)

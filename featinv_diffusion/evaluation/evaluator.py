@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -19,10 +18,21 @@ from featinv_diffusion.data.crops import to_images
 from featinv_diffusion.data.selection import Item
 from featinv_diffusion.data.sets import ImageSet
 from featinv_diffusion.errors import InputError
+from featinv_diffusion.evaluation.baselines import OPTIMISE, Baseline
+from featinv_diffusion.evaluation.views import (
+    OWN,
+    Columns,
+    Natural,
+    View,
+    Views,
+    compare_views,
+    join_views,
+    moments_of,
+    take_views,
+)
 from featinv_diffusion.features import permute_cells
 from featinv_diffusion.images import center_square, to_tensor
 from featinv_diffusion.inverters.base import Inverter, LatentInverter
-from featinv_diffusion.metrics import feature_cosine, top_k_match
 from featinv_diffusion.metrics.extractors import ImageFeatures
 from featinv_diffusion.metrics.features import psnr, ssim
 from featinv_diffusion.runs.sampling import (
@@ -34,63 +44,19 @@ from featinv_diffusion.runs.sampling import (
     to_pixels,
 )
 from featinv_diffusion.seeds import make_generator
-from featinv_diffusion.types import Features, Images
+from featinv_diffusion.types import Images
 
 OTHER_IMAGE, PERMUTED_CELLS, PRIOR_ONLY = NULLS = ("other_image", "permuted_cells", "prior_only")
 VAE_ROUND_TRIP, RESIZED_ORIGINAL = CEILINGS = ("vae_round_trip", "resized_original")
 
-OWN = ""
-"""The name of the inverter's own backbone among those that look."""
+MAP = "map"
+"""The name of the vectors of whole maps, beside those of the extractors."""
+N_NATURAL = 128
+"""Images, the first of the selection, whose mean cell is taken from all maps."""
 PREDICTED = "predicted_class"
 """The column with the top-1 class that the own backbone sees in the reconstruction."""
 
-Columns = dict[str, Tensor]
-"""One value per image under each name."""
 Failure = dict[str, str]
-
-
-@dataclass(frozen=True, eq=False)
-class View:
-    """What a backbone sees in pictures; `logits` is None where it has no head."""
-
-    features: Features
-    logits: Tensor | None
-
-    def __getitem__(self, rows: Sequence[int]) -> View:
-        index = list(rows)
-        logits = None if self.logits is None else self.logits[index]
-        return View(self.features[index], logits)
-
-    def to(self, device: torch.device) -> View:
-        """Returns the view on a device."""
-        logits = None if self.logits is None else self.logits.to(device)
-        return View(self.features.to(device), logits)
-
-    @property
-    def is_finite(self) -> Bool[Tensor, " b"]:
-        """Whether features and class scores of each picture are finite."""
-        finite = finite_rows(self.features)
-        return finite if self.logits is None else finite & finite_rows(self.logits)
-
-
-Views = dict[str, View]
-"""What each of the backbones sees."""
-
-
-def take_views(views: Views, rows: Sequence[int]) -> Views:
-    """Returns the views of some pictures."""
-    return {name: view[rows] for name, view in views.items()}
-
-
-def join_views(parts: Sequence[Views]) -> Views:
-    """Joins the views of batches."""
-    joined: Views = {}
-    for name in parts[0]:
-        views = [part[name] for part in parts]
-        logits = [view.logits for view in views if view.logits is not None]
-        features = torch.cat([view.features for view in views])
-        joined[name] = View(features, torch.cat(logits) if logits else None)
-    return joined
 
 
 @dataclass
@@ -106,7 +72,9 @@ class Measured:
         partial_failures: `id`, `figure` and `error` of what could not be measured of others, e.g.
             because the sample of a null held NaN.
         pixels: the reconstructions.
-        reconstructed, original: feature vectors `[n, d]` by extractor, for distances.
+        reconstructed, original: feature vectors `[n, d]` by extractor, for distances; under `MAP`
+            those of whole maps.
+        round_trip: vectors of whole maps of the autoencoder's round trip.
         advice: what to do about values that are not finite.
     """
 
@@ -118,6 +86,7 @@ class Measured:
     pixels: Pixels | None = None
     reconstructed: dict[str, np.ndarray] = field(default_factory=dict)
     original: dict[str, np.ndarray] = field(default_factory=dict)
+    round_trip: dict[str, np.ndarray] = field(default_factory=dict)
     advice: str = ""
 
     def put(self, prefix: str, rows: Sequence[int], columns: Columns) -> None:
@@ -162,6 +131,9 @@ class Evaluator:
             of distributions.
         class_of_label: from a label to the class of the own backbone; None where they are not
             known to correspond.
+        natural: of each backbone, see `measure_natural`; without it centred figures are not taken.
+        baselines: by name, made of every image.
+        optimiser: the training-free inverter, which makes the images named by `optimised`.
     """
 
     inverter: Inverter
@@ -172,6 +144,10 @@ class Evaluator:
     lpips: Callable[[Images, Images], Tensor] | None = None
     extractors: Mapping[str, ImageFeatures] = field(default_factory=dict)
     class_of_label: Sequence[int] | None = None
+    natural: Mapping[str, Natural] = field(default_factory=dict)
+    baselines: Mapping[str, Baseline] = field(default_factory=dict)
+    optimiser: Baseline | None = None
+    optimised: frozenset[str] = frozenset()
 
     @property
     def own(self) -> Backbone:
@@ -184,6 +160,26 @@ class Evaluator:
         if isinstance(self.inverter, LatentInverter):
             return self.inverter.image_size[0]
         return self.own.input_size[0]
+
+    @torch.no_grad()
+    def measure_natural(self, items: Sequence[Item]) -> dict[str, Natural]:
+        """Returns what the maps of the first images have in common, as each backbone sees them.
+
+        The first of a selection are spread evenly over classes. Empty where none can be read.
+        """
+        moments: dict[str, list[Tensor]] = {}
+        for _, views, _ in self._encode(items[:N_NATURAL], []):
+            for name, view in views.items():
+                moments.setdefault(name, []).append(moments_of(view.features))
+        joined = {name: torch.cat(parts) for name, parts in moments.items()}
+        return {name: Natural.of(rows) for name, rows in joined.items() if len(rows)}
+
+    @torch.no_grad()
+    def vectors_of(self, items: Sequence[Item]) -> Iterator[tuple[Item, Tensor]]:
+        """Yields images that can be read with the vector of the map of each."""
+        for members, views, _ in self._encode(items, []):
+            vectors = self.natural[OWN].vectors(views[OWN].features)
+            yield from zip(members, vectors, strict=True)
 
     @torch.no_grad()
     def run(self, items: Sequence[Item]) -> Measured:
@@ -213,6 +209,10 @@ class Evaluator:
         if originals is not None:
             self._put_ceilings(result, views, originals)
         self._put_sampled_nulls(result, views, originals)
+        self._put_baselines(result, views, originals)
+        if OWN in self.natural:
+            for side, view in ((result.original, views), (result.reconstructed, seen)):
+                side[MAP] = self._vectors(view)
         if originals is None:
             return result
         for name, extractor in self.extractors.items():
@@ -300,7 +300,7 @@ class Evaluator:
     ) -> Columns:
         """Compares row by row, a batch at a time; `views` are those of the originals."""
         parts = [
-            _compare_views(take_views(views, rows), take_views(seen, rows))
+            compare_views(take_views(views, rows), take_views(seen, rows), self.natural)
             | ({} if originals is None else self._compare_pixels(originals[rows], pixels[rows]))
             for rows in batched(range(len(pixels)), self.batch_size)
         ]
@@ -316,7 +316,7 @@ class Evaluator:
 
     def _put_ceilings(self, result: Measured, views: Views, originals: Pixels) -> None:
         everyone = range(len(result.items))
-        columns = _compare_views(views, self._view(originals))
+        columns = compare_views(views, self._view(originals), self.natural)
         result.put(f"{RESIZED_ORIGINAL}_", everyone, columns)
         if isinstance(inverter := self.inverter, LatentInverter):
             trips = (
@@ -327,7 +327,11 @@ class Evaluator:
             self._put_made(result, VAE_ROUND_TRIP, everyone, views, originals, made)
 
     def _put_sampled_nulls(self, result: Measured, views: Views, originals: Pixels | None) -> None:
-        """Measures the nulls that cost a sample each, with the noise of the reconstruction."""
+        """Measures the nulls that cost a sample each.
+
+        They share the noise, the originals and all that was seen in these with the
+        reconstruction. The way of a sample through its steps is its own after the first one.
+        """
         rows = [i for i, item in enumerate(result.items) if item.has_null]
         if not rows:
             return
@@ -351,6 +355,29 @@ class Evaluator:
             made = ((to_pixels(images), finite_rows(images)) for images in priors)
             self._put_made(result, PRIOR_ONLY, rows, views, originals, made)
 
+    def _put_baselines(self, result: Measured, views: Views, originals: Pixels | None) -> None:
+        """Measures what other methods make of the same features."""
+        everyone = list(range(len(result.items)))
+        todo = [(name, baseline, everyone) for name, baseline in self.baselines.items()]
+        chosen = [i for i in everyone if result.items[i].id in self.optimised]
+        if self.optimiser is not None and chosen:
+            todo.append((OPTIMISE, self.optimiser, chosen))
+        features = views[OWN].features
+        for name, baseline, rows in todo:
+            made = (
+                baseline(
+                    features[part],
+                    noise_of(result.items[i] for i in part),
+                    [result.digests[i] for i in part],
+                )
+                for part in batched(rows, self.batch_size)
+            )
+            self._put_made(result, name, rows, views, originals, made)
+
+    def _vectors(self, views: Views) -> np.ndarray:
+        """Returns the vectors of the maps that the own backbone saw."""
+        return self.natural[OWN].vectors(views[OWN].features).numpy()
+
     def _put_made(
         self,
         result: Measured,
@@ -362,13 +389,15 @@ class Evaluator:
     ) -> None:
         """Compares pictures that were made for some rows; those of NaN have no figures."""
         pixels, finite = (torch.cat(part) for part in zip(*made, strict=True))
-        index = list(rows)
+        index, seen = list(rows), self._view(pixels)
         columns = self._compare(
             take_views(views, index),
             None if originals is None else originals[index],
-            self._view(pixels),
+            seen,
             pixels,
         )
+        if kind == VAE_ROUND_TRIP and OWN in self.natural:
+            result.round_trip[MAP] = self._vectors(seen)
         broken = ~finite
         columns = {name: values.masked_fill(broken, torch.nan) for name, values in columns.items()}
         result.put(f"{kind}_", rows, columns)
@@ -400,22 +429,6 @@ class Evaluator:
         return torch.cat(parts).numpy()
 
 
-def _compare_views(originals: Views, seen: Views) -> Columns:
-    """Compares what the backbones saw; NaN where one of the two views holds such values."""
-    columns: Columns = {}
-    for name, original in originals.items():
-        view, prefix = seen[name], f"evaluated_by_{name}_" if name != OWN else ""
-        found = {"cosine": feature_cosine(original.features, view.features)}
-        if original.logits is not None and view.logits is not None:
-            for k in (1, 5):
-                match = top_k_match(original.logits, view.logits, min(k, view.logits.shape[1]))
-                found[f"top{k}_match"] = match.float()
-        broken = ~(original.is_finite & view.is_finite)
-        for metric, values in found.items():
-            columns[prefix + metric] = values.float().cpu().masked_fill(broken, torch.nan)
-    return columns
-
-
 def find_partners(labels: Sequence[int | None]) -> list[int]:
     """Returns another image for each, by the rotation that pairs the fewest of one class.
 
@@ -440,42 +453,3 @@ def noise_of(items: Iterable[Item]) -> list[torch.Generator]:
 
 def _fail(failures: list[Failure], item: Item, reason: str) -> None:
     failures.append({"id": item.id, "error": f"{item.id} cannot be measured: {reason}."})
-
-
-# ---- Which class of the backbone a label means ---------------------------------------------------
-
-_NUMBER_LIKE = re.compile(r"n\d{8}|((label|class)[ _-]?)?\d+")
-"""Names of classes that say no more than a number: WordNet ids, `LABEL_3`, `class 3`, `3`."""
-
-
-def match_labels(images: ImageSet, backbone: Backbone) -> tuple[str | None, list[int] | None]:
-    """Returns how labels are matched with the backbone's classes, and the class of each label.
-
-    Labels are matched by name where each name is that of one class. They are matched by number
-    where there are as many of both and either the names are equal in their order (two classes may
-    share one) or one side has no names that say more than a number; equally many other names are
-    no reason to think that they correspond.
-    """
-    if images.labels is None or not backbone.has_head:
-        return None, None
-    names, known = (_fold_case(n) for n in (images.class_names, backbone.labels))
-    n_labels = len(names) if names else max(images.labels) + 1
-    if names and known and len(set(names)) == len(names):
-        found = [i for name in names for i, other in enumerate(known) if other == name]
-        if [known[i] for i in found] == names:
-            return "name", found
-    by_number = list(range(n_labels))
-    if n_labels != (len(known) if known else _count_classes(backbone)):
-        return None, None
-    says_nothing = any(not n or all(map(_NUMBER_LIKE.fullmatch, n)) for n in (names, known))
-    return ("number", by_number) if says_nothing or names == known else (None, None)
-
-
-def _fold_case(names: Sequence[str] | None) -> list[str] | None:
-    return None if names is None else [name.casefold() for name in names]
-
-
-@torch.no_grad()
-def _count_classes(backbone: Backbone) -> int:
-    blank = torch.zeros(1, 3, *backbone.input_size, device=backbone.device)
-    return backbone.classify(blank).shape[1]

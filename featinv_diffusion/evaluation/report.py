@@ -11,16 +11,33 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from featinv_diffusion.errors import InputError
-from featinv_diffusion.evaluation.evaluator import CEILINGS, NULLS, OTHER_IMAGE, VAE_ROUND_TRIP
+from featinv_diffusion.evaluation.baselines import BASELINES, OPTIMISE
+from featinv_diffusion.evaluation.evaluator import (
+    CEILINGS,
+    NULLS,
+    OTHER_IMAGE,
+    PERMUTED_CELLS,
+    VAE_ROUND_TRIP,
+)
 from featinv_diffusion.figures.board import draw_bars
-from featinv_diffusion.metrics.statistics import Interval, bootstrap_mean, bootstrap_statistic
+from featinv_diffusion.metrics.statistics import (
+    LEAST_BOOTSTRAP,
+    Interval,
+    bootstrap_mean,
+    bootstrap_statistic,
+    few_images_note,
+)
 from featinv_diffusion.runs.record import count
 from featinv_diffusion.settings import BY_GRADIENT, DIFFUSION, refined_by
 
-AGREEMENT = ("cosine", "top1_match", "top5_match")
+AGREEMENT = ("centred_cosine", "cosine", "top1_match", "top5_match")
 METRICS = (*AGREEMENT, "psnr", "ssim", "lpips")
 
+SHARES = ("match", "label_correct")
+"""Words in the names of columns of zeros and ones."""
+
 TITLES = {
+    "centred_cosine": "centred cosine",
     "cosine": "cosine",
     "top1_match": "top-1 match",
     "top5_match": "top-5 match",
@@ -44,16 +61,37 @@ def summarise(columns: Columns, evaluated_by: Sequence[str] = ()) -> dict[str, A
         "original": interval(columns, "label_correct_original"),
         "reconstruction": interval(columns, "label_correct_reconstruction"),
     }
-    figures["ceilings"] = {ceiling: _ceiling(columns, ceiling) for ceiling in CEILINGS}
+    figures["ceilings"] = {ceiling: _of_pictures(columns, ceiling) for ceiling in CEILINGS}
+    figures["baselines"] = {name: _of_pictures(columns, name, evaluated_by) for name in BASELINES}
     figures["evaluated_by"] = {
         name: {
-            metric: with_nulls(columns, f"evaluated_by_{name}_{metric}")
-            for metric in AGREEMENT
-            if f"evaluated_by_{name}_{metric}" in columns
+            **{
+                metric: {
+                    **(with_nulls(columns, f"evaluated_by_{name}_{metric}") or {}),
+                    "ceilings": {
+                        ceiling: interval(columns, f"{ceiling}_evaluated_by_{name}_{metric}")
+                        for ceiling in CEILINGS
+                    },
+                }
+                for metric in AGREEMENT
+                if interval(columns, f"evaluated_by_{name}_{metric}")
+            },
+            "normalised_agreement": normalised_agreement(columns, f"evaluated_by_{name}_"),
         }
         for name in evaluated_by
     }
     return figures
+
+
+def few_images_notes(columns: Columns) -> list[str]:
+    """Returns what must be said of figures of few images, of the nulls on their own."""
+    notes = []
+    for name, what in (("cosine", "images"), (f"{PERMUTED_CELLS}_cosine", "images of the nulls")):
+        n = int(np.isfinite(columns.get(name, np.empty(0))).sum())
+        if n and (note := few_images_note(n, what)) is not None:
+            notes.append(note)
+            break  # the nulls rest on no more than the images
+    return notes
 
 
 def with_nulls(columns: Columns, name: str) -> Estimate | None:
@@ -69,23 +107,37 @@ def interval(columns: Columns, name: str) -> Estimate | None:
     if name not in columns:
         return None
     values = columns[name][np.isfinite(columns[name])]
-    return asdict(bootstrap_mean(values)) if len(values) else None
+    return mean_of(values, any(word in name for word in SHARES)) if len(values) else None
 
 
-def normalised_agreement(columns: Columns) -> Estimate | None:
+def mean_of(values: np.ndarray, is_share: bool = False) -> Estimate:
+    """Returns `value`, `low`, `high`, `n` of a mean.
+
+    Args:
+        is_share: of zeros and ones.
+    """
+    return asdict(bootstrap_mean(values.astype(bool) if is_share else values))
+
+
+def normalised_agreement(columns: Columns, seen: str = "") -> Estimate | None:
     """Returns (cosine − other image) / (VAE round trip − other image), of means.
 
     0 is what any image of the data agrees, 1 what the autoencoder lets through. None where one of
     the three is missing, or where the round trip is not above another image on every resample of
-    the images: a ratio whose denominator may change its sign says nothing.
+    the images, of few on each of them: a ratio whose denominator may change its sign says nothing.
+
+    Args:
+        seen: the prefix of the columns of a backbone that evaluates; the own one by default.
     """
-    names = ("cosine", f"{OTHER_IMAGE}_cosine", f"{VAE_ROUND_TRIP}_cosine")
+    kinds = ("", f"{OTHER_IMAGE}_", f"{VAE_ROUND_TRIP}_")
+    names = [f"{kind}{seen}cosine" for kind in kinds]
     if any(name not in columns for name in names):
         return None
     table = np.stack([columns[name] for name in names])
     cosine, other, ceiling = table[:, np.isfinite(table).all(axis=0)]
-    if not len(cosine):
-        return None
+    few = len(cosine) < LEAST_BOOTSTRAP
+    if not len(cosine) or (few and (ceiling <= other).any()):
+        return None  # where all can be drawn anew as any one of them
     try:
         return asdict(
             bootstrap_statistic(
@@ -102,22 +154,33 @@ def _share_of_span(means: Mapping[str, float]) -> float:
     return (means["cosine"] - means["other"]) / span if span > 0 else float("nan")
 
 
-def _ceiling(columns: Columns, ceiling: str) -> Estimate | None:
-    figures = {
-        metric: interval(columns, f"{ceiling}_{metric}")
+def _of_pictures(columns: Columns, kind: str, evaluated_by: Sequence[str] = ()) -> Estimate | None:
+    """Returns the figures of other pictures than the reconstructions; None without any."""
+    figures: dict[str, Any] = {
+        metric: interval(columns, f"{kind}_{metric}")
         for metric in METRICS
-        if f"{ceiling}_{metric}" in columns
+        if f"{kind}_{metric}" in columns
     }
+    if figures and evaluated_by:
+        figures["evaluated_by"] = {
+            name: {
+                metric: interval(columns, f"{kind}_evaluated_by_{name}_{metric}")
+                for metric in AGREEMENT
+            }
+            for name in evaluated_by
+        }
     return figures or None
 
 
 NOTE = """\
-95 % bootstrap intervals over images. Cosine: mean over cells between the features of original and
-reconstruction. Match: the original's top class is among the top k of the reconstruction. Nulls are
-compared with the same originals: reconstructions from permuted cells, of another image, and
-samples without features. n stands where a figure rests on other numbers of images than the page.
-Normalised agreement: (cosine − other image) / (VAE round trip − other image); none where the round
-trip is not above another image on every resample."""
+95 % intervals over images: percentile bootstrap, below 30 images Student's, of shares Wilson's.
+Cosine: mean over cells between the features of original and reconstruction. Centred cosine: the
+same less the mean cell of these images, so that another image has about 0. Match: the original's
+top class is among the top k of the reconstruction. Nulls are compared with the same originals:
+reconstructions from permuted cells, of another image, and samples without features. n stands where
+a figure rests on other numbers of images than the page. Normalised agreement: (cosine − other
+image) / (VAE round trip − other image); none where the round trip is not above another image on
+every resample."""
 DEFICIENT = """\
 Rank-deficient: a set has no more images than the features have dimensions, so that the distance is
 too large; compare such figures only at equal n."""
@@ -131,27 +194,34 @@ def describe(metrics: Estimate) -> str:
         for name, figures in metrics["evaluated_by"].items()
         if own is not None
     ]
+    if metrics.get("centred_cosine"):
+        parts.append(f"centred cosine {to_cell(metrics['centred_cosine'])}")
     parts.append(f"cosine {to_cell(metrics['cosine'])}")
     if own is not None:
         parts[-1] = f"{parts[-1]} by {own}, which the pictures were optimised for"
     if normalised := metrics["normalised_agreement"]:
         parts.append(f"normalised {to_cell(normalised)}")
-    for name in AGREEMENT[1:]:
+    for name in ("top1_match", "top5_match"):
         if name in metrics:
             parts.append(f"{TITLES[name]} {to_cell(metrics[name], name)}")
+    if retrieval := metrics.get("retrieval"):
+        found = to_cell(retrieval["top1"], "match")
+        parts.append(f"own original found among {retrieval['n_gallery']} {found}")
     return f"{count(metrics['n_images'], 'image')}: {', '.join(parts)}."
 
 
 def cosine_bars(metrics: Estimate) -> Figure:
-    """Draws the cosine of reconstructions beside those of nulls and ceilings."""
-    found = {"reconstruction": metrics["cosine"], **metrics["cosine"]["nulls"]}
-    found |= {name: (metrics["ceilings"][name] or {}).get("cosine") for name in CEILINGS}
+    """Draws the cosine, centred where it was, of reconstructions, nulls, ceilings and baselines."""
+    metric = "centred_cosine" if metrics.get("centred_cosine") else "cosine"
+    found = {"reconstruction": metrics[metric], **metrics[metric]["nulls"]}
+    for others in (metrics["ceilings"], metrics.get("baselines", {})):
+        found |= {name: (figures or {}).get(metric) for name, figures in others.items()}
     bars = {
         name.replace("_", " "): Interval(*(figure[key] for key in ("value", "low", "high", "n")))
         for name, figure in found.items()
         if figure is not None
     }
-    return draw_bars(bars, "Features that come back", "cosine, mean over cells")
+    return draw_bars(bars, "Features that come back", f"{TITLES[metric]}, mean over cells")
 
 
 def to_markdown(metrics: Estimate) -> str:
@@ -169,9 +239,11 @@ def to_markdown(metrics: Estimate) -> str:
         *_agreement_table(metrics),
         "",
         f"Normalised agreement: {_cell(metrics['normalised_agreement'], '', metrics)}.",
+        *_similarity_lines(metrics),
     ]
     lines += _label_lines(metrics)
     lines += [] if optimised else others
+    lines += _baseline_lines(metrics)
     if metrics.get("distribution"):
         lines += ["", *_distribution_table(metrics["distribution"])]
     if metrics["failures"]:
@@ -236,6 +308,47 @@ def _label_lines(metrics: Estimate) -> list[str]:
     ]
 
 
+def _similarity_lines(metrics: Estimate) -> list[str]:
+    """Returns retrieval and CKA beside their nulls and ceilings."""
+    lines = []
+    if retrieval := metrics.get("retrieval"):
+        n = retrieval["n_gallery"]
+        ceiling = (retrieval["ceilings"][VAE_ROUND_TRIP] or {}).get("top1")
+        words = f"Own original found first among {n}: {_cell(retrieval['top1'], 'match', metrics)}"
+        words += f" (chance {100 / n:.2g} %"
+        words += f", after the autoencoder alone {to_cell(ceiling, 'match')})" if ceiling else ")"
+        if hard := retrieval["same_class"]:
+            words += (
+                f"; among the {hard['mean_gallery']:.1f} of its class "
+                f"{_cell(hard['top1'], 'match', metrics)} (chance {100 * hard['chance']:.2g} %)"
+            )
+        lines.append(f"{words}.")
+    if cka := metrics.get("linear_cka"):
+        null, ceiling = cka["nulls"][OTHER_IMAGE], cka["ceilings"][VAE_ROUND_TRIP]
+        lines.append(
+            f"Linear CKA of whole maps: {_cell(cka, '', metrics)}; other image {to_cell(null)}, "
+            f"after the autoencoder alone {to_cell(ceiling)}."
+        )
+    return [line for text in lines for line in ("", text)]
+
+
+def _baseline_lines(metrics: Estimate) -> list[str]:
+    """Returns the table of what needs no trained inverter."""
+    found = {name: x for name, x in metrics.get("baselines", {}).items() if x}
+    if not found:
+        return []
+    eyes = list(metrics["evaluated_by"])
+    shown = [name for name in METRICS if name in metrics]
+    header = ["baseline", *(TITLES[name] for name in shown), *(f"cosine by {x}" for x in eyes)]
+    rows = []
+    for name, figures in {"reconstruction": metrics, **found}.items():
+        seen = [(figures["evaluated_by"][eye]).get("cosine") for eye in eyes]
+        cells = [_cell(figures.get(metric), metric, metrics) for metric in shown]
+        label = name.replace("_", " ") + (" (optimised)" if name == OPTIMISE else "")
+        rows.append([label, *cells, *(_cell(x, "", metrics) for x in seen)])
+    return ["", *_table(header, rows)]
+
+
 def _images(failures: Sequence[Mapping[str, str]]) -> str:
     return count(len({failure["id"] for failure in failures}), "image")
 
@@ -259,11 +372,12 @@ def _evaluated_by_table(metrics: Estimate) -> list[str]:
     if metrics.get("optimised_for"):  # whoever took no part comes first
         names = [*names[1:], f"{own} (optimised)"]
         figures = [*figures[1:], figures[0]]
+    shown = [*AGREEMENT, "normalised_agreement"]
     rows = [
-        [name, *(_cell(figure.get(metric), metric, metrics) for metric in AGREEMENT)]
+        [name, *(_cell(figure.get(metric), metric, metrics) for metric in shown)]
         for name, figure in zip(names, figures, strict=True)
     ]
-    return _table(["evaluated by", *(TITLES[metric] for metric in AGREEMENT)], rows)
+    return _table(["evaluated by", *(TITLES[metric] for metric in AGREEMENT), "normalised"], rows)
 
 
 def _distribution_table(distribution: Estimate) -> list[str]:

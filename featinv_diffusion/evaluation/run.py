@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,29 +14,27 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
-import torch
 from matplotlib.figure import Figure
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from featinv_diffusion import __version__
-from featinv_diffusion.backbones import Backbone, load_backbone, same_backbone
-from featinv_diffusion.backbones.base import LAST, weights_sha256, without_progress_bars
 from featinv_diffusion.data.crops import to_images
 from featinv_diffusion.data.selection import Item, digest, select_items
 from featinv_diffusion.data.sets import ImageSet, open_images, open_pictures, set_of_maps
 from featinv_diffusion.errors import InputError
-from featinv_diffusion.evaluation.evaluator import OWN, Evaluator, Measured, match_labels
-from featinv_diffusion.evaluation.report import cosine_bars, describe, summarise, to_markdown
-from featinv_diffusion.evaluation.settings import EvaluationSettings
-from featinv_diffusion.evaluation.storage import (
-    CLASSIFIER,
-    check_references,
-    load_extractors,
-    measure_distributions,
-    merge_rows,
-    write_unit,
+from featinv_diffusion.evaluation.evaluator import Measured
+from featinv_diffusion.evaluation.models import Opened, open_evaluator
+from featinv_diffusion.evaluation.report import (
+    cosine_bars,
+    describe,
+    few_images_notes,
+    summarise,
+    to_markdown,
 )
+from featinv_diffusion.evaluation.settings import EvaluationSettings
+from featinv_diffusion.evaluation.similarity import measure_similarity
+from featinv_diffusion.evaluation.storage import measure_distributions, merge_rows, write_unit
 from featinv_diffusion.features.maps import is_maps_file, load_maps
 from featinv_diffusion.images import Picture, as_picture, to_pil, write_png
 from featinv_diffusion.inverters.base import Inverter
@@ -47,12 +45,10 @@ from featinv_diffusion.processes import Alone, Processes, Worker, device_name, j
 from featinv_diffusion.runs.progress import advancing
 from featinv_diffusion.runs.record import RunFolder, read_environment, reserved
 from featinv_diffusion.runs.scope import sampling_of
-from featinv_diffusion.runs.second_eye import second_eye_of
 from featinv_diffusion.runs.units import (
     FILES,
     Unit,
     begin_run,
-    describe_inverter,
     discard_run,
     make_units,
     open_units,
@@ -104,7 +100,8 @@ def evaluate(
         output: folder to write to, as the command does; the same call again finishes what was
             interrupted. None works in a temporary folder.
         progress: show a progress bar on stderr.
-        **options: any other field of `EvaluationSettings`, such as `per_class`, `lpips`, `fid`.
+        **options: any other field of `EvaluationSettings`, such as `per_class`, `lpips`, `fid`,
+            `baselines_from`.
 
     Raises:
         InputError: settings, data or models that cannot be used, or not one image that could.
@@ -135,7 +132,11 @@ def evaluate(
 
 
 def run_evaluation(
-    settings: EvaluationSettings, output: Path, processes: Processes, command: str = ""
+    settings: EvaluationSettings,
+    output: Path,
+    processes: Processes,
+    command: str = "",
+    say: Callable[[str], None] = logger.info,
 ) -> Evaluation | None:
     """Does this process's share; writes and returns the result on the main process, else None.
 
@@ -143,17 +144,22 @@ def run_evaluation(
 
     Args:
         processes: an `Accelerator`; or a `Worker`, which returns None, and then a `Joiner`.
+        say: told what this process is about to make.
 
     Raises:
         InputError: as `evaluate`; a `Joiner` where a worker is not done.
     """
     worker = processes if isinstance(processes, Worker) else None
     with reserved(output, worker=worker) if processes.is_main_process else nullcontext():
-        return _run_evaluation(settings, output, processes, command)
+        return _run_evaluation(settings, output, processes, command, say)
 
 
 def _run_evaluation(
-    settings: EvaluationSettings, output: Path, processes: Processes, command: str
+    settings: EvaluationSettings,
+    output: Path,
+    processes: Processes,
+    command: str,
+    say: Callable[[str], None],
 ) -> Evaluation | None:
     given = settings
     settings = changed(settings, device=_choose_device(settings.sampling.device, processes))
@@ -166,7 +172,7 @@ def _run_evaluation(
     settings = replace(settings, sampling=inverter.settings)
     if images.maps is not None:
         images = _open_named(settings, output, inverter.spec)
-    result = _measure(inverter, images, settings, output, processes, True, command, given)
+    result = _measure(inverter, images, settings, output, processes, True, command, given, say)
     if result is not None:
         result.save(output)
     return result
@@ -220,6 +226,7 @@ def _measure(
     progress: bool,
     command: str = "",
     given: EvaluationSettings | None = None,
+    say: Callable[[str], None] = logger.info,
 ) -> Evaluation | None:
     """Does this process's share of the units; returns the result on the main process."""
     items = select_items(images, settings.selected, settings.seed)
@@ -239,15 +246,20 @@ def _measure(
         n_workers, values = processes.num_processes, to_flat(given or settings)
         write_call(output, Call("evaluate", n_workers, values, line=command, n_units=len(units)))
     todo = open_units(units, processes)
+    mine = [item for unit in share(todo, processes) for item in unit.items]
+    evaluator, shown = opened.evaluator, progress and processes.is_main_process
+    if mine:
+        if processes.is_main_process:
+            say(opened.cost(mine))
+        evaluator = opened.ready(items, shown)
 
     def work(unit: Unit[Item]) -> Mapping[str, Any]:
-        result = opened.evaluator.run(unit.items)
+        result = evaluator.run(unit.items)
         saved = _save_images(result, output) if settings.save_images else []
         return {**write_unit(result, unit), FILES: saved}
 
-    mine = [item for unit in share(todo, processes) for item in unit.items]
     n_samples = len(mine) + 2 * sum(item.has_null for item in mine)
-    with advancing(inverter, n_samples, progress and processes.is_main_process):
+    with advancing(inverter, n_samples, shown):
         run_units(todo, work, processes)
     if not joins(processes):
         return None
@@ -273,6 +285,8 @@ def _join(
     settings, evaluator = opened.settings, opened.evaluator
     figures = summarise(rows.columns, settings.evaluated_by)
     figures["label_accuracy"]["labels_matched_by"] = opened.labels_matched_by
+    labels = rows.table["label"].to_pylist()
+    figures |= measure_similarity(units, labels, opened.gallery(items))
     if figures.get("lpips") and isinstance(lpips := evaluator.lpips, Lpips):
         figures["lpips"]["conventions"] = lpips.conventions
     data = {
@@ -299,7 +313,7 @@ def _join(
         "optimised_for": opened.evaluator.own.name if evaluator.inverter.is_optimised else None,
         "failures": rows.failures,
         "partial_failures": rows.partial_failures,
-        "notes": notes,
+        "notes": [*notes, *few_images_notes(rows.columns)],
         "data": data,
         "settings": settings.content(),
         **opened.weights,
@@ -403,99 +417,3 @@ def _sampling_of(inverter: Inverter, seed: int, batch_size: int) -> SampleSettin
         else:
             settings = replace(settings, inverter=type(inverter).__name__)
     return replace(settings, n_samples=1, seed=seed, batch_size=batch_size)
-
-
-# ---- Who looks at the pictures: other backbones, extractors --------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Opened:
-    """What is loaded.
-
-    Args:
-        settings: with the other backbones that are left.
-        labels_matched_by: `name`, `number`, or None where labels are not the backbone's classes.
-        weights: digests of the weights and what else decides samples; see `describe_inverter`.
-        notes: what a user may not expect, a sentence each.
-    """
-
-    evaluator: Evaluator
-    settings: EvaluationSettings
-    labels_matched_by: str | None
-    weights: dict[str, Any]
-    notes: tuple[str, ...] = ()
-
-
-def open_evaluator(inverter: Inverter, images: ImageSet, settings: EvaluationSettings) -> Opened:
-    """Loads all models beside the inverter.
-
-    Raises:
-        InputError: unknown names, or weights that are not there.
-    """
-    own = inverter.require_backbone()
-    settings, notes = _without_own(settings, own)
-    if inverter.is_optimised and images.maps is None and not settings.evaluated_by:
-        settings = replace(settings, evaluated_by=(second_eye_of(own.name),))
-    if images.maps is not None:
-        inverter.spec.check_features(images.maps)
-        _check_no_pictures_needed(settings)
-    others = _load_others(settings, own.device)
-    matched_by, class_of_label = match_labels(images, own)
-    lpips = Lpips(settings.lpips, settings.lpips_weights).to(own.device) if settings.lpips else None
-    extractors = load_extractors(settings, own) if images.maps is None else {}
-    check_references(settings.reference, extractors)
-    evaluator = Evaluator(
-        inverter=inverter,
-        backbones={OWN: own, **others},
-        images=images,
-        batch_size=settings.sampling.batch_size,
-        seed=settings.seed,
-        lpips=lpips,
-        extractors=extractors,
-        class_of_label=class_of_label,
-    )
-    evaluators: dict[str, nn.Module] = {name: other.model for name, other in others.items()}
-    evaluators |= {name: e for name, e in extractors.items() if name != CLASSIFIER}
-    evaluators |= {} if lpips is None else {"lpips": lpips}
-    digests = {name: weights_sha256({"": model}) for name, model in evaluators.items()}
-    weights = {**describe_inverter(inverter, own), "evaluators_sha256": digests}
-    return Opened(evaluator, settings, matched_by, weights, notes)
-
-
-def _check_no_pictures_needed(settings: EvaluationSettings) -> None:
-    """Raises `InputError` where a figure is asked for that only pictures can give."""
-    for name in ("evaluated_by", "lpips", "fid", "fd_dinov2"):
-        if getattr(settings, name):
-            raise InputError(
-                f"--{name.replace('_', '-')} compares with pictures, but {settings.data} holds "
-                "feature maps. Leave it out, or give the pictures that they come from."
-            )
-
-
-def _without_own(
-    settings: EvaluationSettings, own: Backbone
-) -> tuple[EvaluationSettings, tuple[str, ...]]:
-    """Leaves out the backbone that looks anyway; at an earlier layer it is another one."""
-    if own.spec.layer != LAST:
-        return settings, ()
-
-    left_out = [name for name in settings.evaluated_by if same_backbone(name, own.name)]
-    others = tuple(name for name in settings.evaluated_by if name not in left_out)
-    notes = tuple(
-        f"{name} is the backbone that is inverted and is left out of those that evaluate."
-        for name in left_out
-    )
-    return replace(settings, evaluated_by=others), notes
-
-
-def _load_others(settings: EvaluationSettings, device: torch.device) -> dict[str, Backbone]:
-    others: dict[str, Backbone] = {}
-    for name in settings.evaluated_by:
-        with without_progress_bars():
-            others[name] = load_backbone(name).to(device)
-        if others[name].input_size[0] != others[name].input_size[1]:
-            raise InputError(
-                f"A backbone that evaluates must read squares, but {name!r} reads "
-                f"{'×'.join(map(str, others[name].input_size))} pixels."
-            )
-    return others

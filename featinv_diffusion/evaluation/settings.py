@@ -6,7 +6,15 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from featinv_diffusion.errors import InputError
-from featinv_diffusion.settings import SampleSettings, Selection, check, nested, option, to_flat
+from featinv_diffusion.settings import (
+    MAX_IMAGES,
+    SampleSettings,
+    Selection,
+    check,
+    nested,
+    option,
+    to_flat,
+)
 
 
 @dataclass(frozen=True)
@@ -23,6 +31,10 @@ class EvaluationSettings:
         evaluated_by: other backbones that look at the reconstructions; the own one is left out.
         lpips_weights, inception_weights: weight files; None looks in the caches of torchvision and
             torch-fidelity.
+        n_gallery_images: the next ones of the selection, at most all.
+        baselines_from: what `open_images` takes, of a folder or Hub data set the split `train`.
+        n_baseline_images: at most; the ridges are fitted on the first 2,000 of them.
+        n_optimised_images: spread evenly over those that are evaluated.
         reference: folder or npz that distances are measured to; None takes the evaluated originals.
         shard_size: images that one process does at a time; batches do not cross shards. What all
             backbones see in the originals and in the reconstructions of a shard is held in memory.
@@ -69,6 +81,30 @@ class EvaluationSettings:
         metavar="FOLDER_OR_NPZ",
         shown="the evaluated originals",
     )
+    n_gallery_images: int = option(
+        0,
+        "More images of the data, encoded only, among which reconstructions look for their own.",
+        least=0,
+        most=MAX_IMAGES,
+    )
+    baselines_from: str | None = option(
+        None,
+        "Training images, for what needs no inverter: the nearest of them, and ridge regressions "
+        "from features to latents and pixels. None of those that are evaluated.",
+        metavar="PATH_OR_NAME",
+    )
+    n_baseline_images: int = option(
+        10_000,
+        "Training images to read for the baselines, evenly over classes.",
+        least=10,
+        most=MAX_IMAGES,
+    )
+    n_optimised_images: int = option(
+        0,
+        "Images that the inverter without training makes too, by gradients: seconds each.",
+        least=0,
+        most=MAX_IMAGES,
+    )
     shard_size: int = option(
         64, "Images that one process does at a time, 2 to 512.", least=2, most=512
     )
@@ -103,11 +139,11 @@ class EvaluationSettings:
     def identity(self) -> dict[str, Any]:
         """Returns what a run that is taken up again must share.
 
-        The index of a GPU differs by process, and the reference is read when all is measured: a
-        finished run can be summarised anew with another one.
+        The index of a GPU differs by process, and the reference and the gallery are read when all
+        is measured: a finished run can be summarised anew with others.
         """
         decided = {**self.content(), "device": self.sampling.device.partition(":")[0]}
-        del decided["reference"]
+        del decided["reference"], decided["n_gallery_images"]
         return decided
 
 

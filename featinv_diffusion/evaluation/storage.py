@@ -36,7 +36,7 @@ from featinv_diffusion.metrics.statistics import FeatureMoments
 from featinv_diffusion.runs.units import FAILURES, PARTIAL_FAILURES, Unit, merge_units
 
 ROWS, FEATURES = "rows.parquet", "features.npz"
-RECONSTRUCTED, ORIGINAL = "reconstructed", "original"
+RECONSTRUCTED, ORIGINAL, ROUND_TRIP = "reconstructed", "original", "round_trip"
 
 Figure = dict[str, Any]
 
@@ -63,9 +63,13 @@ def write_unit(result: Measured, unit: Unit[Item]) -> Figure:
     """Writes the rows and vectors of a unit; returns what its completing file is to hold."""
     for name in (ROWS, FEATURES):  # of a time before, when something failed
         (unit.folder / name).unlink(missing_ok=True)
-    if result.reconstructed:
-        arrays = {f"{RECONSTRUCTED}/{name}": v for name, v in result.reconstructed.items()}
-        arrays |= {f"{ORIGINAL}/{name}": v for name, v in result.original.items()}
+    sides = {
+        RECONSTRUCTED: result.reconstructed,
+        ORIGINAL: result.original,
+        ROUND_TRIP: result.round_trip,
+    }
+    arrays = {f"{side}/{name}": v for side, found in sides.items() for name, v in found.items()}
+    if arrays:
         with replacing(unit.folder / FEATURES) as partial, partial.open("wb") as file:
             np.savez(file, allow_pickle=False, **arrays)
     table = pa.table(
@@ -136,15 +140,21 @@ def _damaged(path: Path, unit: Unit[Item], reason: str) -> InputError:
 
 
 def read_features(
-    units: Sequence[Unit[Item]], side: str, name: str
+    units: Sequence[Unit[Item]], side: str, name: str, *, optional: bool = False
 ) -> Iterator[tuple[list[str], np.ndarray]]:
-    """Yields the ids and vectors `[n, d]` of each unit that an extractor gave of one side."""
+    """Yields the ids and vectors `[n, d]` of each unit that an extractor gave of one side.
+
+    Args:
+        optional: pass over units without such vectors.
+    """
     for unit in units:
         path = unit.folder / FEATURES
         if path.is_file():
             ids = _read_rows(unit)["id"].to_pylist()
             try:
                 with np.load(path, allow_pickle=False) as arrays:
+                    if optional and f"{side}/{name}" not in arrays:
+                        continue
                     vectors = arrays[f"{side}/{name}"]
             except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
                 raise _damaged(path, unit, str(error)) from None

@@ -9,6 +9,7 @@ from typing import Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from featinv_diffusion.backbones.base import Backbone
@@ -129,6 +130,30 @@ class LatentInverter(Protocol):
         """Returns n images that were sampled without features: the null of any agreement."""
         ...
 
+    def to_latents(self, images: Images) -> Float[Tensor, "b k h w"]:
+        """Returns what the autoencoder makes of images of the sampled size."""
+        ...
+
+    def from_latents(self, latents: Float[Tensor, "b k h w"]) -> Images:
+        """Returns the pictures of latents, in [0, 1]."""
+        ...
+
     def round_trip(self, images: Images) -> Images:
         """Returns images of the sampled size after the autoencoder: the ceiling of agreement."""
         ...
+
+
+class RoundTrip(ABC):
+    """The round trip of an inverter with an autoencoder."""
+
+    @abstractmethod
+    def to_latents(self, images: Images) -> Float[Tensor, "b k h w"]:
+        """As of a `LatentInverter`."""
+
+    @abstractmethod
+    def from_latents(self, latents: Float[Tensor, "b k h w"]) -> Images:
+        """As of a `LatentInverter`."""
+
+    def round_trip(self, images: Images) -> Images:
+        """Returns the images after the autoencoder: the best that any sample can be."""
+        return self.from_latents(self.to_latents(images))

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from featinv_diffusion.backbones import wrap_model
 from featinv_diffusion.backbones.base import Backbone
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
 from featinv_diffusion.diffusion.folders import feature_spec_of
 from featinv_diffusion.errors import InputError
-from featinv_diffusion.inverters.base import Generators, Inverter
+from featinv_diffusion.inverters.base import Generators, Inverter, RoundTrip
 from featinv_diffusion.types import Features, FeatureSpec, Images
 
 
-class DiffusionInverter(Inverter):
+class DiffusionInverter(RoundTrip, Inverter):
     """Samples an image from p(image | features) with a `FeatInvPipeline`.
 
     Args:
@@ -92,20 +94,30 @@ class DiffusionInverter(Inverter):
         return self._sample(unseen, 0.0, generator)
 
     @torch.no_grad()
-    def round_trip(self, images: Images) -> Images:
-        """Returns the images after the autoencoder, float32: the best that any sample can be.
+    def to_latents(self, images: Images) -> Float[Tensor, "b k h w"]:
+        """Returns the mean of the latents, in float32 whatever the dtype of sampling."""
+        with self._float32_vae() as vae:
+            images = images.to(vae.device, torch.float32)
+            return vae.encode(images * 2 - 1).latent_dist.mode()
 
-        The mean of the latents is decoded, in float32 whatever the dtype of sampling.
-        """
+    @torch.no_grad()
+    def from_latents(self, latents: Float[Tensor, "b k h w"]) -> Images:
+        """Returns the pictures of latents, decoded in float32."""
+        with self._float32_vae() as vae:
+            decoded = vae.decode(latents.to(vae.device), return_dict=False)[0]
+            return (decoded / 2 + 0.5).clamp(0, 1)
+
+    @contextmanager
+    def _float32_vae(self) -> Iterator[Any]:
         vae = self.pipeline.vae
         dtype = vae.dtype
         if dtype != torch.float32:
             vae.to(dtype=torch.float32)
-        latents = vae.encode(images.to(vae.device, torch.float32) * 2 - 1).latent_dist.mode()
-        decoded = vae.decode(latents, return_dict=False)[0] / 2 + 0.5
-        if dtype != torch.float32:
-            vae.to(dtype=dtype)
-        return decoded.clamp(0, 1)
+        try:
+            yield vae
+        finally:
+            if dtype != torch.float32:
+                vae.to(dtype=dtype)
 
     def _sample(
         self, features: Features, strength: float, generator: Generators, refine: int = 0

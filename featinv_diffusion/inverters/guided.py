@@ -21,7 +21,7 @@ from featinv_diffusion.backbones.base import Backbone
 from featinv_diffusion.diffusion.folders import UNREADABLE
 from featinv_diffusion.diffusion.objective import PUBLISHED_PROMPT
 from featinv_diffusion.errors import InputError, reason_of
-from featinv_diffusion.inverters.base import Generators
+from featinv_diffusion.inverters.base import Generators, RoundTrip
 from featinv_diffusion.inverters.optimise import GradientInverter, find_part, load_part
 from featinv_diffusion.inverters.refine import Latents, draw_noise, pull
 from featinv_diffusion.types import Features, Images
@@ -32,7 +32,7 @@ NOISY = 0.5
 """Steps at ᾱ below this are early: they are taken twice, and pulled the most."""
 
 
-class GuidedInverter(GradientInverter):
+class GuidedInverter(RoundTrip, GradientInverter):
     """Samples a text-to-image model, pulling each step's clean estimate towards the features.
 
     Args:
@@ -90,11 +90,17 @@ class GuidedInverter(GradientInverter):
         return self._sample(n, None, generator)
 
     @torch.no_grad()
-    def round_trip(self, images: Images) -> Images:
-        """Returns the images after the autoencoder."""
+    def to_latents(self, images: Images) -> Float[Tensor, "b k h w"]:
+        """Returns the mean of the latents."""
         vae: Any = self.networks["vae"]
-        latents = vae.encode(images.to(vae.device).float() * 2 - 1).latent_dist.mode()
-        return (vae.decode(latents, return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
+        return vae.encode(images.to(vae.device).float() * 2 - 1).latent_dist.mode()
+
+    @torch.no_grad()
+    def from_latents(self, latents: Float[Tensor, "b k h w"]) -> Images:
+        """Returns the pictures of latents."""
+        vae: Any = self.networks["vae"]
+        decoded = vae.decode(latents.to(vae.device), return_dict=False)[0]
+        return (decoded / 2 + 0.5).clamp(0, 1)
 
     def _sample(self, n: int, target: Features | None, generator: Generators) -> Images:
         self.scheduler.set_timesteps(self.n_steps)

@@ -34,6 +34,24 @@ def feature_cosine(
     return cosine.mean(dim=(1, 2))
 
 
+def centred_cosine(
+    original: Features, reconstruction: Float[Tensor, "b ..."], mean: Float[Tensor, "c 1 1"]
+) -> Float[Tensor, " b"]:
+    """`feature_cosine` of the maps less the mean cell of natural maps.
+
+    Cells of any two images share a large part of their direction, which the cosine counts as
+    agreement. Without it another image has about 0, whatever the backbone.
+
+    Args:
+        mean: of the cells of natural maps, by channel.
+
+    Raises:
+        InputError: the two are not of one shape.
+    """
+    mean = mean.to(original.device)
+    return feature_cosine(original.float() - mean, reconstruction.float() - mean)
+
+
 def shuffled_cosine(
     original: Features,
     reconstruction: Features,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -116,11 +117,25 @@ def _differences(a: Values, b: Values) -> np.ndarray:
 
 _BLOCK = 2_000_000
 """Drawn indices held at a time: 16 MB, whatever the number of images and resamples."""
+LEAST_BOOTSTRAP = 30
+"""With fewer images an interval is Student's: a bootstrap of 5 covers 81 % where it says 95 %."""
+FEW = 10
+"""With fewer images an interval rests on the assumption that they are about normal."""
+
+
+def few_images_note(n: int, what: str = "images") -> str | None:
+    """Returns what must be said of figures of so few; None where there are enough."""
+    if n >= FEW:
+        return None
+    return (
+        f"The figures rest on {n} {what}, fewer than {FEW}. Their intervals hold if values are "
+        "about normal, which so few cannot show, and of one alone there is none."
+    )
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure with its bootstrap interval.
+    """A figure with its interval.
 
     Args:
         value: of all images.
@@ -135,11 +150,11 @@ class Interval:
     n: int
 
 
-def share(n_true: int, n: int) -> Interval:
-    """Returns a share with its 95 % interval of Wilson (1927), which holds at 0 and 1 too."""
+def share(n_true: int, n: int, level: float = 0.95) -> Interval:
+    """Returns a share with its interval of Wilson (1927), which holds at 0 and 1 too."""
     if not 0 <= n_true <= n or n < 1:
         raise InputError(f"A share must be of at least one, got {n_true} of {n}.")
-    z, p = 1.959964, n_true / n
+    z, p = NormalDist().inv_cdf((1 + level) / 2), n_true / n
     middle = (p + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5
     return Interval(p, max(0.0, middle - half), min(1.0, middle + half), n)
@@ -154,12 +169,17 @@ def bootstrap_mean(
 ) -> Interval:
     """Returns the mean with its percentile bootstrap interval (Efron and Tibshirani 1993, §13.3).
 
-    Images are what is resampled: one value per image. One seed draws the same images in each call,
-    so that figures of one run are comparable.
+    Of fewer than `LEAST_BOOTSTRAP` images the interval is Student's, see `bootstrap_statistic`. Of
+    booleans it is Wilson's, see `share`: where all are equal, the others have no width. Images are
+    what is resampled: one value per image. One seed draws the same images in each call, so that
+    figures of one run are comparable.
 
     Raises:
         InputError: no value, or one that is NaN or infinite.
     """
+    given = values.detach().cpu() if isinstance(values, Tensor) else values
+    if (row := np.asarray(given)).dtype == bool and len(row):
+        return share(int(row.sum()), len(row), level)
     columns = {"values": values}
     return bootstrap_statistic(
         columns, lambda means: means["values"], level=level, n_resamples=n_resamples, seed=seed
@@ -199,6 +219,9 @@ def bootstrap_statistic(
     """Returns a function of the means of several columns, with its percentile bootstrap interval.
 
     Row i of every column belongs to image i, and a resample draws the same images for all columns.
+    Of fewer than `LEAST_BOOTSTRAP` images, whose resamples vary too little, the interval is the
+    value ± Student's quantile with n − 1 degrees of freedom times the standard error of the
+    jackknife (Tukey 1958), which for a mean is the usual t interval.
 
     Args:
         columns: one value per image each.
@@ -209,7 +232,8 @@ def bootstrap_statistic(
 
     Raises:
         InputError: no image, columns of different lengths, values that are NaN or infinite, or a
-            statistic that is so for all images or on a resample (a denominator at zero).
+            statistic that is so for all images, on a resample or without one of the images (a
+            denominator at zero).
     """
     table = _to_table(columns)
     if not 0 < level < 1 or n_resamples < 1:
@@ -220,12 +244,37 @@ def bootstrap_statistic(
     value = _evaluate(statistic, list(columns), table.mean(axis=1))
     if table.shape[1] == 1:
         return Interval(value, value, value, 1)
+    if table.shape[1] < LEAST_BOOTSTRAP:
+        n = table.shape[1]
+        left_out = (table.sum(axis=1, keepdims=True) - table) / (n - 1)
+        return jackknife(
+            value, [_evaluate(statistic, list(columns), means) for means in left_out.T], n, level
+        )
     resampled = [
         _evaluate(statistic, list(columns), means)
         for means in _resample_means(table, n_resamples, seed)
     ]
     low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
     return Interval(value, float(low), float(high), table.shape[1])
+
+
+def jackknife(value: float, left_out: Values, n: int, level: float = 0.95) -> Interval:
+    """Returns a value with Student's interval from what it is without each part of the images.
+
+    Args:
+        value: of all images.
+        left_out: of all but one part each, of parts of about one size; at least two.
+        n: images.
+
+    Source: Tukey 1958; Efron and Tibshirani 1993, equation 11.5.
+    """
+    from scipy.stats import t as student  # slow to import
+
+    without = _to_row(left_out)
+    k = len(without)
+    error = ((k - 1) / k * np.square(without - without.mean()).sum()) ** 0.5
+    half = float(student.ppf((1 + level) / 2, k - 1)) * float(error)
+    return Interval(value, value - half, value + half, n)
 
 
 class FeatureMoments:

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torchvision.models import AlexNet
 
 import featinv_diffusion
-from featinv_diffusion.evaluation import run as models
+from featinv_diffusion.evaluation import models
 from featinv_diffusion.evaluation.evaluator import Evaluator
 from featinv_diffusion.images import read_image, to_pil
 from featinv_diffusion.metrics.extractors import ClassifierFeatures
@@ -76,7 +76,9 @@ def test_it_writes_figures_with_nulls_and_ceilings(featinv: Featinv, table: Path
     done = featinv("evaluate", "--data", table, *OPTIONS, "--output", "out")
     assert done.err == ""
     assert done.code == 0
-    assert "7 images: cosine " in done.out
+    cost = "To make: 7 samples of the images, 3 more for the null of permuted cells, 3 more, "
+    assert done.out.startswith(cost)
+    assert "7 images: centred cosine " in done.out
     metrics = load("out")
     for name in ("cosine", "top1_match", "top5_match", "psnr", "ssim"):
         figure = metrics[name]
@@ -139,7 +141,8 @@ def test_other_backbones(featinv: Featinv, table: Path, tmp_path: Path):
     done = featinv("evaluate", "--data", table, "--evaluated-by", name, "-o", "out")
     assert (done.code, done.err) == (0, "")
     figures = load("out")["evaluated_by"][name]
-    assert set(figures) == {"cosine", "top1_match", "top5_match"}
+    measured = {"centred_cosine", "cosine", "top1_match", "top5_match", "normalised_agreement"}
+    assert set(figures) == measured
     assert figures["cosine"]["nulls"]["other_image"]["n"] == N_IMAGES
 
 
@@ -237,7 +240,8 @@ def test_nothing_but_broken_pictures(featinv: Featinv, tmp_path: Path):
 def test_pictures_beside_folders_are_noted(featinv: Featinv, photos: Path):
     done = featinv("evaluate", "--data", photos, "--n-images", 2, "-o", "out")
     assert done.code == 0
-    (note,) = load("out")["notes"]
+    note, few = load("out")["notes"]
+    assert few.startswith("The figures rest on 2 images, fewer than 10.")
     assert note.startswith("2 pictures lie in")
     assert done.err == f"Note: {note}\n"
     assert f"Note: {note}" in Path("out/metrics.md").read_text()

@@ -15,7 +15,9 @@ from featinv_diffusion.data.crops import to_images
 from featinv_diffusion.data.selection import Item
 from featinv_diffusion.data.sets import ImageSet
 from featinv_diffusion.errors import InputError
-from featinv_diffusion.evaluation.evaluator import OWN, Evaluator, find_partners, match_labels
+from featinv_diffusion.evaluation.evaluator import Evaluator, find_partners
+from featinv_diffusion.evaluation.labels import match_labels
+from featinv_diffusion.evaluation.views import OWN
 from featinv_diffusion.features import permute_cells
 from featinv_diffusion.images import to_pil
 from featinv_diffusion.inverters import DiffusionInverter, Inverter, LatentInverter

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 from torch import Tensor
@@ -22,6 +23,7 @@ from featinv_diffusion.evaluation.run import Evaluation, evaluate
 from featinv_diffusion.features.maps import load_maps, write_maps
 from featinv_diffusion.images import to_pil
 from featinv_diffusion.inverters import DiffusionInverter
+from featinv_diffusion.metrics.features import centred_cosine
 from featinv_diffusion.types import FeatureMaps
 from tests import tiny
 
@@ -70,7 +72,7 @@ def test_a_folder_needs_no_accelerator_and_leaves_nothing(inverter, photos, tmp_
 
 
 def test_it_shows_itself(whole: Evaluation):
-    assert whole.summary().startswith("3 images: cosine ")
+    assert whole.summary().startswith("3 images: centred cosine ")
     assert repr(whole) == f"Evaluation: {whole.summary()}"
     assert whole._repr_markdown_() == to_markdown(whole.metrics)
     assert "a pipeline that was built by hand" in whole._repr_markdown_()
@@ -85,7 +87,7 @@ def test_it_shows_itself(whole: Evaluation):
         "vae round trip",
         "resized original",
     ]
-    assert axes.patches[0].get_height() == whole.metrics["cosine"]["value"]
+    assert axes.patches[0].get_height() == whole.metrics["centred_cosine"]["value"]
 
 
 def test_it_is_saved_as_the_command_writes_it(whole: Evaluation, tmp_path: Path):
@@ -168,6 +170,66 @@ def test_what_the_inverter_decides_and_unknown_options_are_refused(inverter, pho
         evaluate(inverter, photos, steps=5)
     with pytest.raises(InputError, match="did you mean 'per_class'"):
         evaluate(inverter, photos, per_clas=5)
+
+
+# ---- centred cosine, retrieval, baselines --------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def training(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("training")
+    for i, picture in enumerate(to_pil(tiny.make_images(N + 12)[N:])):
+        picture.save(folder / f"{i:02d}.png")
+    return folder
+
+
+def test_the_mean_cell_is_that_of_the_images(inverter, photos: Path, whole: Evaluation):
+    with torch.no_grad():
+        maps = inverter.encode(sorted(photos.glob("*.png"))).as_subclass(Tensor)
+    mean = maps.mean(dim=(0, 2, 3))[:, None, None]
+    result = evaluate(inverter, photos, save_images=True, output=photos.parent / "out", **QUICK)
+    made = inverter.encode(sorted((photos.parent / "out" / "images").glob("*.png")))
+    expected = centred_cosine(maps, made.as_subclass(Tensor), mean).tolist()
+    found = {row["id"]: row["centred_cosine"] for row in result.rows()}
+    assert [found[name] for name in sorted(found)] == pytest.approx(expected, abs=1e-4)
+    assert result.metrics["centred_cosine"] == whole.metrics["centred_cosine"]
+    assert whole.metrics["centred_cosine"]["nulls"]["other_image"]["value"] < 1
+    assert any("rest on 3 images" in note for note in whole.metrics["notes"])
+
+
+def test_baselines_stand_beside_the_reconstruction(inverter, photos, training, tmp_path: Path):
+    for name in ("a.png", "b.png"):  # the same pixels as an original are no neighbour of it
+        Image.open(photos / name).save(training / name)
+    options = {"baselines_from": str(training), "n_optimised_images": 1, "shard_size": 2, **QUICK}
+    result = evaluate(inverter, photos, output=tmp_path / "out", **options)
+    baselines = result.metrics["baselines"]
+    assert list(baselines) == ["nearest_neighbour", "ridge_latents", "ridge_pixels", "optimise"]
+    for name, figures in baselines.items():
+        assert figures["centred_cosine"]["n"] == (1 if name == "optimise" else N)
+        assert np.isfinite(figures["psnr"]["value"])
+    assert max(row["nearest_neighbour_psnr"] for row in result.rows()) < 40
+    assert baselines["ridge_pixels"]["psnr"]["value"] > result.metrics["psnr"]["value"]
+    retrieval = result.metrics["retrieval"]
+    assert (retrieval["n_gallery"], retrieval["same_class"]) == (N, None)
+    assert retrieval["ceilings"]["vae_round_trip"]["top5"]["value"] == 1
+    page = to_markdown(result.metrics)
+    assert "| nearest neighbour | " in page
+    assert "| optimise (optimised) | " in page
+    assert "Own original found first among 3: " in page
+    assert "nearest neighbour" in [t.get_text() for t in result.figure().axes[0].get_xticklabels()]
+    again = evaluate(inverter, photos, n_images=2, n_gallery_images=5, **QUICK)
+    assert again.metrics["retrieval"]["n_gallery"] == N
+    assert again.metrics["retrieval"]["top1"]["n"] == 2
+    (training / "a.png").unlink()
+    with pytest.raises(InputError, match="baselines_fingerprint: "):
+        evaluate(inverter, photos, output=tmp_path / "out", **options)
+
+
+def test_baselines_need_other_images_and_enough_of_them(inverter, photos: Path, training: Path):
+    with pytest.raises(InputError, match="must hold other images than those that are evaluated"):
+        evaluate(inverter, training, baselines_from=str(training), **QUICK)
+    with pytest.raises(InputError, match=r"at least 10 training images .* gives 3"):
+        evaluate(inverter, training, baselines_from=str(photos), **QUICK)
 
 
 # ---- feature maps in place of pictures -----------------------------------------------------------

@@ -11,9 +11,10 @@ from featinv_diffusion.evaluation.settings import EvaluationSettings
 from featinv_diffusion.settings import SampleSettings, changed, from_flat
 
 KEYS = """
-attention backbone batch_size capture classes data device dtype evaluated_by fd_dinov2 fid guidance
-guidance_scale held_back_per_class inception_weights inverter layer lpips lpips_weights n_images
-n_null_images parametrise per_class pipeline quality reference refine save_images scheduler seed
+attention backbone baselines_from batch_size capture classes data device dtype evaluated_by
+fd_dinov2 fid guidance guidance_scale held_back_per_class inception_weights inverter layer lpips
+lpips_weights n_baseline_images n_gallery_images n_images n_null_images n_optimised_images
+parametrise per_class pipeline quality reference refine refine_at save_images scheduler seed
 selection shard_size split stage steps strength
 """
 

@@ -9,6 +9,7 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,11 +21,13 @@ from featinv_diffusion.metrics import (
     bootstrap_difference,
     bootstrap_mean,
     bootstrap_statistic,
+    statistics,
 )
-from featinv_diffusion.metrics.statistics import share
+from featinv_diffusion.metrics.statistics import few_images_note, share
 
 
-def test_bootstrap_of_three_values_is_that_of_all_27_draws():
+def test_bootstrap_of_three_values_is_that_of_all_27_draws(monkeypatch):
+    monkeypatch.setattr(statistics, "LEAST_BOOTSTRAP", 0)
     values = [0.0, 1.0, 5.0]
     means = [np.mean(draw) for draw in itertools.product(values, repeat=3)]
     got = bootstrap_mean(values, level=0.8, n_resamples=20_000)
@@ -32,6 +35,27 @@ def test_bootstrap_of_three_values_is_that_of_all_27_draws():
     # The quantiles lie inside plateaus of the 27 equally likely means: 1/3 and 11/3.
     assert [got.low, got.high] == pytest.approx(np.quantile(means, [0.1, 0.9]).tolist())
     assert got.n == 3
+
+
+def test_few_images_have_the_interval_of_student():
+    values = [1.0, 2.0, 4.0, 7.0]
+    wanted = scipy.stats.t.interval(0.9, 3, np.mean(values), scipy.stats.sem(values))
+    got = bootstrap_mean(values, level=0.9)
+    assert (got.low, got.high) == pytest.approx(wanted)
+
+
+def test_five_images_are_covered_as_often_as_is_said():
+    draws = np.random.default_rng(0).normal(3.0, 2.0, size=(2000, 5))
+    found = [bootstrap_mean(row) for row in draws]
+    assert np.mean([i.low <= 3 <= i.high for i in found]) == pytest.approx(0.95, abs=0.02)
+    pairs = np.random.default_rng(1).normal([[4.0], [2.0]], 0.3, size=(500, 2, 8))
+    ratios = [bootstrap_statistic({"a": a, "b": b}, lambda m: m["a"] / m["b"]) for a, b in pairs]
+    assert np.mean([i.low <= 2 <= i.high for i in ratios]) == pytest.approx(0.95, abs=0.04)
+
+
+def test_what_is_said_of_few_images():
+    assert few_images_note(10) is None
+    assert "rest on 9 images, fewer than 10" in str(few_images_note(9))
 
 
 def test_interval_of_many_values_is_the_normal_one():
@@ -44,7 +68,7 @@ def test_interval_of_many_values_is_the_normal_one():
 
 
 def test_interval_covers_the_truth_as_often_as_it_says():
-    draws = np.random.default_rng(0).binomial(1, 0.7, size=(200, 80)).astype(bool)
+    draws = np.random.default_rng(0).binomial(1, 0.7, size=(200, 80))
     intervals = [bootstrap_mean(d, n_resamples=200, seed=i) for i, d in enumerate(draws)]
     covered = np.mean([i.low <= 0.7 <= i.high for i in intervals])
     assert 0.89 <= covered <= 0.99
@@ -70,13 +94,13 @@ def test_blocks_do_not_change_the_draws(monkeypatch, n_resamples):
     assert bootstrap_mean(values, n_resamples=n_resamples) == whole
 
 
-@pytest.mark.parametrize(
-    "values", [[True, False, True, True], torch.tensor([True, False, True, True]), [1, 0, 1, 1]]
-)
-def test_matches_are_shares(values):
-    got = bootstrap_mean(values)
-    assert (got.value, got.n) == (0.75, 4)
-    assert 0 <= got.low < 0.75 < got.high <= 1
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
+def test_matches_are_shares(kind):
+    assert bootstrap_mean(kind([True, False, True, True])) == share(3, 4)
+    all_of_40 = bootstrap_mean(kind([True] * 40))
+    assert 0.9 < all_of_40.low < all_of_40.high == all_of_40.value == 1
+    with pytest.raises(InputError, match="at least one image"):
+        bootstrap_mean(kind([]))
 
 
 def test_one_image_has_no_spread():
@@ -98,7 +122,8 @@ def test_difference_is_paired():
     assert got.high - got.low == pytest.approx(2 * 1.96 * 0.1 / 20, rel=0.15)
 
 
-def test_statistic_of_means_is_not_the_mean_of_statistics():
+def test_statistic_of_means_is_not_the_mean_of_statistics(monkeypatch):
+    monkeypatch.setattr(statistics, "LEAST_BOOTSTRAP", 0)
     columns = {"x": [1.0, 3.0], "y": [1.0, 7.0]}
     got = bootstrap_statistic(columns, lambda mean: mean["x"] / mean["y"])
     assert got.value == pytest.approx(2 / 4)  # the mean of ratios would be (1 + 3/7) / 2
