@@ -1,7 +1,7 @@
 """Growth: pictures n × workers p → seconds of the wall, of the CPU, and peak memory.
 
     OMP_NUM_THREADS=1 python benchmarks/scale.py
-    OMP_NUM_THREADS=1 python benchmarks/scale.py --pictures 100,1000,10000 --workers 1,2,4
+    OMP_NUM_THREADS=1 python benchmarks/scale.py --pictures 1000,10000 --workers 1,2,4
 
 Pictures of noise (seed 0, 96×72 pixels) go through `featinv sample` with the bundled pipeline, one
 sample each, one step, as p workers at once that never talk; then `featinv merge` joins them. Each
@@ -88,7 +88,7 @@ def measure(photos: Path, output: Path, n_workers: int) -> tuple[Cost, Cost]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pictures", default="50,100,200")
+    parser.add_argument("--pictures", default="100,300,1000")
     parser.add_argument("--workers", default="1,2")
     options = parser.parse_args()
     sizes = [int(word) for word in options.pictures.split(",")]

@@ -116,11 +116,12 @@ def _work(
 ) -> int:
     """Does a worker's share of the pictures; returns the exit code."""
     from featinv_diffusion.cli.run import end_worker
-    from featinv_diffusion.runs.many import encode_units, units_of_maps
+    from featinv_diffusion.runs.many import encode_units
+    from featinv_diffusion.runs.parts import units_of
     from featinv_diffusion.runs.record import reserved
     from featinv_diffusion.runs.workers import Call
 
-    folder = units_of_maps(output)
+    folder = units_of(output)
     n_workers, line = worker.num_processes, command_line()
     call = Call("encode", n_workers, asdict(encoder), images, line=line)
     with reserved(folder, worker=worker):

@@ -6,6 +6,7 @@ import logging
 import shlex
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,8 +19,10 @@ from featinv_diffusion.types import FeatureSpec
 if TYPE_CHECKING:
     from featinv_diffusion.data.sets import ImageSet
     from featinv_diffusion.processes import Worker
+    from featinv_diffusion.runs.parts import Division
     from featinv_diffusion.runs.record import Result
     from featinv_diffusion.runs.samples import Manifest
+    from featinv_diffusion.runs.workers import Call
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +93,33 @@ def say_notes(images: ImageSet) -> None:
     """Prints what a user may not expect of the images."""
     for note in images.notes:
         logger.warning("%s", note)
+
+
+def work(
+    worker: Worker,
+    folder: Path,
+    call: Call,
+    study: Callable[[Division], object],
+    named: Path | None = None,
+    inputs: str = "",
+) -> int:
+    """Does a worker's share of a study in parts, and prints how far all are.
+
+    Args:
+        folder: where the units lie.
+        named: what `featinv merge` is given, where it is not that folder.
+        inputs: fingerprint of pictures that the study does not know of.
+
+    Returns:
+        The exit code.
+    """
+    from featinv_diffusion.runs.parts import JoinedElsewhere, Shared
+    from featinv_diffusion.runs.record import reserved
+
+    known = {"data_fingerprint": inputs} if inputs else {}
+    with reserved(folder, worker=worker), suppress(JoinedElsewhere):
+        study(Shared(worker, folder, call, known))
+    return end_worker(worker, folder, named)
 
 
 def end_worker(worker: Worker, output: Path, named: Path | None = None) -> int:

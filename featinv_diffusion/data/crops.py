@@ -7,24 +7,21 @@ processes does not matter and a resumed run sees the same pixels.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode, RandomResizedCrop, functional
 
-from featinv_diffusion.data.containers import find_columns, load_hub, to_content
-from featinv_diffusion.data.places import expand, suffix_of
 from featinv_diffusion.data.sets import ImageSet, open_images
 from featinv_diffusion.errors import InputError
-from featinv_diffusion.images import decode_image, without_notes
+from featinv_diffusion.images import without_notes
 from featinv_diffusion.seeds import derive_seed, make_generator
 from featinv_diffusion.settings import Number, Pictures, Probability, Size, Workers, check
 
@@ -53,9 +50,10 @@ class DataConfig:
         crop: `random_resized` (area `scale`, aspect 3/4 to 4/3), `shift` (by up to `shift`
             pixels, edges reflected), `center`, or `squash` (the whole image, whatever its aspect).
         in_memory: decode once and keep the pixels; needs images of one size.
-        streaming: read a Hub data set or tar shards in passing, shuffled within a buffer of
-            `shuffle_buffer` images, by one worker. Such a run needs `optim.max_steps`, has no
-            latent cache, and resumes by reading again, and dropping, what it has already used.
+        streaming: read a Hub data set, parquet files or tars in passing, shuffled in blocks of
+            `shuffle_buffer` images, see `data.streams`. Such a run needs `optim.max_steps` and has
+            no latent cache. Files are divided among processes and their workers: best are as many
+            as both together, or a multiple.
         on_bad_image: what happens to an image that cannot be read: `replace` takes another one
             in its place, the same in a resumed run, and lists it at the end; `error` stops.
     """
@@ -223,9 +221,10 @@ def _random_resized_box(
     return box[0], box[1], box[2], box[3]
 
 
-def _make_item(
+def make_item(
     image: Image.Image, config: DataConfig, seed: int, epoch: int, index: int
 ) -> tuple[dict[str, Any], Crop]:
+    """Returns an item with a crop of an image, and which crop it is."""
     generator = make_generator(seed, epoch, index)
     crop = draw_crop(config, *image.size, generator)
     item = {
@@ -258,7 +257,7 @@ class CropDataset(Dataset):
     def __getitem__(self, position: int) -> dict[str, Any]:
         index = self.indices[position]
         image, attempt = self.read(index)
-        item, crop = _make_item(image, self.config, self.seed, self.epoch, index)
+        item, crop = make_item(image, self.config, self.seed, self.epoch, index)
         used = self.substitute(index, attempt)
         more = {"label": self.labels[used], "n_unreadable": attempt}
         return {**item, **more, **self.targets(used, crop)}
@@ -298,74 +297,6 @@ class CropDataset(Dataset):
         """Where the images lie that were tried in vain."""
         found = [self.substitute(index, attempt) for attempt in range(n_unreadable)]
         return [self.images.locations[i] for i in found]
-
-
-class StreamedCrops(IterableDataset):
-    """The items of `CropDataset` from a stream of `datasets`, in its shuffled order.
-
-    `index` counts the images of the stream, also those that cannot be read, which are left out;
-    the first `n_skipped` of the stream are left to validation. A resumed epoch begins with its item
-    `start`.
-    """
-
-    def __init__(self, config: DataConfig, seed: int, n_skipped: int = 0):
-        self.config, self.seed, self.epoch, self.start = config, seed, 0, 0
-        stream = _open_stream(config)
-        columns = stream.column_names or list(next(iter(stream)))
-        self.columns = find_columns(columns, str(config.root))
-        self.held = stream.take(n_skipped)
-        self.stream = stream.skip(n_skipped).shuffle(seed=seed, buffer_size=config.shuffle_buffer)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-        self.stream.set_epoch(epoch)
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return islice(self._items(self.stream, self.config), self.start, None)
-
-    def held_back_images(self) -> Tensor:
-        """Central crops of the skipped images as `Images`.
-
-        Raises:
-            InputError: none of them can be read.
-        """
-        items = list(self._items(self.held, replace(self.config, crop="center")))
-        if not items:
-            raise InputError(f"{self.config.root} must begin with images that can be read.")
-        return to_images(torch.stack([item["pixels"] for item in items]))
-
-    def unreadable(self, index: int, n_unreadable: int) -> list[str]:
-        """Names the images before `index` that were left out."""
-        found = range(index - n_unreadable, index)
-        return [f"{self.config.root}, epoch {self.epoch}, image {i}" for i in found]
-
-    def _items(self, rows: Any, config: DataConfig) -> Iterator[dict[str, Any]]:
-        image_column, label_column = self.columns
-        n_unreadable = 0
-        for index, row in enumerate(rows):
-            try:
-                with without_notes():
-                    content = to_content(row[image_column])
-                    name = f"{config.root}, image {index}"
-                    image = decode_image(content if isinstance(content, bytes) else b"", name)
-            except InputError:
-                if config.on_bad_image == "error":
-                    raise
-                n_unreadable += 1
-                continue
-            item, _ = _make_item(image, config, self.seed, self.epoch, index)
-            label = row[label_column] if label_column else 0
-            yield {**item, "label": label, "n_unreadable": n_unreadable}
-            n_unreadable = 0
-
-
-def _open_stream(config: DataConfig) -> Any:
-    root = str(config.root)
-    for suffix, builder in ((".parquet", "parquet"), (".tar", "webdataset")):
-        if suffix_of(root) == suffix:
-            files = expand(root) or root
-            return load_hub(builder, data_files=files, split="train", streaming=True)
-    return load_hub(root, split=config.split, streaming=True)
 
 
 def to_images(pixels: Tensor) -> Tensor:

@@ -61,6 +61,12 @@ class PairMoments:
         for x, y in zip(features.split(n_maps), others.split(n_maps), strict=True):
             self._add(to_unit_rows(x), to_unit_rows(y))
 
+    def add(self, others: PairMoments) -> None:
+        """Adds what others have summed."""
+        for name in ("xx", "xy", "yy"):
+            getattr(self, name).add_(getattr(others, name))
+        self.n += others.n
+
     def residual(self, matrix: Float[Tensor, "c c"]) -> float:
         """Returns ‖X Q − Y‖² / ‖Y‖², which is 0 for a perfect fit."""
         total = self.yy.trace()

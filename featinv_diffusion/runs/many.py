@@ -21,7 +21,8 @@ from featinv_diffusion.figures.grid import GridRow
 from featinv_diffusion.images import center_square, read_image, write_png
 from featinv_diffusion.inverters.base import Inverter
 from featinv_diffusion.inverters.open import open_inverter
-from featinv_diffusion.processes import Processes, Worker, joins
+from featinv_diffusion.processes import Processes, joins
+from featinv_diffusion.runs.parts import units_of
 from featinv_diffusion.runs.progress import advancing, progress_bar
 from featinv_diffusion.runs.record import read_environment
 from featinv_diffusion.runs.samples import MAX_GRID_ROWS, Manifest, SampleFolder, to_captions
@@ -33,16 +34,13 @@ from featinv_diffusion.runs.units import (
     FAILURES,
     FILES,
     Unit,
-    begin_run,
     describe_inverter,
     discard_run,
-    make_units,
     merge_units,
-    open_units,
     run_units,
     share,
 )
-from featinv_diffusion.runs.workers import Call, as_recorded, write_call
+from featinv_diffusion.runs.workers import Call, begin_units
 from featinv_diffusion.settings import SampleSettings
 from featinv_diffusion.types import FeatureMaps
 
@@ -113,7 +111,7 @@ def sample_units(
     }
     if place is as_named:  # where the samples of finished units lie
         identity["layout"] = "flat"
-    units, todo = _begin(jobs, size, output, identity, processes, call)
+    units, todo = begin_units(jobs, size, output, identity, processes, call)
     say(
         f"Shards: {len(units)}, done before: {len(units) - len(todo)}. "
         f"Processes: {processes.num_processes}."
@@ -153,23 +151,6 @@ def sample_units(
     return manifest
 
 
-def _begin(
-    jobs: list[Job],
-    size: int,
-    output: Path,
-    identity: Mapping[str, Any],
-    processes: Processes,
-    call: Call | None,
-) -> tuple[list[Unit[Job]], list[Unit[Job]]]:
-    """Returns all units and the open ones, once it is sure that the folder holds no other run."""
-    identity = as_recorded(identity, output, processes)
-    units = make_units(jobs, size, output, identity)
-    begin_run(identity, output, processes)
-    if isinstance(processes, Worker) and call is not None:
-        write_call(output, replace(call, n_units=len(units)))
-    return units, open_units(units, processes)
-
-
 def _finish(manifest: Manifest, inverter: Inverter, output: Path, n_rows: int) -> None:
     """Writes the grid of the first pictures, then the manifest."""
     if not manifest.images:
@@ -187,23 +168,18 @@ def _finish(manifest: Manifest, inverter: Inverter, output: Path, n_rows: int) -
 # ---- Maps ----------------------------------------------------------------------------------------
 
 
-def units_of_maps(output: Path) -> Path:
-    """Returns the folder beside a file of maps in which workers write their units."""
-    return output.with_name(output.name + ".units")
-
-
 def encode_units(
     processes: Processes, backbone: Backbone, images: ImageSet, output: Path, call: Call
 ) -> FeatureMaps | None:
     """Encodes this worker's share; returns the maps of all and writes them where it joins them.
 
     Args:
-        output: the file; units lie beside it in `units_of_maps`.
+        output: the file; units lie beside it in `units_of`.
 
     Raises:
         InputError: a picture that cannot be read; open units where they are joined.
     """
-    jobs, folder = make_jobs(images, 0, 1), units_of_maps(output)
+    jobs, folder = make_jobs(images, 0, 1), units_of(output)
     identity = {
         "backbone": backbone.name,
         "spec": asdict(backbone.spec),
@@ -212,7 +188,7 @@ def encode_units(
         "images_sha256": digest(str(job) for job in jobs),
         "data_fingerprint": images.fingerprint,
     }
-    units, todo = _begin(jobs, ENCODED_UNIT, folder, identity, processes, call)
+    units, todo = begin_units(jobs, ENCODED_UNIT, folder, identity, processes, call)
     mine = sum(len(unit.items) for unit in share(todo, processes))
     with progress_bar(mine, doing="encoding", noun="pictures") as advance:
 

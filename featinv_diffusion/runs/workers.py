@@ -6,8 +6,8 @@ OUTPUT/shards/call.json    the command that all workers run, which is run again 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -19,7 +19,17 @@ from featinv_diffusion.errors import InputError
 from featinv_diffusion.files import write_text
 from featinv_diffusion.processes import Joiner, Processes, Worker
 from featinv_diffusion.runs.record import to_json
-from featinv_diffusion.runs.units import DONE, FAILURES, PARTIAL_FAILURES, RUN, UNITS
+from featinv_diffusion.runs.units import (
+    DONE,
+    FAILURES,
+    PARTIAL_FAILURES,
+    RUN,
+    UNITS,
+    Unit,
+    begin_run,
+    make_units,
+    open_units,
+)
 from featinv_diffusion.trust import is_code_trusted, refuse_code
 
 T = TypeVar("T")
@@ -39,6 +49,7 @@ class Call:
         shard_size: pictures of a unit, where the command lets it be chosen.
         line: the command as it was typed, without `--worker`.
         n_units: of all workers.
+        own: arguments of the command that are none of its settings.
     """
 
     command: str
@@ -48,6 +59,7 @@ class Call:
     shard_size: Annotated[int, Meta(ge=1)] | None = None
     line: str = ""
     n_units: Annotated[int, Meta(ge=0)] = 0
+    own: dict[str, Any] = field(default_factory=dict)
 
     def settings_as(self, kind: type[T], source: Path) -> T:
         """Returns the settings as a class of `featinv_diffusion.settings`.
@@ -55,7 +67,9 @@ class Call:
         Raises:
             InputError: values that it refuses, or a backbone that is code.
         """
-        names = [self.settings.get("backbone"), *(self.settings.get("evaluated_by") or [])]
+        names = [self.settings.get("backbone")]
+        for key in ("evaluated_by", "scorers"):
+            names += self.settings.get(key) or []
         for name in () if is_code_trusted() else names:
             if isinstance(name, str):
                 refuse_code(name, str(source))
@@ -108,6 +122,27 @@ def read_rest(output: Path, worker: Worker) -> Rest:
             found = [*content.get(FAILURES, []), *content.get(PARTIAL_FAILURES, [])]
             failures += [failure["error"] for failure in found]
     return Rest(n_units, n_open, failures)
+
+
+def begin_units(
+    items: Sequence[T],
+    size: int,
+    output: Path,
+    identity: Mapping[str, Any],
+    processes: Processes,
+    call: Call | None,
+) -> tuple[list[Unit[T]], list[Unit[T]]]:
+    """Returns all units and the open ones, once it is sure that the folder holds no other run.
+
+    Raises:
+        InputError: it does, or units are open where they are joined.
+    """
+    identity = as_recorded(identity, output, processes)
+    units = make_units(items, size, output, identity)
+    begin_run(identity, output, processes)
+    if isinstance(processes, Worker) and call is not None:
+        write_call(output, replace(call, n_units=len(units)))
+    return units, open_units(units, processes)
 
 
 def as_recorded(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +38,15 @@ from featinv_diffusion.concepts.base import (
 )
 from featinv_diffusion.concepts.sae_files import AUTO, find_concepts_file
 from featinv_diffusion.data.classes import find_class
-from featinv_diffusion.data.places import list_pictures
+from featinv_diffusion.data.places import fingerprint, list_pictures
+from featinv_diffusion.data.selection import digest
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.features.edits import HIGH, CellMask, high_cells
 from featinv_diffusion.figures import board as figures
 from featinv_diffusion.figures.board import Board, check_name
-from featinv_diffusion.images import center_square, read_batch, read_image, to_pil
+from featinv_diffusion.images import center_square, read_batch, read_image, to_pil, to_tensor
 from featinv_diffusion.inverters.base import Inverter
+from featinv_diffusion.runs.parts import WHOLE, Division, Part
 from featinv_diffusion.runs.record import RunFolder, read_environment, to_png
 from featinv_diffusion.runs.sampling import batched, to_list
 from featinv_diffusion.settings import ConceptSettings, to_flat
@@ -78,6 +80,7 @@ def find_concepts(
     seed: int = 42,
     batch_size: int = 32,
     progress: bool = False,
+    division: Division = WHOLE,
 ) -> FoundConcepts:
     """Finds the concepts of a class in a backbone's features, those that hold most of it first.
 
@@ -104,6 +107,7 @@ def find_concepts(
         seed: random seed of whatever the method draws.
         batch_size: pictures per batch of the backbone.
         progress: show a progress bar on stderr.
+        division: of the encoding of pictures among processes.
 
     Raises:
         InputError: no picture that can be read, an unknown method or class, or what the method
@@ -132,7 +136,7 @@ def find_concepts(
         _make(settings, backbone.spec) if sae is None else _open_sae(sae, backbone, sae_format)
     )
     folder, items = _listed(pictures, folder)
-    names, sources, features, logits = _encode(backbone, folder, items, batch_size)
+    names, sources, features, logits = _encode(backbone, folder, items, batch_size, division)
     chosen = find_target(backbone, settings.target, logits)
     _fit(concepts, features, chosen, progress)
     if isinstance(concepts, SAEConcepts):
@@ -249,38 +253,76 @@ def _name(item: Any, place: int) -> str:
     return Path(item).as_posix() if isinstance(item, str | Path) else str(place)
 
 
-@torch.no_grad()
 def _encode(
-    backbone: Backbone, folder: Path | None, items: Sequence[Any], batch_size: int
+    backbone: Backbone,
+    folder: Path | None,
+    items: Sequence[Any],
+    batch_size: int,
+    division: Division,
 ) -> tuple[list[str], list[Source], Features, Tensor | None]:
     """Returns the pictures that can be read: names, sources, features and class scores."""
-    size = max(backbone.input_size)
+
+    def measure(places: list[int]) -> Part:
+        return _encode_batch(backbone, folder, {place: items[place] for place in places})
+
+    def describe() -> dict[str, Any]:
+        assert folder is not None  # workers are given files
+        names = [_name(item, place) for place, item in enumerate(items)]
+        return {
+            "backbone": backbone.name,
+            "layer": backbone.spec.layer,
+            "device": backbone.device.type,
+            "backbone_sha256": weights_sha256({"backbone": backbone.model}),
+            "batch_size": batch_size,
+            "images_sha256": digest(names),
+            "data_fingerprint": fingerprint(str(folder / name) for name in names),
+        }
+
     names: list[str] = []
     sources: list[Source] = []
     features, scores = [], []
-    for batch in batched(enumerate(items), batch_size):
-        images = []
-        for place, item in batch:
-            try:
-                is_path = isinstance(item, str | Path)
-                image, (source,) = read_batch(
-                    [(folder or Path()) / item if is_path else item], size
-                )
-            except InputError as error:
-                logger.warning("A picture is left out: %s", error)
-                continue
-            images.append(image)
-            names.append(_name(item, place))
-            sources.append(source if source.square else replace(source, square=to_pil(image)[0]))
-        if images:
-            found, logits = backbone.features_and_logits(torch.cat(images).to(backbone.device))
-            features.append(found.float().cpu())
-            scores.append(None if logits is None else logits.float().cpu())
+    for part in division.each(list(batched(range(len(items)), batch_size)), measure, describe):
+        for reason in part.content["left_out"]:
+            logger.warning("A picture is left out: %s", reason)
+        if not part.tensors:
+            continue
+        names += [_name(items[place], place) for place in part.content["places"]]
+        squares = to_pil(part.tensors["squares"] / 255)
+        for (name, location, size), square in zip(part.content["sources"], squares, strict=True):
+            sources.append(Source(name, location, square, None if size is None else tuple(size)))
+        features.append(part.tensors["features"])
+        scores.append(part.tensors.get("logits"))
     if not names:
         where = "The list" if folder is None else str(folder)
         raise InputError(f"{where} must hold a picture that can be read, but holds none.")
     has_scores = scores[0] is not None
     return names, sources, torch.cat(features), torch.cat(scores) if has_scores else None
+
+
+@torch.no_grad()
+def _encode_batch(backbone: Backbone, folder: Path | None, items: Mapping[int, Any]) -> Part:
+    """Encodes the pictures, by their place in the list, that can be read."""
+    size = max(backbone.input_size)
+    places, sources, images, squares, left_out = [], [], [], [], []
+    for place, item in items.items():
+        is_path = isinstance(item, str | Path)
+        try:
+            image, (source,) = read_batch([(folder or Path()) / item if is_path else item], size)
+        except InputError as error:
+            left_out.append(str(error))
+            continue
+        places.append(place)
+        images.append(image)
+        sources.append((source.name, source.location, source.size))
+        squares.append(source.square or to_pil(image)[0])
+    content = {"places": places, "sources": sources, "left_out": left_out}
+    if not images:
+        return Part({}, content)
+    found, logits = backbone.features_and_logits(torch.cat(images).to(backbone.device))
+    pixels = (to_tensor(squares) * 255).round().byte()
+    tensors = {"squares": pixels, "features": found.float().cpu()}
+    tensors |= {} if logits is None else {"logits": logits.float().cpu()}
+    return Part(tensors, content)
 
 
 def _make(settings: ConceptSettings, spec: FeatureSpec) -> ConceptDictionary:

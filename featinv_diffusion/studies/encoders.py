@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from featinv_diffusion.backbones import Backbone, load_backbone
+from featinv_diffusion.backbones.base import weights_sha256
 from featinv_diffusion.backbones.names import canonical_name
 from featinv_diffusion.backbones.timm import TimmBackbone
 from featinv_diffusion.backbones.transformers import TransformersBackbone
@@ -52,6 +53,7 @@ from featinv_diffusion.metrics.statistics import (
     holm,
     wilcoxon_signed_rank,
 )
+from featinv_diffusion.runs.parts import WHOLE, Division, Part, describe_sampling
 from featinv_diffusion.runs.progress import Advance, progress_bar
 from featinv_diffusion.runs.record import RunFolder, read_environment
 from featinv_diffusion.runs.sampling import batched, sample_each
@@ -78,13 +80,18 @@ class Comparison(Analysis):
 
 
 def compare_encoders(
-    settings: EncoderSettings, *, exclude: Path | None = None, progress: bool = False
+    settings: EncoderSettings,
+    *,
+    exclude: Path | None = None,
+    progress: bool = False,
+    division: Division = WHOLE,
 ) -> Comparison:
     """Compares encoders by how well their features are turned back into images.
 
     Args:
         exclude: folder whose pictures are left out, i.e. the output.
         progress: show a progress bar on stderr.
+        division: of the images among processes.
 
     Raises:
         InputError: fewer than two inverters or images, or settings, images or models that cannot
@@ -101,8 +108,10 @@ def compare_encoders(
     encoders = open_encoders(settings.inverters, settings.device)
     backbones = [encoder.inverter.spec.backbone for encoder in encoders]
     scorers = open_scorers(settings.scorers, backbones, settings.grey)
-    with progress_bar(len(items) * len(encoders), progress) as advance:
-        found = measure_encoders(encoders, scorers, images, items, settings.batch_size, advance)
+    n_samples = division.share(len(items)) * len(encoders)
+    with progress_bar(n_samples, progress) as advance:
+        size = settings.batch_size
+        found = measure_encoders(encoders, scorers, images, items, size, advance, division)
     metrics = {
         "settings": {**to_flat(settings), "scorers": [s.backbone.name for s in scorers]},
         "n_images": len(items),
@@ -395,6 +404,7 @@ def measure_encoders(
     items: Sequence[Item],
     batch_size: int,
     advance: Advance = lambda n: None,
+    division: Division = WHOLE,
 ) -> Measured:
     """Reconstructs every image from every encoder; originals are decoded once.
 
@@ -405,28 +415,58 @@ def measure_encoders(
     for scorer in scorers:
         scorer.backbone.to(device)
     side = max(max(encoder.backbone.input_size) for encoder in encoders)
-    result = Measured(list(encoders), side, [item.id for item in items])
-    seen = {scorer.column: [] for scorer in scorers}
-    parts: dict[str, list[dict[str, Tensor]]] = {encoder.label: [] for encoder in encoders}
-    for batch in batched(items, batch_size):
+
+    def measure(chunk: tuple[int, list[Item]]) -> Part:
+        first, batch = chunk
         squares = [center_square(images.read(item.index), side) for item in batch]
         originals = to_tensor(squares).to(device)
-        for scorer in scorers:
-            seen[scorer.column].append(scorer.embed(originals).cpu())
-        for encoder in encoders:
+        n_shown = max(0, N_EXAMPLES - first)
+        tensors = {f"{ORIGINAL}/{s.column}": s.embed(originals).cpu() for s in scorers}
+        tensors |= {f"{SHOWN}/{ORIGINAL}": originals[:n_shown].cpu()} if n_shown else {}
+        for i, encoder in enumerate(encoders):
             samples = encoder.reconstruct(originals, batch)
-            parts[encoder.label].append(_measure(originals, samples, scorers))
-            _keep_examples(result, encoder.label, samples)
+            measured = _measure(originals, samples, scorers)
+            tensors |= {f"{i}/{name}": values for name, values in measured.items()}
+            tensors |= {f"{SHOWN}/{i}": samples[:n_shown].cpu()} if n_shown else {}
             advance(len(batch))
-        if len(result.original) < N_EXAMPLES:
-            kept = [*result.original, *originals.cpu()][:N_EXAMPLES]
-            result.original = torch.stack(kept)
-    embeddings = {name: torch.cat(vectors) for name, vectors in seen.items()}
+        return Part(tensors)
+
+    def describe() -> dict[str, Any]:
+        return {
+            "inverters": {
+                encoder.name: describe_sampling(encoder.inverter) for encoder in encoders
+            },
+            "scorers": {s.column: weights_sha256({"": s.backbone.model}) for s in scorers},
+            "batch_size": batch_size,
+            "images_sha256": digest(map(repr, items)),
+            "data_fingerprint": images.fingerprint,
+        }
+
+    chunks = [(n * batch_size, batch) for n, batch in enumerate(batched(items, batch_size))]
+    labels = [encoder.label for encoder in encoders]
+    found: dict[str, list[Tensor]] = {}
+    for part in division.each(chunks, measure, describe):
+        for name, values in part.tensors.items():
+            found.setdefault(name, []).append(values)
+    joined = {name: torch.cat(values) for name, values in found.items()}
+    result = Measured(list(encoders), side, [item.id for item in items])
+    result.original = joined[f"{SHOWN}/{ORIGINAL}"]
+    embeddings = _of(joined, ORIGINAL)
     partners = find_partners([item.label for item in items])
-    for label, measured in parts.items():
-        joined = {name: torch.cat([part[name] for part in measured]) for name in measured[0]}
-        result.columns[label] = _compare_embeddings(joined, embeddings, partners)
+    for i, label in enumerate(labels):
+        result.examples[label] = joined[f"{SHOWN}/{i}"]
+        result.columns[label] = _compare_embeddings(_of(joined, str(i)), embeddings, partners)
     return result
+
+
+ORIGINAL, SHOWN = "original", "shown"
+"""Where a part keeps the embeddings of originals, and the first pictures."""
+
+
+def _of(tensors: Mapping[str, Tensor], owner: str) -> dict[str, Tensor]:
+    """Returns the tensors of the originals or of an encoder, by their own names."""
+    start = f"{owner}/"
+    return {n.removeprefix(start): values for n, values in tensors.items() if n.startswith(start)}
 
 
 def _measure(
@@ -455,13 +495,6 @@ def _compare_embeddings(
         if partners:
             columns[NULL + name] = cosine(originals, measured[name][list(partners)])
     return columns
-
-
-def _keep_examples(result: Measured, label: str, samples: Images) -> None:
-    kept = result.examples.get(label)
-    if kept is None or len(kept) < N_EXAMPLES:
-        joined = samples.cpu() if kept is None else torch.cat([kept, samples.cpu()])
-        result.examples[label] = joined[:N_EXAMPLES]
 
 
 # ---- Report --------------------------------------------------------------------------------------

@@ -1,11 +1,12 @@
-"""Operators on features as a study: fit one, apply it to pictures, measure it on other images."""
+"""Operators on features as a study: fit one, and measure it on other images."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from featinv_diffusion import __version__
 from featinv_diffusion.backbones.base import Backbone, weights_sha256
 from featinv_diffusion.data.selection import digest
 from featinv_diffusion.data.sets import ImageSet, open_images
@@ -30,22 +30,18 @@ from featinv_diffusion.features.operator_methods import (
     solve,
 )
 from featinv_diffusion.features.operators import (
-    MAX_POWER,
     TOLERANCE,
     Operator,
     Spectrum,
     measure_spectrum,
 )
 from featinv_diffusion.features.pixel_operations import (
-    PixelMap,
     PixelOperation,
-    keep,
     make_operation,
 )
 from featinv_diffusion.figures import board as figures
 from featinv_diffusion.figures.board import add_bars, draw_grid
-from featinv_diffusion.figures.grid import Grid, GridRow
-from featinv_diffusion.images import as_picture, center_square, read_image, to_pil, to_tensor
+from featinv_diffusion.images import as_picture, center_square, to_tensor
 from featinv_diffusion.inverters.base import Inverter
 from featinv_diffusion.metrics import feature_cosine
 from featinv_diffusion.metrics.colour import delta_e_2000
@@ -55,13 +51,10 @@ from featinv_diffusion.metrics.statistics import (
     bootstrap_mean,
     bootstrap_statistic,
 )
-from featinv_diffusion.runs.progress import Advance, advancing, progress_bar
-from featinv_diffusion.runs.record import RunFolder, read_environment
-from featinv_diffusion.runs.samples import GRID, MAX_GRID_ROWS, to_captions
-from featinv_diffusion.runs.sampling import Job, batched, not_finite, sample_each, sample_maps
-from featinv_diffusion.runs.scope import Scope, open_scope
+from featinv_diffusion.runs.parts import WHOLE, Division, Part, describe_sampling
+from featinv_diffusion.runs.progress import Advance, progress_bar
+from featinv_diffusion.runs.sampling import batched, sample_each
 from featinv_diffusion.seeds import derive_seed, make_generator
-from featinv_diffusion.settings import SampleSettings, to_flat
 from featinv_diffusion.studies.study import Analysis, to_dicts, to_rows
 from featinv_diffusion.types import Features, Images
 
@@ -83,6 +76,7 @@ def fit_operator(
     split: str = "train",
     classes: str | None = None,
     progress: bool = False,
+    division: Division = WHOLE,
 ) -> Operator:
     """Fits the matrix that does to features what an operation does to pixels.
 
@@ -102,6 +96,7 @@ def fit_operator(
         batch_size: images per batch; it decides the last bits.
         split, classes: see `open_images`; they have no effect on a list.
         progress: show a progress bar on stderr.
+        division: of the images among processes.
 
     Raises:
         InputError: an unknown operation or method, bad parameters, too few images, images that
@@ -113,9 +108,22 @@ def fit_operator(
     images = to_image_set(data, split, classes)
     if isinstance(data, list | tuple):
         n_images = min(n_images, len(images))
+    _check_batch_size(batch_size)
     drawn = draw_images(images, n_images, seed, max(backbone.input_size))
-    with progress_bar(n_images, progress, "encoding", "images") as advance:
-        moments, digests = measure_moments(backbone, drawn, operation, batch_size, advance)
+    with progress_bar(division.share(n_images), progress, "encoding", "images") as advance:
+
+        def measure(chunk: list[Drawn]) -> Part:
+            found, digests = measure_moments(backbone, chunk, operation, batch_size, advance)
+            sums = {"xx": found.xx, "xy": found.xy, "yy": found.yy}
+            return Part(sums, {"n": found.n, "digests": list(digests)})
+
+        def describe() -> dict[str, Any]:
+            source = {"operation": operation.name, **operation.parameters}
+            return {**source, "batch_size": batch_size, **_describe(backbone, images, drawn)}
+
+        chunks = list(batched(drawn, batch_size * FIT_BATCHES))
+        parts = division.each(chunks, measure, describe)
+        moments, digests = _join_moments(backbone.spec.channels, parts)
     return solve(
         moments,
         backbone.spec,
@@ -126,6 +134,44 @@ def fit_operator(
         backbone_sha256=weights_sha256({"": backbone.model}),
         image_digests=digests,
     )
+
+
+FIT_BATCHES = 8
+"""Batches of a fit whose sums are added up by themselves, and then to the others."""
+
+
+def _join_moments(channels: int, parts: Iterable[Part]) -> tuple[PairMoments, tuple[str, ...]]:
+    total, digests = PairMoments(channels), []
+    for part in parts:
+        found = PairMoments(channels)
+        found.xx, found.xy, found.yy = (part.tensors[name] for name in ("xx", "xy", "yy"))
+        found.n = part.content["n"]
+        total.add(found)
+        digests += part.content["digests"]
+    return total, tuple(digests)
+
+
+def _describe(backbone: Backbone, images: ImageSet, drawn: Sequence[Drawn]) -> dict[str, Any]:
+    """Returns what decides the features of images."""
+    return {
+        "backbone": backbone.name,
+        "layer": backbone.spec.layer,
+        "device": backbone.device.type,
+        "backbone_sha256": weights_sha256({"": backbone.model}),
+        "images_sha256": digest(map(repr, drawn)),
+        "data_fingerprint": images.fingerprint,
+    }
+
+
+def describe_edits(operator: Operator, powers: Sequence[int]) -> dict[str, Any]:
+    """Returns what decides the maps that powers of an operator make."""
+    matrix = operator.matrix.detach().cpu().contiguous().numpy()
+    return {
+        "operation": operator.record.operation,
+        **operator.record.parameters,
+        "operator_sha256": hashlib.sha256(matrix.tobytes()).hexdigest(),
+        "powers": list(powers),
+    }
 
 
 def to_operation(
@@ -173,29 +219,41 @@ def to_image_set(data: object, split: str, classes: str | None = None) -> ImageS
 
 @dataclass(frozen=True)
 class Drawn:
-    """An image that was drawn.
+    """An image that was drawn; it is read when it is used.
 
     Args:
+        index: into the images.
         id: id in its data set.
-        picture: the whole picture.
-        square: its centre square at the size of the backbone's input.
-        digest: digest of the square's pixels, whatever the name and place of the image.
+        side: side in pixels of its centre square, the backbone's input.
     """
 
+    images: ImageSet = field(repr=False)
+    index: int
     id: str
-    picture: Image.Image
-    square: Image.Image
-    digest: str
+    side: int
+
+    def read(self) -> tuple[Image.Image, Image.Image, str]:
+        """Returns the whole picture, its centre square, and the digest of the square's pixels.
+
+        The digest is the same whatever the name and place of the image.
+
+        Raises:
+            InputError: it cannot be read.
+        """
+        picture = self.images.read(self.index)
+        square = center_square(picture, self.side)
+        return picture, square, hashlib.sha256(square.tobytes()).hexdigest()[:16]
 
 
 def draw_images(
     images: ImageSet, n_images: int, seed: int, side: int, exclude: Collection[str] = ()
-) -> Iterator[Drawn]:
-    """Yields images in a random order, without those whose digest is excluded.
+) -> list[Drawn]:
+    """Draws images in a random order, without those whose digest is excluded.
 
     Args:
         side: side of the squares in pixels.
-        exclude: digests, such as those of the images that an operator was fitted on.
+        exclude: digests, such as those of the images that an operator was fitted on. All images
+            before the last one that is drawn are read, to find them.
 
     Raises:
         InputError: fewer images than asked for, or one that cannot be read.
@@ -203,22 +261,17 @@ def draw_images(
     if n_images < 1:
         raise InputError(f"At least one image must be drawn, got {n_images}.")
     order = torch.randperm(len(images), generator=make_generator(seed, "operator")).tolist()
-    left_out, n_drawn = set(exclude), 0
-    for index in order:
-        if n_drawn == n_images:
-            return
-        picture = images.read(index)
-        square = center_square(picture, side)
-        digest = hashlib.sha256(square.tobytes()).hexdigest()[:16]
-        if digest not in left_out:
-            n_drawn += 1
-            yield Drawn(images.ids[index], picture, square, digest)
-    if n_drawn < n_images:
+    left_out = set(exclude)
+    every = (Drawn(images, index, images.ids[index], side) for index in order)
+    kept = (image for image in every if not left_out or image.read()[2] not in left_out)
+    drawn = list(islice(kept, n_images))
+    if len(drawn) < n_images:
         besides = " that the operator was not fitted on" if left_out else ""
         raise InputError(
-            f"{n_images} images{besides} were asked for, but there are {n_drawn} "
+            f"{n_images} images{besides} were asked for, but there are {len(drawn)} "
             f"among {len(images)}. Give more images or ask for fewer."
         )
+    return drawn
 
 
 def _check_batch_size(batch_size: int) -> None:
@@ -244,224 +297,13 @@ def measure_moments(
     _check_batch_size(batch_size)
     moments, digests = PairMoments(backbone.spec.channels), []
     for batch in batched(drawn, batch_size):
-        pixels = to_tensor([image.square for image in batch]).to(backbone.device)
+        _, squares, found = zip(*(image.read() for image in batch), strict=True)
+        pixels = to_tensor(squares).to(backbone.device)
         before, after = operation.source(pixels), operation.target(pixels)
         moments.update(backbone.features(before), backbone.features(after))
-        digests += [image.digest for image in batch]
+        digests += found
         advance(len(batch))
     return moments, tuple(digests)
-
-
-# ---- Applying an operator to pictures ------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Applied:
-    """What became of one picture; the lists have one value per power.
-
-    Args:
-        original: what the backbone saw: the square, or the source image of the operation.
-        pictures: R(f Qⁿ).
-        cosine: cosine between the features of each picture and the map that was inverted.
-        scope_p_value: whether each map is like natural ones; None if not known.
-    """
-
-    job: Job
-    original: Image.Image
-    pictures: list[Image.Image]
-    cosine: list[float]
-    scope_p_value: list[float] | None
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class AppliedOperator:
-    """Pictures whose features were changed by powers of an operator, and then inverted.
-
-    Args:
-        name: name or file of the operator.
-        settings: settings of the inverter.
-        images: one entry per picture.
-        failures: dicts with `input` and `error` of the pictures that cannot be read.
-        scope_basis: what the p-values of the scope rest on; None if they are not known.
-    """
-
-    operator: Operator
-    name: str
-    powers: Sequence[int]
-    settings: SampleSettings | None
-    images: list[Applied]
-    failures: list[dict[str, str]]
-    scope_basis: str | None
-
-    def figure(self) -> Image.Image:
-        """Draws original | R(f Qⁿ) for each power, as `grid.png`."""
-        return _grid_of(self).image()
-
-    def save(self, folder: str | Path) -> Path:
-        """Writes the pictures, `grid.png` and `manifest.json`, which cannot be replayed."""
-        run = RunFolder(folder)
-        for done in self.images:
-            for output, picture in zip(done.job.outputs, done.pictures, strict=True):
-                run.picture(output, picture)
-        run.figure(GRID, _grid_of(self))
-        record = asdict(self.operator.record)
-        del record["image_digests"]
-        run.complete(
-            {
-                "version": __version__,
-                "command": "operator apply",
-                **({} if self.settings is None else to_flat(self.settings)),
-                "operator": self.name,
-                "record": record,
-                "powers": list(self.powers),
-                "given": _given(self.operator),
-                "environment": read_environment(self.settings.device if self.settings else "cpu"),
-                "scope_basis": self.scope_basis,
-                "images": [_to_entry(done) for done in self.images],
-                "failures": self.failures,
-            }
-        )
-        return run.folder
-
-    def summary(self) -> str:
-        """Returns the mean cosine of each power in one sentence."""
-        columns = zip(*(done.cosine for done in self.images), strict=True)
-        means = (sum(column) / len(column) for column in columns)
-        parts = (f"{n}: {mean:.2f}" for n, mean in zip(self.powers, means, strict=True))
-        return f"Cosine to the changed map by power: {', '.join(parts)}."
-
-    def __repr__(self) -> str:
-        return f"AppliedOperator: {self.summary()}"
-
-
-def apply_operator(
-    operator: Operator,
-    inverter: Inverter,
-    jobs: Sequence[Job],
-    powers: Sequence[int] = (0, 1),
-    *,
-    name: str = "",
-    progress: bool = False,
-) -> AppliedOperator:
-    """Applies powers of an operator to the features of pictures, and inverts the results.
-
-    Pictures go through the source of the operation first; for `colourise` they are made grey. If
-    the operation is not one of this package, which is logged, pictures are taken as they are. A
-    picture that cannot be read is listed among the failures.
-
-    Args:
-        jobs: what `runs.sampling.make_jobs` gives for one sample per picture; all powers share its
-            noise.
-        powers: powers n of Q; 0 leaves the features as they are.
-        name: name or file of the operator, for the manifest.
-
-    Raises:
-        InputError: an operator of other features or weights, bad powers, samples that are not
-            finite, or no picture that can be read.
-    """
-    jobs = _with_outputs(jobs, powers)
-    operator.check(inverter.spec, weights_sha256({"": inverter.require_backbone().model}))
-    edits = [operator.edit(n, spec=inverter.spec) for n in powers]
-    if (source := _source_of(operator)) is None:
-        logger.warning(
-            "The operation %r is not one of this package; pictures are taken as they are, so they "
-            "must be what the operation starts from.",
-            operator.record.operation,
-        )
-    scope, done, failures = open_scope(inverter), [], []
-    with advancing(inverter, len(jobs) * len(powers), progress):
-        for job in jobs:
-            try:
-                original, features = _encode(inverter, job.input, source or keep)
-            except InputError as error:
-                failures.append({"input": job.input, "error": str(error)})
-                continue
-            maps = [edit(features) for edit in edits]
-            done.append(_invert(inverter, job, original, maps, scope))
-    if not done:
-        raise InputError("\n".join(failure["error"] for failure in failures))
-    return AppliedOperator(operator, name, powers, inverter.settings, done, failures, scope.basis)
-
-
-def _with_outputs(jobs: Sequence[Job], powers: Sequence[int]) -> list[Job]:
-    """Returns the jobs with an output for each power; all powers share the seed of the sample."""
-    if not powers or not all(0 <= n <= MAX_POWER for n in powers) or len({*powers}) < len(powers):
-        raise InputError(
-            f"Powers must be distinct whole numbers in 0 … {MAX_POWER}, got {[*powers]}."
-        )
-    stems = [job.outputs[0].removesuffix("_0.png") for job in jobs]
-    return [
-        Job(job.input, tuple(f"{stem}_power{n}.png" for n in powers), job.seeds)
-        for job, stem in zip(jobs, stems, strict=True)
-    ]
-
-
-def _encode(inverter: Inverter, path: str, source: PixelMap) -> tuple[Image.Image, Features]:
-    """Returns what the backbone sees of a picture, and its features."""
-    square = center_square(read_image(path), max(inverter.require_backbone().input_size))
-    pixels = source(to_tensor(square))
-    features = inverter.encode(pixels).as_subclass(Tensor)
-    return (square if source is keep else to_pil(pixels)[0]), features
-
-
-def _invert(
-    inverter: Inverter, job: Job, original: Image.Image, maps: Sequence[Features], scope: Scope
-) -> Applied:
-    pictures, cosines, p_values = [], [], []
-    pairs = ((features[0], job.seeds[0]) for features in maps)
-    for features, batch in zip(maps, sample_maps(inverter, pairs, batch_size=1), strict=True):
-        if not all(batch.finite):
-            raise InputError(not_finite(job.name, inverter))
-        pictures += to_pil(batch.images)
-        cosines.append(batch.cosine.double().mean().item())
-        p_values.append(scope.p_value(features, cosines[-1]))
-    known = None if None in p_values else p_values
-    return Applied(job, original, pictures, cosines, known)
-
-
-def _source_of(operator: Operator) -> PixelMap | None:
-    """Returns the source of the operator's operation; None if the operation is not known."""
-    try:
-        return operation_of(operator).source
-    except InputError:
-        return None
-
-
-def _given(operator: Operator) -> str:
-    """Returns in words what the backbone saw of a picture."""
-    source = _source_of(operator)
-    if source is None:
-        return "the picture, for the operation is not known"
-    return "the picture" if source is keep else f"what {operator.record.operation} starts from"
-
-
-def _to_entry(done: Applied) -> dict[str, Any]:
-    return {
-        "input": done.job.input,
-        "outputs": list(done.job.outputs),
-        "seed": list(done.job.seeds),
-        "cosine": done.cosine,
-        "scope_p_value": done.scope_p_value,
-    }
-
-
-def _grid_of(found: AppliedOperator) -> Grid:
-    operator, record = found.operator, found.operator.record
-    values = "".join(f", {key} {value}" for key, value in record.parameters.items())
-    inverter = "" if found.settings is None else f" · inverter {Path(found.settings.inverter).name}"
-    given = "" if _source_of(operator) in (keep, None) else f" First column: {_given(operator)}."
-    return Grid(
-        [
-            GridRow(done.original, done.job.name, done.pictures, to_captions(done.cosine))
-            for done in found.images[:MAX_GRID_ROWS]
-        ],
-        title=f"{record.operation} in the features of {operator.spec.backbone}",
-        subtitle=f"{record.method} operator{values} · layer {operator.spec.layer}{inverter}\n"
-        f"Under each picture: cosine of its features to the map it was made from.{given}",
-        headers=[
-            "unedited" if n == 0 else "Q" if n == 1 else f"Q to the {n}" for n in found.powers
-        ],
-    )
 
 
 # ---- Measuring an operator on other images -------------------------------------------------------
@@ -500,6 +342,7 @@ def measure_operator(
     split: str = "validation",
     classes: str | None = None,
     progress: bool = False,
+    division: Division = WHOLE,
 ) -> Analysis:
     """Measures an operator's eigenvalues, and what it does to images that it was not fitted on.
 
@@ -515,6 +358,7 @@ def measure_operator(
         batch_size: images per batch.
         split, classes: see `open_images`.
         progress: show a progress bar on stderr.
+        division: of the images among processes.
 
     Raises:
         InputError: an operator of other features or weights, bad powers, too few other images, or
@@ -530,18 +374,29 @@ def measure_operator(
     images = to_image_set(data, split, classes)
     side, fitted_on = max(backbone.input_size), operator.record.image_digests
     drawn = draw_images(images, n_images, seed, side, fitted_on)
-    with progress_bar(n_images, progress, "measuring", "images") as advance:
-        found = measure_held_out(
-            operator,
-            operation,
-            backbone,
-            drawn,
-            inverter=inverter,
-            powers=powers,
-            batch_size=batch_size,
-            seed=seed,
-            advance=advance,
-        )
+    _check_batch_size(batch_size)
+    with progress_bar(division.share(n_images), progress, "measuring", "images") as advance:
+
+        def measure(chunk: list[Drawn]) -> Part:
+            return measure_held_out(
+                operator,
+                operation,
+                backbone,
+                chunk,
+                inverter=inverter,
+                powers=powers,
+                batch_size=batch_size,
+                seed=seed,
+                advance=advance,
+            ).to_part()
+
+        def describe() -> dict[str, Any]:
+            how = {} if inverter is None else describe_sampling(inverter)
+            own = {**_describe(backbone, images, drawn), **describe_edits(operator, powers)}
+            return {**how, **own, "seed": seed, "batch_size": batch_size}
+
+        chunks = list(batched(drawn, batch_size))
+        found = HeldOut.join(division.each(chunks, measure, describe), powers)
     summaries = {n: summarise_power(found.columns[n]) for n in powers}
     title = f"{operation} on {operator.spec.backbone}, {operator.record.method} operator"
     record = asdict(operator.record)
@@ -578,6 +433,30 @@ class HeldOut:
     ids: list[str]
     columns: dict[int, Columns]
     pictures: dict[str, list[Tensor]]
+
+    def to_part(self) -> Part:
+        """Returns it as workers keep it."""
+        tensors = {
+            f"{n}/{name}": torch.tensor(values, dtype=torch.float64)
+            for n, columns in self.columns.items()
+            for name, values in columns.items()
+        }
+        shown = {f"shown/{name}": torch.stack(images) for name, images in self.pictures.items()}
+        return Part({**tensors, **shown}, {"ids": self.ids})
+
+    @classmethod
+    def join(cls, parts: Iterable[Part], powers: Sequence[int]) -> HeldOut:
+        """Joins the measurements of several chunks of images."""
+        found = cls([], {power: {} for power in powers}, {})
+        for part in parts:
+            found.ids.extend(part.content["ids"])
+            for name, values in part.tensors.items():
+                where, _, column = name.partition("/")
+                if where == "shown":
+                    found.keep(column, values)
+                else:
+                    found.columns[int(where)].setdefault(column, []).extend(values.tolist())
+        return found
 
     def keep(self, name: str, images: Images) -> None:
         """Keeps the first images for figures."""
@@ -619,7 +498,8 @@ def measure_held_out(
     edits = {n: operator.edit(n, spec=backbone.spec) for n in powers}
     found = HeldOut([], {power: {} for power in powers}, {})
     for batch in batched(drawn, batch_size):
-        pixels = to_tensor([image.square for image in batch]).to(backbone.device)
+        pictures, squares, _ = zip(*(image.read() for image in batch), strict=True)
+        pixels = to_tensor(squares).to(backbone.device)
         features = backbone.features(operation.source(pixels))
         true = {n: backbone.features(operation.repeated(pixels, n)) for n in powers}
         edited = {n: edit(features) for n, edit in edits.items()}
@@ -627,7 +507,8 @@ def measure_held_out(
             _add(found.columns[n], "cosine", feature_cosine(true[n], edited[n]))
             _add(found.columns[n], "cosine_nothing", feature_cosine(true[n], features))
         if inverter is not None:
-            _compare(found, inverter, operation, batch, features, true, edited, seed)
+            seeds = [derive_seed(seed, image.id, 0) for image in batch]
+            _compare(found, inverter, operation, pictures, seeds, features, true, edited)
         found.ids.extend(image.id for image in batch)
         advance(len(batch))
     return found
@@ -643,20 +524,19 @@ def _compare(
     found: HeldOut,
     inverter: Inverter,
     operation: PixelOperation,
-    batch: Sequence[Drawn],
+    pictures: Sequence[Image.Image],
+    seeds: Sequence[int],
     features: Features,
     true: Mapping[int, Features],
     edited: Mapping[int, Features],
-    seed: int,
 ) -> None:
     """Adds the measurements in the samples of a batch."""
-    seeds = [derive_seed(seed, image.id, 0) for image in batch]
 
     def invert(maps: Features) -> Images:
         return sample_each(inverter, maps, seeds)
 
     reconstructed = invert(features)
-    originals = _squares([image.picture for image in batch], reconstructed)
+    originals = _squares(pictures, reconstructed)
     found.keep("given", operation.source(originals))
     found.keep("R(f)", reconstructed)
     for n in true:

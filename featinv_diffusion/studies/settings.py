@@ -109,7 +109,7 @@ class SteerabilitySettings:
 
 @dataclass(frozen=True)
 class ScopeSettings:
-    """How the statistics of natural feature maps are fitted; see `runs.scope`."""
+    """How the statistics of natural feature maps are fitted; see `runs.scope_fit`."""
 
     images: ImageChoice = nested(ImageChoice)
     held_back_per_class: int = option(

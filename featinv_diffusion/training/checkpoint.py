@@ -24,6 +24,7 @@ from rich.console import Console
 from safetensors import SafetensorError
 from torch import Tensor
 
+from featinv_diffusion.data.streams import Place
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.files import expand_path, flush_one, flush_to_disk
 from featinv_diffusion.schema import parse_yaml, read_json, read_text
@@ -42,6 +43,21 @@ ADVICE = "Remove this checkpoint, and the run resumes from the one before it or 
 
 
 @dataclass
+class StreamProgress:
+    """How far one process is in its part of a stream.
+
+    Args:
+        n_workers: data workers that read it; 0 is the process itself.
+        turn: the worker of the next batch.
+        places: of each worker.
+    """
+
+    n_workers: Number
+    turn: Number
+    places: list[Place]
+
+
+@dataclass
 class Progress:
     """How far a run is.
 
@@ -51,6 +67,8 @@ class Progress:
         micro_step: batches of each process since the run began.
         seconds: of all sittings that led to the last checkpoint.
         unreadable: images that were replaced.
+        stream: of each process, where images are read in passing; then `samples` counts all of
+            the run.
     """
 
     step: Number = 0
@@ -59,6 +77,7 @@ class Progress:
     micro_step: Number = 0
     seconds: NotNegative = 0.0
     unreadable: list[str] = field(default_factory=list)
+    stream: list[StreamProgress] = field(default_factory=list)
 
 
 @dataclass

@@ -24,10 +24,10 @@ from featinv_diffusion.config import to_yaml
 from featinv_diffusion.data.crops import (
     CropDataset,
     DataConfig,
-    StreamedCrops,
     open_training_images,
     to_images,
 )
+from featinv_diffusion.data.streams import StreamedCrops
 from featinv_diffusion.diffusion.featinv_controlnet import FeatureControlNet
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
 from featinv_diffusion.diffusion.folders import check_reachable
@@ -53,14 +53,13 @@ from featinv_diffusion.training.feature_cache import (
 from featinv_diffusion.training.group_norm import speed_up_group_norms
 from featinv_diffusion.training.latents import (
     CachedCropDataset,
-    MappedArrays,
     SampleNoise,
-    check_room,
     encode_posterior,
     fill_latents,
     plan_latents,
 )
 from featinv_diffusion.training.loop import fit, make_accelerator
+from featinv_diffusion.training.shards import ShardedArrays, check_room
 
 
 @dataclass(frozen=True)
@@ -445,7 +444,7 @@ def _cached(
     features = None
     if config.cache.features:
         features = FeatureCache(latents, parts.backbone, config.cache.features_dtype)
-    caches: list[MappedArrays] = [latents, *([features] if features else [])]
+    caches: list[ShardedArrays] = [latents, *([features] if features else [])]
     for cache in caches:
         accelerator.print(str(cache))
     if config.run.dry_run:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from itertools import islice
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,15 +19,14 @@ from featinv_diffusion.backbones import Backbone
 from featinv_diffusion.backbones.base import weights_sha256
 from featinv_diffusion.data.crops import to_images
 from featinv_diffusion.errors import InputError
+from featinv_diffusion.runs.sampling import batched
 from featinv_diffusion.seeds import derive_seed
 from featinv_diffusion.training.latents import (
     CacheConfig,
     CachedCropDataset,
     LatentCache,
-    MappedArrays,
-    flush,
-    open_for_filling,
 )
+from featinv_diffusion.training.shards import Layout, ShardedArrays, join_rows
 
 BATCH = 32
 """Crops that are computed at once."""
@@ -55,24 +54,24 @@ class ControlNetCacheConfig(CacheConfig):
             )
 
 
-class FeatureCache(MappedArrays):
+class FeatureCache(ShardedArrays):
     """Array `features` `[n, crops, c, h, w]`, in a folder of its own below that of the latents.
 
     The name of the folder stands for the latents' crops, the backbone's weights, layer and
     preprocessing, and the number format, so that several backbones share one latent cache.
-    It is filled in batches of `rows` images that are always the same, and `done` marks those: the
-    last bits of a map depend on the batch that it is computed in.
+    It is filled in batches of images that are always the same, several in a shard: the last bits of
+    a map depend on the batch that it is computed in.
     """
 
     def __init__(self, latents: LatentCache, backbone: Backbone, dtype: str):
         n, crops = latents.shape[:2]
-        shape = (n, crops, backbone.spec.channels, *backbone.spec.grid)
-        self.rows = max(1, BATCH // crops)
-        n_batches = math.ceil(n / self.rows)
-        layout = {"features": (shape, np.dtype(dtype)), "done": ((n_batches,), np.bool_)}
+        shape = (crops, backbone.spec.channels, *backbone.spec.grid)
+        self.batch = max(1, BATCH // crops)
+        self.dtype = np.dtype(dtype)
+        layout: Layout = {"features": (shape, self.dtype)}
         weights = weights_sha256({"": backbone.model})
         spec, reads = backbone.spec, repr(backbone.preprocessing)
-        parts = (latents.fingerprint, weights, spec.layer, str(shape), reads, dtype)
+        parts = (latents.fingerprint, weights, spec.layer, str((n, *shape)), reads, dtype)
         key = f"{derive_seed(*parts):016x}"
         advice = (
             "Lower cache.n_crops, set cache.folder"
@@ -80,7 +79,8 @@ class FeatureCache(MappedArrays):
             + " or unset cache.features."
         )
         what = f"Feature cache ({dtype})"
-        super().__init__(latents.folder / f"features-{key}", layout, key, what, advice)
+        folder = latents.folder / f"features-{key}"
+        super().__init__(folder, layout, n, key, what, advice, self.batch)
 
 
 def fill_features(
@@ -91,49 +91,47 @@ def fill_features(
     Raises:
         InputError: features that the number format cannot hold; the folder is removed.
     """
-    arrays, missing = open_for_filling(cache, accelerator)
-    features, done = arrays["features"], arrays["done"]
-    crops = _BatchesOfCrops(source, missing, cache.rows, features.shape[1])
+    mine = cache.share(accelerator)
+    n_crops, batches = cache.layout["features"][0][0], {}
+    for number in mine:
+        batches[number] = list(batched(cache.range(number), cache.batch))
+    every = [one for some in batches.values() for one in some]
+    crops = _BatchesOfCrops(source, every, n_crops)
     loader = DataLoader(crops, batch_size=None, num_workers=source.config.num_workers)
-    hidden = not accelerator.is_main_process or not missing
-    for number, pixels in track(loader, "reading features", disable=hidden):
-        images = to_images(pixels.to(accelerator.device))
-        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-            maps = backbone.features(images).float().cpu()
-        first = number * cache.rows
-        stored = _to_array(maps, features.dtype, cache)
-        features[first : first + cache.rows] = stored.reshape(-1, *features.shape[1:])
-        done[number] = True
-    flush(arrays, accelerator)
+    hidden = not accelerator.is_main_process or not mine
+    found = iter(track(loader, "reading features", disable=hidden))
+    for number, some in batches.items():
+        parts = []
+        for pixels in islice(found, len(some)):
+            images = to_images(pixels.to(accelerator.device))
+            with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+                maps = backbone.features(images).float().cpu()
+            parts.append({"features": _to_stored(maps, cache).unflatten(0, (-1, n_crops))})
+        cache.write(number, join_rows(parts))
+    cache.finish(accelerator)
 
 
-def _to_array(maps: Tensor, dtype: Any, cache: FeatureCache) -> np.ndarray:
-    largest = float(maps.abs().max())
-    if not largest <= np.finfo(dtype).max:
+def _to_stored(maps: Tensor, cache: FeatureCache) -> Tensor:
+    largest, limit = float(maps.abs().max()), np.finfo(cache.dtype).max
+    if not largest <= limit:
         shutil.rmtree(cache.folder, ignore_errors=True)
         raise InputError(
-            f"The features must be finite numbers that {dtype} holds, up to "
-            f"{np.finfo(dtype).max:.4g}, but reach {largest:.4g}. "
-            "Set cache.features_dtype=float32, or unset cache.features."
+            f"The features must be finite numbers that {cache.dtype} holds, up to {limit:.4g}, but "
+            f"reach {largest:.4g}. Set cache.features_dtype=float32, or unset cache.features."
         )
-    return maps.numpy().astype(dtype)
+    return maps.half() if cache.dtype == np.float16 else maps
 
 
 class _BatchesOfCrops(Dataset):
-    """(number, pixels uint8 `[rows · crops, 3, s, s]`) of some batches of a latent cache."""
+    """Pixels uint8 `[images · crops, 3, s, s]` of some batches of images of a latent cache."""
 
-    def __init__(self, source: CachedCropDataset, numbers: Sequence[int], rows: int, n_crops: int):
-        self.source, self.numbers, self.rows, self.n_crops = source, numbers, rows, n_crops
+    def __init__(self, source: CachedCropDataset, batches: Sequence[list[int]], n_crops: int):
+        self.source, self.batches, self.n_crops = source, batches, n_crops
 
     def __len__(self) -> int:
-        return len(self.numbers)
+        return len(self.batches)
 
-    def __getitem__(self, i: int) -> tuple[int, Tensor]:
-        number = self.numbers[i]
-        end = min((number + 1) * self.rows, len(self.source))
-        crops = [
-            crop
-            for position in range(number * self.rows, end)
-            for crop in self.source.pixels(position, range(self.n_crops))
-        ]
-        return number, torch.stack(crops)
+    def __getitem__(self, i: int) -> Tensor:
+        crops = range(self.n_crops)
+        cut = [one for position in self.batches[i] for one in self.source.pixels(position, crops)]
+        return torch.stack(cut)

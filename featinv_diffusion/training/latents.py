@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,11 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
 from featinv_diffusion.data.crops import Crop, CropDataset, draw_crop, to_images
-from featinv_diffusion.errors import InputError
 from featinv_diffusion.images import without_notes
+from featinv_diffusion.runs.sampling import batched
 from featinv_diffusion.seeds import derive_seed, make_generator
 from featinv_diffusion.settings import Depth, check
+from featinv_diffusion.training.shards import Layout, Rows, ShardedArrays, join_rows
 
 
 @dataclass(frozen=True)
@@ -54,112 +54,30 @@ def encode_posterior(vae: AutoencoderKL, images: Tensor, size: int) -> tuple[Ten
     return posterior.mean.float(), posterior.std.float()
 
 
-class MappedArrays:
-    """Memory-mapped arrays in one folder, whose first axis is the images of a data set.
-
-    Filling is resumable and shared among processes: each writes its own images and marks them in
-    `done`. The marker file, which is written last, says what the arrays belong to.
-
-    Args:
-        what: how messages call the contents, `Latent cache`.
-        advice: what frees disk space.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        layout: dict[str, tuple[tuple[int, ...], Any]],
-        fingerprint: str,
-        what: str,
-        advice: str,
-    ):
-        self.folder, self.layout, self.fingerprint = folder, layout, fingerprint
-        self.what, self.advice = what, advice
-
-    @property
-    def n_bytes(self) -> int:
-        return sum(int(np.prod(s)) * np.dtype(d).itemsize for s, d in self.layout.values())
-
-    @property
-    def marker(self) -> Path:
-        return self.folder / "cache.json"
-
-    def __str__(self) -> str:
-        return f"{self.what} in {self.folder}: {self.n_bytes / 2**30:.2f} GiB"
-
-    def create(self) -> None:
-        """Makes the files, or keeps them where they belong to the same contents."""
-        if self.marker.exists():
-            found = json.loads(self.marker.read_text())["fingerprint"]
-            if found != self.fingerprint:
-                raise InputError(
-                    f"{self.folder} holds latents of other data, crops or another VAE. "
-                    "Delete it or set another cache.folder."
-                )
-            if "attempt" in self.layout and not (self.folder / "attempt.npy").exists():
-                self._create("attempt")  # the others were written before there were any
-            return
-        check_room([self])
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for name in self.layout:
-            self._create(name)
-        self.marker.write_text(json.dumps({"fingerprint": self.fingerprint}))
-
-    def _create(self, name: str) -> None:
-        shape, dtype = self.layout[name]
-        path = self.folder / f"{name}.npy"
-        np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape).flush()
-
-    def open(self, mode: str = "r") -> dict[str, np.ndarray]:
-        return {name: np.load(self.folder / f"{name}.npy", mmap_mode=mode) for name in self.layout}  # pyright: ignore[reportArgumentType]
-
-
-def check_room(caches: Sequence[MappedArrays]) -> None:
-    """Raises `InputError` where the disk has no room for all that is not yet there."""
-    new = [cache for cache in caches if not cache.marker.exists()]
-    if not new:
-        return
-    folder = new[0].folder
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free, needed = shutil.disk_usage(existing).free, sum(cache.n_bytes for cache in new)
-    if free < needed:
-        names = " and ".join(cache.what[0].lower() + cache.what[1:] for cache in new)
-        verb = "needs" if len(new) == 1 else "need"
-        raise InputError(
-            f"The {names} {verb} {needed / 2**30:.1f} GiB in {folder}, but "
-            f"{free / 2**30:.1f} GiB are free. {new[-1].advice}"
-        )
-
-
-class LatentCache(MappedArrays):
-    """Arrays `mean`, `std` fp16 `[n, crops, c, h, w]`, `box` and `flip`."""
+class LatentCache(ShardedArrays):
+    """Arrays `mean`, `std` fp16 `[n, crops, c, h, w]`, `box`, `flip` and `attempt`."""
 
     def __init__(self, folder: Path, shape: tuple[int, ...], fingerprint: str):
         self.shape = shape
-        n, crops = shape[:2]
-        layout = {
-            "mean": (shape, np.float16),
-            "std": (shape, np.float16),
-            "box": ((n, crops, 4), np.int32),
-            "flip": ((n, crops, 2), np.bool_),
-            "done": ((n,), np.bool_),
-            "attempt": ((n,), np.uint8),  # of an image in place of one that cannot be read
+        crops = shape[1]
+        layout: Layout = {
+            "mean": (shape[1:], np.float16),
+            "std": (shape[1:], np.float16),
+            "box": ((crops, 4), np.int32),
+            "flip": ((crops, 2), np.bool_),
+            "attempt": ((), np.uint8),  # of an image in place of one that cannot be read
         }
         advice = "Lower cache.n_crops or set cache.folder."
-        super().__init__(folder, layout, fingerprint, "Latent cache", advice)
+        super().__init__(folder, layout, shape[0], fingerprint, "Latent cache", advice)
 
 
 class _CacheCrops(Dataset):
-    """All crops of the images still missing from a cache."""
+    """All crops of the images of a cache."""
 
-    def __init__(self, source: CropDataset, positions: Sequence[int], n_crops: int):
-        self.source, self.positions, self.n_crops = source, positions, n_crops
+    def __init__(self, source: CropDataset, n_crops: int):
+        self.source, self.n_crops = source, n_crops
 
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        position = self.positions[i]
+    def __getitem__(self, position: int) -> dict[str, Any]:
         index = self.source.indices[position]
         image, attempt = self.source.read(index)
         config = self.source.config
@@ -168,7 +86,6 @@ class _CacheCrops(Dataset):
             for k in range(self.n_crops)
         ]
         return {
-            "position": position,
             "attempt": attempt,
             "pixels": torch.stack([pil_to_tensor(c.apply(image, config.size)) for c in crops]),
             "box": torch.tensor([c.box for c in crops]),
@@ -188,51 +105,52 @@ class CachedCropDataset(CropDataset):
         source: CropDataset,
         cache: LatentCache,
         with_pixels: bool = True,
-        features: MappedArrays | None = None,
+        features: ShardedArrays | None = None,
     ):
         super().__init__(source.images, source.indices, source.config, source.seed)
         self.cache, self.with_pixels, self.feature_cache = cache, with_pixels, features
-        self.arrays: dict[str, np.ndarray] | None = None
+        self.rows: Rows | None = None
+        self.feature_rows: Rows | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "arrays": None}  # a memory map is opened again in each worker
+        return {**self.__dict__, "rows": None, "feature_rows": None}  # each worker maps its own
 
-    def opened(self) -> dict[str, np.ndarray]:
-        if self.arrays is None:
-            more = self.feature_cache.open() if self.feature_cache else {}
-            self.arrays = {**more, **self.cache.open()}
-        return self.arrays
+    def _rows(self) -> Rows:
+        self.rows = self.rows or Rows(self.cache)
+        return self.rows
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        arrays = self.opened()
+        rows = self._rows()
         index = self.indices[position]
         generator = make_generator(self.seed, self.epoch, index)
         k = int(torch.randint(0, self.cache.shape[1], (), generator=generator))
-        attempt = int(arrays["attempt"][position])
+        attempt = int(rows.read("attempt", position))
         item = {
-            "latent_mean": torch.from_numpy(arrays["mean"][position, k].astype(np.float32)),
-            "latent_std": torch.from_numpy(arrays["std"][position, k].astype(np.float32)),
+            "latent_mean": torch.from_numpy(rows.read("mean", position, k).astype(np.float32)),
+            "latent_std": torch.from_numpy(rows.read("std", position, k).astype(np.float32)),
             "label": self.labels[self.substitute(index, attempt)],
             "index": index,
             "seed": int(torch.randint(0, 2**62, (1,), generator=generator)),
             "n_unreadable": attempt,
         }
         if self.feature_cache is not None:
-            item["features"] = torch.from_numpy(np.array(arrays["features"][position, k]))
+            self.feature_rows = self.feature_rows or Rows(self.feature_cache)
+            item["features"] = torch.from_numpy(self.feature_rows.read("features", position, k))
         if self.with_pixels:
             item["pixels"] = self.pixels(position, [k])[0]
         return item
 
     def pixels(self, position: int, crops: Sequence[int]) -> list[Tensor]:
         """Cuts the crops that the latents were made of again, uint8 `[3, size, size]`."""
-        arrays = self.opened()
-        used = self.substitute(self.indices[position], int(arrays["attempt"][position]))
+        rows = self._rows()
+        used = self.substitute(self.indices[position], int(rows.read("attempt", position)))
         with without_notes():
             image = self.images.read(used)
+        boxes, flips = rows.read("box", position).tolist(), rows.read("flip", position).tolist()
         cut = []
         for k in crops:
-            top, left, height, width = arrays["box"][position, k].tolist()
-            hflip, vflip = arrays["flip"][position, k].tolist()
+            top, left, height, width = boxes[k]
+            hflip, vflip = flips[k]
             crop = Crop((top, left, height, width), hflip, vflip)
             cut.append(pil_to_tensor(crop.apply(image, self.config.size)))
         return cut
@@ -273,44 +191,29 @@ def fill_latents(
     accelerator: Accelerator,
     batch_size: int = 32,
 ) -> LatentCache:
-    """Encodes what is missing in `cache`."""
-    arrays, missing = open_for_filling(cache, accelerator)
-    shape, n_crops = cache.shape, cache.shape[1]
+    """Encodes what is missing in `cache`; no batch crosses a shard, so that its rows are always
+    the same."""
+    mine, n_crops = cache.share(accelerator), cache.shape[1]
+    size_of_batch = max(1, batch_size // n_crops)
+    batches = {n: list(batched(cache.range(n), size_of_batch)) for n in mine}
     loader = DataLoader(
-        _CacheCrops(dataset, missing, n_crops),
-        batch_size=max(1, batch_size // n_crops),
+        _CacheCrops(dataset, n_crops),
+        batch_sampler=[one for some in batches.values() for one in some],
         num_workers=dataset.config.num_workers,
     )
-    hidden = not accelerator.is_main_process or not missing
-    for batch in track(loader, "encoding latents", disable=hidden):
-        images = to_images(batch["pixels"].flatten(0, 1).to(accelerator.device))
-        mean, std = encode_posterior(vae, images, size)
-        rows = batch["position"].numpy()
-        arrays["mean"][rows] = mean.half().cpu().numpy().reshape(len(rows), *shape[1:])
-        arrays["std"][rows] = std.half().cpu().numpy().reshape(len(rows), *shape[1:])
-        arrays["box"][rows], arrays["flip"][rows] = batch["box"].numpy(), batch["flip"].numpy()
-        arrays["attempt"][rows] = batch["attempt"].numpy()
-        arrays["done"][rows] = True
-    flush(arrays, accelerator)
+    hidden = not accelerator.is_main_process or not mine
+    found = iter(track(loader, "encoding latents", disable=hidden))
+    for number, some in batches.items():
+        parts = []
+        for batch in islice(found, len(some)):
+            images = to_images(batch["pixels"].flatten(0, 1).to(accelerator.device))
+            posterior = zip(("mean", "std"), encode_posterior(vae, images, size), strict=True)
+            maps = {name: x.half().cpu().unflatten(0, (-1, n_crops)) for name, x in posterior}
+            more = {"box": batch["box"].int(), "flip": batch["flip"]}
+            parts.append({**maps, **more, "attempt": batch["attempt"].byte()})
+        cache.write(number, join_rows(parts))
+    cache.finish(accelerator)
     return cache
-
-
-def open_for_filling(
-    cache: MappedArrays, accelerator: Accelerator
-) -> tuple[dict[str, np.ndarray], list[int]]:
-    """Creates the files where they are not there; returns them and what this process must fill."""
-    if accelerator.is_main_process:
-        cache.create()
-    accelerator.wait_for_everyone()
-    arrays = cache.open("r+")
-    mine = range(accelerator.process_index, len(arrays["done"]), accelerator.num_processes)
-    return arrays, [i for i in mine if not arrays["done"][i]]
-
-
-def flush(arrays: dict[str, np.ndarray], accelerator: Accelerator) -> None:
-    for array in arrays.values():
-        array.flush()  # pyright: ignore[reportAttributeAccessIssue]
-    accelerator.wait_for_everyone()
 
 
 def _fingerprint(dataset: CropDataset, vae: AutoencoderKL, n_crops: int, size: int) -> str:
@@ -321,6 +224,7 @@ def _fingerprint(dataset: CropDataset, vae: AutoencoderKL, n_crops: int, size: i
     crop = (dataset.config.crop, dataset.config.scale, dataset.config.shift, dataset.config.hflip)
     source = (Path(dataset.config.root or "").name, dataset.config.split)
     identity = (
+        "in shards",
         weights.hexdigest(),
         *source,
         dataset.seed,

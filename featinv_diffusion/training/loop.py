@@ -17,19 +17,21 @@ from accelerate import Accelerator
 from accelerate.utils import (
     DataLoaderConfiguration,
     ProjectConfiguration,
+    gather_object,
     is_tensorboard_available,
     is_wandb_available,
 )
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, Sampler
 
-from featinv_diffusion.data.crops import CropDataset, StreamedCrops
+from featinv_diffusion.data.crops import CropDataset
+from featinv_diffusion.data.streams import StreamedCrops
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.files import holding, write_text
 from featinv_diffusion.processes import check_process_group
 from featinv_diffusion.seeds import derive_seed
+from featinv_diffusion.training.batches import Epochs, Stream
 from featinv_diffusion.training.checkpoint import (
     FINAL_PARTIAL,
     Progress,
@@ -168,27 +170,6 @@ def _one_cycle(done: int, n_steps: int) -> float:
     return ONE_CYCLE_END + (1 - ONE_CYCLE_END) * falling
 
 
-class EpochOrder(Sampler[int]):
-    """A permutation of the data set that derives from (seed, epoch); begins with its item `start`.
-
-    All processes share it, each taking its part of every batch, so that the order of the images
-    does not depend on how many processes there are.
-    """
-
-    def __init__(self, n: int, seed: int):
-        self.n, self.seed, self.epoch, self.start = n, seed, 0, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.n
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        return iter(torch.randperm(self.n, generator=generator).tolist()[self.start :])
-
-
 class _Run:
     def __init__(
         self,
@@ -213,23 +194,15 @@ class _Run:
     def _prepare(self) -> None:
         parameters = _trainable(self.task.module)
         optimizer = _make_optimizer(parameters, self.optim)
-        self.order = None
-        if not isinstance(self.dataset, IterableDataset):
-            self.order = EpochOrder(len(self.dataset), self.dataset.seed)
-        loader = DataLoader(
-            self.dataset,
-            batch_size=self.optim.batch_size,
-            sampler=self.order,
-            drop_last=True,
-            num_workers=self._n_workers(),
-            pin_memory=self.accelerator.device.type == "cuda",
-        )
         self.module: Any
         self.optimizer: Any
-        self.loader: Any
-        self.module, self.optimizer, self.loader = self.accelerator.prepare(
-            self.task.module, optimizer, loader
-        )
+        self.module, self.optimizer = self.accelerator.prepare(self.task.module, optimizer)
+        batch_size = self.optim.batch_size
+        self.batches: Epochs | Stream
+        if isinstance(self.dataset, StreamedCrops):
+            self.batches = Stream(self.dataset, batch_size, self.accelerator)
+        else:
+            self.batches = Epochs(self.dataset, batch_size, self.accelerator)
         self.ema = None
         if self.optim.ema_decay is not None:
             self.ema = EMAModel(parameters, decay=self.optim.ema_decay)
@@ -237,22 +210,17 @@ class _Run:
         self.accelerator.register_save_state_pre_hook(self._save_hook)
         self.accelerator.register_load_state_pre_hook(self._load_hook)
 
-    def _n_workers(self) -> int:
-        n_workers = self.dataset.config.num_workers
-        # Several workers would each read a part of a stream, and number its images alike.
-        return min(n_workers, 1) if isinstance(self.dataset, IterableDataset) else n_workers
-
     def _count_steps(self) -> int:
-        if isinstance(self.dataset, IterableDataset):
+        if isinstance(self.batches, Stream):
             if self.optim.max_steps is None:
                 raise InputError("data.streaming has no known length: set optim.max_steps.")
             return self.optim.max_steps
-        if len(self.loader) == 0:
+        if len(self.batches) == 0:
             raise InputError(
-                f"The data must fill one batch per process, got {len(self.dataset)} images "
+                f"The data must fill one batch per process, got {self.batches.n_images} images "
                 f"for batches of {self.optim.batch_size}. Lower optim.batch_size."
             )
-        per_epoch = math.ceil(len(self.loader) / self.optim.gradient_accumulation_steps)
+        per_epoch = math.ceil(len(self.batches) / self.optim.gradient_accumulation_steps)
         return min(
             self.optim.max_steps or self.optim.epochs * per_epoch, self.optim.epochs * per_epoch
         )
@@ -318,18 +286,13 @@ class _Run:
         return self.optim.batch_size * self.accelerator.num_processes
 
     def _batches(self) -> Iterator[dict[str, Any]]:
-        source: Any = self.dataset if self.order is None else self.order
-        while self.progress.step < self.n_steps:
-            self.loader.set_epoch(self.progress.epoch)
-            source.start = self.progress.samples
-            for batch in _read(self.loader):
-                self.progress.samples += self._samples_per_batch()
-                self.progress.micro_step += 1
-                yield batch
-                if self.progress.step >= self.n_steps:
-                    return
-            self.progress.epoch += 1
-            self.progress.samples = 0
+        if self.progress.step >= self.n_steps:
+            return
+        for batch in self.batches.read(self.progress):
+            self.progress.micro_step += 1
+            yield batch
+            if self.progress.step >= self.n_steps:
+                return
 
     def _check_finite(self) -> None:
         """Raises `InputError` where a weight is infinite or not a number, before it is saved."""
@@ -380,7 +343,7 @@ class _Run:
         counts: Any = self.accelerator.gather(batch["n_unreadable"])
         for index, n_unreadable in zip(indices, counts.tolist(), strict=True):
             if n_unreadable:
-                found = self.dataset.unreadable(index, n_unreadable)
+                found = self.batches.unreadable(index, n_unreadable)
                 self.progress.unreadable = sorted({*self.progress.unreadable, *found})
 
     def _list_unreadable(self) -> None:
@@ -411,6 +374,8 @@ class _Run:
     def _checkpoint(self) -> None:
         self._check_finite()
         self.progress.seconds = time.monotonic() - self.started
+        own: Any = [self.batches.state()]
+        self.progress.stream = [one for one in gather_object(own) if one is not None]
         save_checkpoint(
             self.accelerator,
             self.output,
@@ -437,9 +402,9 @@ class _Run:
         self.accelerator.print(f"Resumed from {newest}")
         if not is_exact and self.accelerator.is_main_process:
             logger.warning(
-                "The processes or settings are not those of the checkpoint: the run goes on with "
-                "the images of the epoch that it has not seen, but does not equal an uninterrupted "
-                "one."
+                "The processes or settings are not those of the checkpoint: the run %s, but does "
+                "not equal an uninterrupted one.",
+                self.batches.elsewhere,
             )
 
     def _start_tracker(self) -> None:
@@ -485,7 +450,7 @@ class _Run:
             tracker.log_images({name: np.asarray(picture)[None]}, step=self.progress.step, **layout)
 
     def _dry_run(self) -> Path:
-        batch = next(iter(self.loader))
+        batch = next(self.batches.read(Progress()))
         trainable = sum(p.numel() for p in _trainable(self.task.module))
         copies = 4 + (self.ema is not None)  # weights, gradient and two Adam moments, in fp32
         self.accelerator.print(self.config_text)
@@ -561,21 +526,6 @@ class _swapped_in:
     def __exit__(self, *_: object) -> None:
         if self.ema is not None:
             self.ema.restore(self.parameters)
-
-
-def _read(loader: Any) -> Iterator[dict[str, Any]]:
-    """Yields the batches; what a data worker says is one sentence, without its traceback."""
-    try:
-        yield from loader
-    except (InputError, OSError, MemoryError, RuntimeError) as error:
-        text = str(error).strip()
-        if "DataLoader worker" not in text:
-            raise
-        if isinstance(error, InputError):
-            raise InputError(text.rpartition("InputError: ")[2]) from None
-        raise InputError(
-            f"A data worker ended: {text.splitlines()[-1]} Lower data.num_workers; 0 needs none."
-        ) from None
 
 
 def _trainable(module: nn.Module) -> list[nn.Parameter]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -19,8 +20,12 @@ from filelock import FileLock
 from PIL import Image
 
 import featinv_diffusion
+from featinv_diffusion.backbones import load_backbone, names
 from featinv_diffusion.cli import exits
+from featinv_diffusion.images import to_pil
 from featinv_diffusion.runs import many, units
+from featinv_diffusion.studies import operators
+from featinv_diffusion.studies.operators import fit_operator
 from tests import tiny
 from tests.cli.conftest import Featinv, Outcome
 
@@ -33,7 +38,25 @@ COMMANDS = {
         *("evaluate", "--data", "PHOTOS", "--steps", 1, "--shard-size", 2, "--batch-size", 2),
         *("--n-null-images", 2, "--save-images"),
     ),
+    "concepts": ("concepts", "PHOTOS", "--batch-size", 2),
+    "operator fit": (
+        *("operator", "fit", "--backbone", "tiny/convnext", "--operation", "swap"),
+        *("--data", "PHOTOS", "--n-images", N_PICTURES, "--batch-size", 1),
+    ),
+    "operator apply": (
+        *("operator", "apply", *(f"PHOTOS/{i}.png" for i in range(N_PICTURES // 2))),
+        *("--operator", "SWAP", "--inverter", "diffusion", "--steps", 1),
+    ),
+    "operator analyze": (
+        *("operator", "analyze", "--data", "PHOTOS", "--operator", "SWAP", "--inverter"),
+        *("diffusion", "--steps", 1, "--n-images", N_PICTURES, "--batch-size", 2),
+    ),
+    "analyze encoders": (
+        *("analyze", "encoders", "--data", "PHOTOS", "--batch-size", 2),
+        *("--inverter", "diffusion,diffusion:PIPELINE"),
+    ),
 }
+OF_FILES = ("encode", "concepts", "operator fit")
 
 
 @pytest.fixture(autouse=True)
@@ -55,14 +78,35 @@ def photos(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def swap(family: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An operator of the bundled pipeline's features, fitted on other pictures."""
+    model = load_backbone(f"hf/{family / 'tiny/convnext/backbone'}")
+    path = tmp_path_factory.mktemp("swap") / "swap.safetensors"
+    fit_operator(model, to_pil(tiny.make_images(N_PICTURES + 2)[N_PICTURES:]), "swap").save(path)
+    return path
+
+
 @pytest.fixture
-def run(featinv: Featinv, photos: Path, monkeypatch: pytest.MonkeyPatch):
+def run(
+    featinv: Featinv,
+    photos: Path,
+    family: Path,
+    swap: Path,
+    saved_pipeline: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
     """Runs one of `COMMANDS` as a worker or alone; units are small, so that all have some."""
     monkeypatch.setattr(many, "LEAST_UNIT", 1)
     monkeypatch.setattr(many, "ENCODED_UNIT", 2)
+    monkeypatch.setattr(operators, "FIT_BATCHES", 2)
+    monkeypatch.setattr(names, "ASSETS", family)
+    places = {"PHOTOS": photos, "SWAP": swap, "PIPELINE": saved_pipeline}
 
     def start(name: str, output: str, worker: int | str | None = None, n: int = N_WORKERS):
-        words = [str(photos) if word == "PHOTOS" else word for word in COMMANDS[name]]
+        words = [str(word) for word in COMMANDS[name]]
+        for place, path in places.items():
+            words = [word.replace(place, str(path)) for word in words]
         share = [] if worker is None else ["--worker", f"{worker}/{n}"]
         return featinv(*words, "--output", output, *share)
 
@@ -82,7 +126,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, n_units: int):
 
 
 def output_of(name: str, stem: str) -> str:
-    return f"{stem}.safetensors" if name == "encode" else stem
+    return f"{stem}.safetensors" if name in OF_FILES else stem
 
 
 def files(output: Path, *, shards: bool) -> dict[str, bytes]:
@@ -97,9 +141,14 @@ def files(output: Path, *, shards: bool) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_an_array_with_two_stopped_workers_is_one_process(run, featinv, name: str, monkeypatch):
-    shared, alone = output_of(name, "out"), Path(output_of(name, "alone"))
-    assert run(name, shared).code == 0
-    Path(shared).rename(alone)
+    shared = output_of(name, "out")
+    one = run(name, shared)
+    assert one.code == 0, one.err
+    as_evaluated = name == "evaluate"  # also by one process, in units
+    alone = files(Path(), shards=True) if name in OF_FILES else {}
+    alone = alone or files(Path(shared), shards=as_evaluated)
+    for path in Path().iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     for i in range(N_WORKERS):
         with monkeypatch.context() as patch:
             if i in (0, 2):
@@ -111,6 +160,7 @@ def test_an_array_with_two_stopped_workers_is_one_process(run, featinv, name: st
     assert "2 of 5 units are not done yet, those of worker 0/4, 2/4." in early.err
     written = [Path(shared, file) for file in ("grid.png", "manifest.json", "metrics.json")]
     assert not any(path.exists() for path in (*written, Path("out.safetensors")))
+    assert name in ("sample", "evaluate") or not list(Path().glob("*/*.png"))
     for i in (2, 0):
         done = run(name, shared, i)
         assert done.code == 0, done.err
@@ -119,8 +169,11 @@ def test_an_array_with_two_stopped_workers_is_one_process(run, featinv, name: st
     merged = featinv("merge", shared)
     assert merged.code == 0, merged.err
     assert "Wrote" in merged.out
-    as_evaluated = name == "evaluate"  # also by one process, in units
-    assert files(Path(shared), shards=as_evaluated) == files(alone, shards=as_evaluated)
+    if name in OF_FILES:
+        shutil.rmtree(f"{shared}.units")
+        assert files(Path(), shards=True) == alone
+    else:
+        assert files(Path(shared), shards=as_evaluated) == alone
     assert not list(Path().rglob(".*"))  # no locks, nothing half-written
 
 
@@ -226,6 +279,20 @@ def test_a_worker_says_what_failed(run, featinv: Featinv, photos: Path):
     manifest = json.loads(Path("out", "manifest.json").read_text())
     assert len(manifest["images"]) == N_PICTURES - 1
     assert [Path(failed["input"]).name for failed in manifest["failures"]] == ["3.png"]
+
+
+@pytest.mark.parametrize("name", ["stages", "layers", "colour", "tradeoff"])
+def test_what_is_not_divided_says_so(featinv: Featinv, name: str):
+    done = featinv("analyze", name, "--worker", "0/2")
+    assert (done.code, f"`analyze {name}` takes seconds" in done.err) == (2, True)
+
+
+def test_parts_of_other_pictures_are_refused(run, photos: Path):
+    assert run("concepts", "out.safetensors", 0).code == 0
+    (photos / "9.png").unlink()
+    done = run("concepts", "out.safetensors", 1)
+    assert done.code == 2
+    assert "holds a run with other settings, weights or images" in done.err
 
 
 def test_workers_share_no_maps(featinv: Featinv, run):

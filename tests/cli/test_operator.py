@@ -16,7 +16,7 @@ from featinv_diffusion.features import operators as operator_files
 from featinv_diffusion.features.operators import Operator
 from featinv_diffusion.images import center_square, read_image, to_pil, write_png
 from featinv_diffusion.inverters import modular
-from featinv_diffusion.studies.operators import AppliedOperator
+from featinv_diffusion.studies.operator_pictures import AppliedOperator
 from tests.cli.conftest import Featinv
 from tests.inverters import small
 from tests.tiny import make_images

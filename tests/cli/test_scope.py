@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from featinv_diffusion.diffusion.folders import CardInfo
+from featinv_diffusion.diffusion.folders import SCOPE_FILE, CardInfo
 from featinv_diffusion.diffusion.hub import export_pipeline
 from featinv_diffusion.features.natural_maps import NaturalMaps
 from tests import tiny
@@ -42,6 +42,11 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export_pipeline(pipeline, tmp_path_factory.mktemp("exported") / "p", CardInfo("a test"))
 
 
+def scope_words(folder: Path, pictures: Path) -> list[object]:
+    options = ["--held-back-per-class", HELD_BACK, "--n-reconstructions", 99, "--batch-size", 32]
+    return ["scope", folder, "--data", pictures, *options, "--device", "cpu"]
+
+
 @pytest.fixture(scope="session")
 def fitted(exported: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The pipeline folder after `featinv scope` with reconstructions."""
@@ -49,9 +54,8 @@ def fitted(exported: Path, pictures: Path, tmp_path_factory: pytest.TempPathFact
 
     folder = tmp_path_factory.mktemp("fitted") / "p"
     shutil.copytree(exported, folder)
-    options = ["--held-back-per-class", HELD_BACK, "--n-reconstructions", 99, "--batch-size", 32]
-    arguments = ["scope", folder, "--data", pictures, *options, "--device", "cpu"]
-    done = CliRunner().invoke(app, [*map(str, arguments)], catch_exceptions=False)
+    arguments = map(str, scope_words(folder, pictures))
+    done = CliRunner().invoke(app, [*arguments], catch_exceptions=False)
     assert done.exit_code == 0
     return folder
 
@@ -65,6 +69,19 @@ def test_the_statistics_are_of_the_images_that_were_asked_for(fitted: Path):
     assert natural.sampling is not None
     assert natural.sampling["steps"] == 1
     assert (fitted / "scope.safetensors").stat().st_size < 1e6
+
+
+def test_workers_fit_what_one_process_fits(
+    featinv: Featinv, exported: Path, pictures: Path, fitted: Path, tmp_path: Path
+):
+    folder = shutil.copytree(exported, tmp_path / "p")
+    for i in (1, 0):
+        assert featinv(*scope_words(folder, pictures), "--worker", f"{i}/2").code == 0
+        assert not (folder / SCOPE_FILE).exists()
+    done = featinv("merge", folder / SCOPE_FILE)
+    assert done.code == 0, done.err
+    assert "natural maps of 200 images, calibrated on 100 others, 99 of them" in done.out
+    assert (folder / SCOPE_FILE).read_bytes() == (fitted / SCOPE_FILE).read_bytes()
 
 
 def test_sample_says_and_records_it(featinv: Featinv, fitted: Path, photos: Path):

@@ -364,7 +364,7 @@ def test_an_error_is_one_where_it_is_asked_for_or_nothing_can_be_read(broken: Pa
 
 def test_a_stream_leaves_broken_images_out(tmp_path: Path) -> None:
     pytest.importorskip("datasets")
-    from featinv_diffusion.data.crops import StreamedCrops
+    from featinv_diffusion.data.streams import StreamedCrops
 
     members = {name: x for i in range(N) for name, x in record(i).items()}
     write_tar(str(tmp_path / "a.tar"), {**members, "0003.png": b"broken"})

@@ -18,15 +18,12 @@ from featinv_diffusion.inverters.quality import other_qualities
 from featinv_diffusion.runs.scope import (
     UNKNOWN,
     Scope,
-    ScopeSplit,
     caption,
-    fit_scope,
-    recalibrate,
     sampling_of,
     scope_line,
     scope_notes,
-    split_images,
 )
+from featinv_diffusion.runs.scope_fit import ScopeSplit, fit_scope, recalibrate, split_images
 from featinv_diffusion.types import FeatureSpec
 from tests import tiny
 from tests.features.natural import CHANNELS, GRID, make_maps

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import namedtuple
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -13,7 +12,7 @@ from accelerate import Accelerator
 from featinv_diffusion.backbones import Backbone, wrap_model
 from featinv_diffusion.data.crops import CropDataset, open_training_images, to_images
 from featinv_diffusion.errors import InputError
-from featinv_diffusion.training import feature_cache, latents
+from featinv_diffusion.training import feature_cache, latents, shards
 from featinv_diffusion.training.controlnet import ControlNetTask, train_controlnet
 from featinv_diffusion.training.entry import make_datasets
 from featinv_diffusion.training.feature_cache import (
@@ -120,19 +119,17 @@ def test_filling_goes_on_where_it_stopped(
     dataset: CropDataset, tmp_path: Path, monkeypatch
 ) -> None:
     monkeypatch.setattr(feature_cache, "BATCH", 10)  # 5 images at once, and the last alone
-    first = fill(dataset, tmp_path / "cache").feature_cache
-    assert first is not None
-    whole = first.open()["features"].copy()
-    arrays = first.open("r+")
-    assert len(arrays["done"]) == 4
-    arrays["features"][3:10] = 7  # of two batches, the first of which is marked done
-    arrays["done"][1] = False
-    again = fill(dataset, tmp_path / "cache").feature_cache
-    assert again is not None
-    found = again.open()
-    assert np.array_equal(found["features"][5:], whole[5:])
-    assert (found["features"][3:5] == 7).all()
-    assert found["done"].all()
+    monkeypatch.setattr(shards, "SHARD_BYTES", 1)
+    cache = fill(dataset, tmp_path / "cache").feature_cache
+    assert cache is not None
+    assert [len(cache.range(number)) for number in range(4)] == [5, 5, 5, 1]
+    whole = [cache.path(number).read_bytes() for number in range(4)]
+    cache.path(1).unlink()
+    cache.path(2).write_bytes(whole[1])  # is there: must be left alone
+    assert cache.missing() == [1]
+    fill(dataset, tmp_path / "cache")
+    found = [cache.path(number).read_bytes() for number in range(4)]
+    assert found == [whole[0], whole[1], whole[1], whole[3]]
 
 
 def test_another_backbone_layer_or_crop_has_another_folder(
@@ -154,16 +151,16 @@ def test_another_backbone_layer_or_crop_has_another_folder(
     assert len({variant.folder for variant in variants}) == len(variants)
     assert FeatureCache(cache, make_backbone(), "float16").folder == variants[0].folder
     n = len(dataset)
-    assert variants[0].n_bytes == n * 2 * tiny.CHANNELS * 64 * 2 + 1
-    assert variants[1].n_bytes == n * 2 * tiny.CHANNELS * 64 * 4 + 1
+    assert variants[0].n_bytes == n * 2 * tiny.CHANNELS * 64 * 2
+    assert variants[1].n_bytes == n * 2 * tiny.CHANNELS * 64 * 4
 
 
 def test_sizes_are_said_and_refused_together_before_anything_is_written(
     base: Path, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # 16 images × 2 crops: 33,888 bytes of latents, 131,073 of features in float16
+    # 16 images × 2 crops: 33,360 bytes of latents, 131,072 of features in float16
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(latents.shutil, "disk_usage", lambda _: usage(0, 0, 100_000))
+    monkeypatch.setattr(shards.shutil, "disk_usage", lambda _: usage(0, 0, 100_000))
     extra = [f"cache.folder={tmp_path / 'cache'}", "cache.features=true"]
     with pytest.raises(InputError, match=r"latent cache and feature cache .* GiB are free"):
         train_controlnet(controlnet_config(base, tmp_path / "run", 1, *extra))

@@ -1,4 +1,6 @@
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +11,15 @@ from torch.utils.data import DataLoader
 
 from featinv_diffusion.data.crops import CropDataset, DataConfig, open_training_images, to_images
 from featinv_diffusion.errors import InputError
-from featinv_diffusion.training.latents import CachedCropDataset, encode_posterior, fill_cache
+from featinv_diffusion.training import shards
+from featinv_diffusion.training.latents import (
+    CachedCropDataset,
+    encode_posterior,
+    fill_cache,
+    fill_latents,
+    plan_latents,
+)
+from featinv_diffusion.training.shards import Rows
 from tests import tiny
 
 
@@ -64,29 +74,44 @@ def test_latents_of_a_broken_image_are_those_of_its_replacement(
     mean, _ = encode_posterior(tiny.make_vae(), to_images(item["pixels"][None]), 64)
     torch.testing.assert_close(item["latent_mean"], mean[0], rtol=1e-3, atol=2e-3)
     assert cached[1]["n_unreadable"] == 0
-    (tmp_path / "cache/attempt.npy").unlink()  # as in a cache that was written before
-    assert fill(dataset, tmp_path / "cache", n_crops=1)[1]["n_unreadable"] == 0
 
 
-def test_filling_goes_on_where_it_stopped(dataset: CropDataset, tmp_path: Path) -> None:
-    first = fill(dataset, tmp_path / "cache")
-    whole = {name: array.copy() for name, array in first.cache.open().items()}
-    arrays = first.cache.open("r+")
-    arrays["mean"][2] = 0
-    arrays["done"][2] = False
-    arrays["mean"][3] = 7  # marked done: must be left alone
-    again = fill(dataset, tmp_path / "cache").cache.open()
-    assert np.array_equal(again["mean"][2], whole["mean"][2])
-    assert (again["mean"][3] == 7).all()
-    assert again["done"].all()
+def test_machines_fill_whole_shards_of_one_folder(
+    dataset: CropDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "SHARD_BYTES", 2 * 3 * 1042 + 2)  # two images
+    shared, alone = tmp_path / "shared", tmp_path / "alone"
+    whole = fill(dataset, alone).cache
+    assert [len(whole.range(number)) for number in range(3)] == [2, 2, 1]
+    cache = plan_latents(dataset, tiny.make_vae(), shared, 3, 64)
+    for rank in (1, 0):  # neither waits for the other
+        machine: Any = SimpleNamespace(
+            is_main_process=True,
+            process_index=rank,
+            num_processes=2,
+            device=torch.device("cpu"),
+            wait_for_everyone=lambda: None,
+        )
+        if rank == 1:
+            with pytest.raises(InputError, match="2 shards are not there"):
+                fill_latents(cache, dataset, tiny.make_vae(), 64, machine)
+            assert cache.missing() == [0, 2]
+            first = cache.path(1).stat().st_mtime_ns
+    fill(dataset, shared)
+    assert cache.path(1).stat().st_mtime_ns == first  # what is there is left alone
+    names = [path.name for path in sorted((shared / "shards").iterdir())]
+    assert names == ["00000.safetensors", "00001.safetensors", "00002.safetensors"]
+    for name in names:
+        assert (shared / "shards" / name).read_bytes() == (alone / "shards" / name).read_bytes()
+    assert Rows(cache).read("mean", 4, 2).shape == (4, 8, 8)
 
 
 def test_size_is_announced_and_another_vae_refused(
     dataset: CropDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cached = fill(dataset, tmp_path / "cache")
-    # 5 images × 3 crops × (two maps 4×8×8 of fp16, 4 int32, 2 flips) + 5 marks and attempts
-    assert cached.cache.n_bytes == 5 * 3 * (2 * 256 * 2 + 16 + 2) + 2 * 5
+    # 5 images × 3 crops × (two maps 4×8×8 of fp16, 4 int32, 2 flips) + 5 attempts
+    assert cached.cache.n_bytes == 5 * 3 * (2 * 256 * 2 + 16 + 2) + 5
     assert "Latent cache" in capsys.readouterr().out
     other = tiny.make_vae()
     with torch.no_grad():
@@ -100,7 +125,7 @@ def test_too_small_a_disk_is_said_before_anything_is_written(
 ) -> None:
     with pytest.raises(InputError, match="GiB are free"):
         fill(dataset, tmp_path / "cache", n_crops=10**9)
-    assert not list((tmp_path / "cache").glob("*.npy"))
+    assert not (tmp_path / "cache").exists()
 
 
 def test_latents_follow_an_autocast_to_bf16_but_never_one_to_fp16() -> None:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -113,12 +114,32 @@ def run_and_kill(arguments: list[str], log: Path, n_lines: int) -> None:
     process.wait()
 
 
-@pytest.mark.parametrize(("n_processes", "optimizer"), [(1, "adamw"), (2, "adamw"), (1, "muon")])
+def streamed(base: Path, folder: Path) -> list[str]:
+    """Writes the images to tars, and returns the settings that stream them, each by a worker."""
+    images = sorted((base / "images").rglob("*.png"))
+    for shard in range(4):
+        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
+            for i, path in enumerate(images[shard::4]):
+                tar.add(path, f"{i:04d}.png")
+    more = ["data.streaming=true", "data.num_workers=2", "data.shuffle_buffer=2"]
+    return [f"data.root={folder}/*.tar", "data.held_back_per_class=0", "cache.folder=null", *more]
+
+
+@pytest.mark.parametrize(
+    ("n_processes", "optimizer", "streams"),
+    [
+        (1, "adamw", False),
+        (2, "adamw", False),
+        (1, "muon", False),
+        pytest.param(2, "adamw", True, marks=pytest.mark.slow),
+    ],
+)
 def test_killed_run_ends_bit_identical(
-    base: Path, tmp_path: Path, n_processes: int, optimizer: str
+    base: Path, tmp_path: Path, n_processes: int, optimizer: str, streams: bool
 ) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     extra = [f"optim.optimizer={optimizer}", "run.channels_last=true"]
+    extra += streamed(base, tmp_path) if streams else []
     printed = run(command(base, whole, n_processes, extra))
     assert f"world size {n_processes}" in printed
     print(f"world size {n_processes}")

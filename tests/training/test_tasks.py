@@ -268,11 +268,12 @@ def test_streaming_trains_needs_a_length_and_resumes_exactly(folder: Path, tmp_p
     import tarfile
 
     names = [f"{label}/{i}.png" for i in range(10) for label in ("red", "blue")]
-    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
-        for i, name in enumerate(names):
-            tar.add(folder / "images" / name, f"{i:04d}.png")
-    stream = [f"data.root={tmp_path / 'shard.tar'}", "data.streaming=true", "data.shuffle_buffer=4"]
-    stream += ["optim.batch_size=4", "run.checkpoint_every=3"]
+    for shard in range(2):
+        with tarfile.open(tmp_path / f"{shard}.tar", "w") as tar:
+            for i, name in enumerate(names[shard::2]):
+                tar.add(folder / "images" / name, f"{i:04d}.png")
+    stream = [f"data.root={tmp_path / '*.tar'}", "data.streaming=true", "data.shuffle_buffer=4"]
+    stream += ["optim.batch_size=4", "run.checkpoint_every=3", "data.num_workers=2"]
     with pytest.raises(InputError, match=r"optim\.max_steps"):
         train_controlnet(
             controlnet_config(folder, tmp_path / "a", 1, *stream, "optim.max_steps=null")
@@ -304,9 +305,9 @@ def test_streamed_shards_are_each_seen_once_and_validation_never(
         json.loads(line)["order"]
         for line in (tmp_path / "run/losses.jsonl").read_text().splitlines()
     ]
-    # Twelve images are left: four batches of three whose indices count on, none of them twice.
-    expected = [f"{derive_seed(*range(i, i + 3)):016x}" for i in range(0, 12, 3)]
-    assert orders == expected
+    # Two workers in turn, whose indices count on, even and odd: none of them comes twice.
+    expected = [[0, 2, 4], [1, 3, 5], [6, 8, 10], [7, 9, 11]]
+    assert orders == [f"{derive_seed(*indices):016x}" for indices in expected]
 
 
 @pytest.mark.parametrize("name", ["optim.batch_size", "run.log_every", "run.n_validation_images"])

@@ -47,7 +47,8 @@ from featinv_diffusion.inverters.quality import PRESETS, other_qualities
 from featinv_diffusion.inverters.reconstructor import BACKBONE, Reconstructor, load_reconstructor
 from featinv_diffusion.inverters.reconstructor import FOLDER as RECONSTRUCTOR
 from featinv_diffusion.runs.certainty import fit_certainty
-from featinv_diffusion.runs.scope import fit_scope, recalibrate, sampling_of, split_images
+from featinv_diffusion.runs.scope import sampling_of
+from featinv_diffusion.runs.scope_fit import fit_scope, recalibrate, split_images
 from featinv_diffusion.settings import Selection
 from featinv_diffusion.studies.operators import fit_operator
 from featinv_diffusion.training.controlnet import ControlNetConfig
