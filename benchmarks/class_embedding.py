@@ -3,7 +3,7 @@
     python benchmarks/class_embedding.py --data tiny-imagenet-val.parquet --machine 'two-core EPYC'
 
 `--data` is a parquet file of labelled images, 64 px squares with a `bbox` column [x0, y0, x1, y1]
-of the object or without. The first `--n-probe` images of each class fit the linear probes and are
+of the object or without. The last `--n-probe` images of each class fit the linear probes and are
 measured nowhere else. `--timing N` also measures N images with all measures in one pass, and with
 a pass for each.
 """
@@ -14,7 +14,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from pyarrow import parquet
 from torch import Tensor
 
 from featinv_diffusion.backbones import load_backbone
-from featinv_diffusion.class_embedding.anatomy import Anatomy, read_anatomy, record
+from featinv_diffusion.class_embedding.anatomy import Anatomy, read_anatomy
 from featinv_diffusion.class_embedding.images import (
     Batch,
     FindMask,
@@ -36,15 +36,14 @@ from featinv_diffusion.class_embedding.measures import (
     MemoryTables,
     Tally,
     chance_identifiability,
-    fit_probes,
 )
 from featinv_diffusion.class_embedding.pictures import draw_identifiability, draw_removal
+from featinv_diffusion.class_embedding.probes import POINTS, ProbeTest, split_off
 from featinv_diffusion.class_embedding.reading import read_images
 from featinv_diffusion.class_embedding.settings import TokenMeasures
 from featinv_diffusion.class_embedding.study import measure_tokens
 from featinv_diffusion.evaluation.report import to_cell
 from featinv_diffusion.figures.board import write_figure
-from featinv_diffusion.metrics.statistics import bootstrap_difference, bootstrap_mean
 
 PAGE, FIGURES = Path("docs/class-embedding.md"), Path("docs/figures")
 RAW = Path("outputs/class-embedding/metrics.json")
@@ -69,28 +68,7 @@ REPEATED: dict[str, frozenset[str]] = {
     "relevance": frozenset({"relevance"}),
 }
 """What each measure needs when it runs its own pass."""
-
-
-def split_images(images: TokenImages, n_probe: int) -> tuple[list[int], list[int]]:
-    """Returns (first `n_probe` of each class, the others); images come class by class in turn."""
-    assert images.labels is not None
-    seen: dict[int, int] = {}
-    probe, rest = [], []
-    for index, label in enumerate(images.labels):
-        seen[label] = seen.get(label, 0) + 1
-        (probe if seen[label] <= n_probe else rest).append(index)
-    return probe, rest
-
-
-def subset(images: TokenImages, chosen: Sequence[int]) -> TokenImages:
-    assert images.labels is not None
-    labels = images.labels
-    return replace(
-        images,
-        ids=[images.ids[i] for i in chosen],
-        labels=[labels[i] for i in chosen],
-        read=lambda i: images.read(chosen[i]),
-    )
+ORDERED_FOR = {"": "the label", "predicted": "the predicted class", "wrong": "a wrong class"}
 
 
 def read_boxes(data: str, images: TokenImages, anatomy: Anatomy) -> FindMask | None:
@@ -106,39 +84,6 @@ def read_boxes(data: str, images: TokenImages, anatomy: Anatomy) -> FindMask | N
         return box_token_mask((box[0], box[1], box[2], box[3]), size, anatomy.grid)
 
     return find
-
-
-def compare_probes(
-    anatomy: Anatomy, train: TokenImages, test: TokenImages, settings: TokenMeasures
-) -> dict[str, list[dict[str, Any]]]:
-    """Top-1 of image tokens by the class embedding and by a probe at each token, with intervals."""
-    collected = {
-        name: collect(anatomy, images, settings)
-        for name, images in (("train", train), ("test", test))
-    }
-    labels = {
-        name: torch.tensor(images.labels) for name, images in (("train", train), ("test", test))
-    }
-    found: dict[str, list[dict[str, Any]]] = {"projection": [], "probe": [], "difference": []}
-    for block in range(1, len(anatomy.blocks) + 1):
-        seen, held = (collected[name][block].float() for name in ("train", "test"))
-        probes = fit_probes(seen, labels["train"], anatomy.n_classes)
-        by_probe = (probes.rank(held, labels["test"]) == 0).float().mean(dim=1)
-        top = torch.cat([anatomy.project(part).argmax(dim=-1) for part in held.split(64)])
-        by_projection = (top == labels["test"][:, None]).float().mean(dim=1)
-        found["probe"].append(asdict(bootstrap_mean(by_probe)))
-        found["projection"].append(asdict(bootstrap_mean(by_projection)))
-        found["difference"].append(asdict(bootstrap_difference(by_projection, by_probe)))
-    return found
-
-
-def collect(anatomy: Anatomy, images: TokenImages, settings: TokenMeasures) -> list[Tensor]:
-    """Returns the image tokens of all images, one `[n, patches, d]` for each state, in float16."""
-    parts: list[list[Tensor]] = []
-    for batch in images.batches(anatomy.backbone, settings.batch_size):
-        states = record(anatomy, batch.images, frozenset({"states"})).states
-        parts.append([x[:, anatomy.n_prefix :].half() for x in states])
-    return [torch.cat(block) for block in zip(*parts, strict=True)]
 
 
 def time_both(anatomy: Anatomy, images: TokenImages, settings: TokenMeasures) -> dict[str, Any]:
@@ -281,25 +226,34 @@ def perturbation_section(m: dict[str, Any], arguments: argparse.Namespace) -> li
     if found is None:
         return []
     for name, x in found.items():
-        if name != "n_kept":
-            method, _, direction = name.partition("/")
-            rows.append(
-                [
-                    method.replace("_", " "),
-                    direction or "–",
-                    to_cell(x["area"]),
-                    to_cell(x["area_minus_random"]) if "area_minus_random" in x else "–",
-                    "–" if x["published_area"] is None else f"{x['published_area']:.3f}",
-                ]
-            )
+        if name == "n_kept":
+            continue
+        method, direction, chosen = [*name.split("/"), "", ""][:3]
+        nulls = [f"area_minus_{null}" for null in ("random", "wrong")]
+        rows.append(
+            [
+                method.replace("_", " "),
+                ORDERED_FOR[chosen] if direction else "–",
+                direction or "–",
+                to_cell(x["area"]),
+                *[to_cell(x[null]) if null in x else "–" for null in nulls],
+                "–" if x["published_area"] is None else f"{x['published_area']:.3f}",
+            ]
+        )
+    label, predicted, wrong = (
+        found[f"gradient/negative{source}"]["area"]["value"]
+        for source in ("", "/predicted", "/wrong")
+    )
     return [
         f"## Perturbation test, {found['random']['area']['n']} images",
         table(
             [
                 "order by",
+                "relevance for",
                 "removed first: negative = least relevant",
                 "area",
                 "area − random",
+                "area − wrong class",
                 "published area",
             ],
             rows,
@@ -309,7 +263,14 @@ def perturbation_section(m: dict[str, Any], arguments: argparse.Namespace) -> li
         "(published: 10). Differences are paired "
         "by image. The published area divides by the curve's own maximum and leaves out the whole "
         "image. Published, ViT-B/32: gradient .836 negative, .413 positive; Chefer .845, .393; "
-        "random .716.",
+        "probe .739, .683; random .716.",
+        "The published order is by the relevance for the true label, which leaks the answer: where "
+        "the model errs on the whole image, patches that speak for the label are kept, and it "
+        "becomes right. A user who does not know the label has the predicted class, whose order "
+        "needs no label; the order for a wrong class, drawn from those that the image neither "
+        "shows nor is taken for, is the control, for it keeps what any class would keep. Of the "
+        f"gradient's {label:.3f} for the label, {predicted:.3f} remain for the predicted class, "
+        f"beside {wrong:.3f} for a wrong one. Accuracy is that of the true label in all rows.",
         "![Perturbation test](figures/class-embedding-perturbation.png)",
     ]
 
@@ -350,20 +311,26 @@ def context_section(m: dict[str, Any]) -> list[str]:
 
 
 def probe_section(m: dict[str, Any]) -> list[str]:
-    if "probes" not in m:
-        return []
-    rows = {
-        "class embedding": m["probes"]["projection"],
-        "linear probe": m["probes"]["probe"],
-        "difference": m["probes"]["difference"],
-    }
+    found = m["probes"]
     return [
         "## Beside linear probes",
-        f"Top-1 of image tokens. Ridge regression on ±1, one probe per token and block, fitted on "
-        f"{m['n_probe_images']} images that are measured nowhere else:",
-        interval_rows(rows, shares=True),
-        "Of the hidden states. Probes of the sub-layers' outputs, and a removal order by probes "
-        "(published areas .739 negative, .683), are not measured.",
+        "Top-1 of image tokens: the state behind each block (hidden), and what its attention and "
+        "its MLP add. Ridge regression on ±1, one probe per token, block and point, fitted on "
+        f"{found['n_fitted']} images that are measured nowhere else (`--probes-per-class`). With "
+        "`--perturbation`, patches are also removed in the order of −Σ over blocks of the rank "
+        "that the hidden state's probes give to the class.",
+        *(
+            f"{point}:\n\n"
+            + interval_rows(
+                {
+                    "class embedding": found[point]["projection"],
+                    "linear probe": found[point]["probe"],
+                    "difference": found[point]["difference"],
+                },
+                shares=True,
+            )
+            for point in POINTS
+        ),
     ]
 
 
@@ -417,7 +384,7 @@ def write_page(m: dict[str, Any], arguments: argparse.Namespace) -> None:
         f"validation images of Tiny-ImageNet's 100 classes that {m['backbone']} was not trained "
         "on. In brackets: 95 % bootstrap intervals over images. Measures: Vilas et al. 2023; "
         "formulas in [equations.md](equations.md). One folder of one's own: `featinv classemb "
-        "FOLDER --ablations --null --perturbation`.",
+        "FOLDER --ablations --null --perturbation --probes-per-class 10`.",
         *identifiability_section(m, len(load_backbone(arguments.backbone).labels or ())),
         *mechanism_section(m),
         *perturbation_section(m, arguments),
@@ -451,41 +418,44 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measures part by part; what `RAW` holds of the same arguments is not measured again."""
     anatomy = read_anatomy(load_backbone(arguments.backbone))
     every = open_token_images(arguments.data, anatomy.backbone)
-    probe, rest = split_images(every, arguments.n_probe)
-    train, test = subset(every, probe), subset(every, rest[: arguments.n_images])
+    rest, train = split_off(every, arguments.n_probe)
+    test = rest.only(range(arguments.n_images))
     settings = TokenMeasures(batch_size=arguments.batch_size)
     m = read_raw(arguments)
+    if "identifiability_rate" not in m or m["perturbation"] is None:
+        say(f"linear probes on {len(train)} images")
+        probes = ProbeTest.fit(anatomy, train, arguments.batch_size)
     if "identifiability_rate" not in m:
-        say(f"one pass, ablations, null and context of {len(test)} images")
+        say(f"one pass, ablations, null, context and probes of {len(test)} images")
         masks = read_boxes(arguments.data, test, anatomy)
         wanted = replace(settings, ablations=True, null=True)
-        tally, found = measure_tokens(anatomy, test, wanted, masks)
-        found |= {"n_blocks": len(anatomy.blocks), "n_probe_images": len(train)}
+        tally, found = measure_tokens(anatomy, test, wanted, masks, probes=probes)
+        found |= {"n_blocks": len(anatomy.blocks)}
         draw(anatomy, tally, found)
         write_raw(m := m | found)
     if m["perturbation"] is None:
         say(f"perturbation test of {arguments.n_perturbed} images")
-        perturbed = subset(test, range(arguments.n_perturbed))
-        m["perturbation"] = perturb(anatomy, perturbed, settings, arguments)
+        perturbed = test.only(range(arguments.n_perturbed))
+        m["perturbation"] = perturb(anatomy, perturbed, settings, probes, arguments)
         write_raw(m)
     if arguments.timing and "timing" not in m:
         say(f"timing of {arguments.timing} images")
-        m["timing"] = time_both(anatomy, subset(test, range(arguments.timing)), settings)
-        write_raw(m)
-    if "probes" not in m:
-        say(f"linear probes on {len(train)} images")
-        m["probes"] = compare_probes(anatomy, train, test, settings)
+        m["timing"] = time_both(anatomy, test.only(range(arguments.timing)), settings)
         write_raw(m)
     return m
 
 
 def perturb(
-    anatomy: Anatomy, images: TokenImages, settings: TokenMeasures, arguments: argparse.Namespace
+    anatomy: Anatomy,
+    images: TokenImages,
+    settings: TokenMeasures,
+    probes: ProbeTest,
+    arguments: argparse.Namespace,
 ) -> dict[str, Any]:
     settings = replace(
         settings, perturbation=True, n_points=arguments.n_points, n_random=arguments.n_random
     )
-    return measure_tokens(anatomy, images, settings)[1]["perturbation"]
+    return measure_tokens(anatomy, images, settings, probes=probes)[1]["perturbation"]
 
 
 def read_raw(arguments: argparse.Namespace) -> dict[str, Any]:

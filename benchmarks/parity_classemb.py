@@ -32,7 +32,7 @@ from featinv_diffusion.backbones import wrap_model
 from featinv_diffusion.class_embedding import measures
 from featinv_diffusion.class_embedding.anatomy import Anatomy, make_random, read_anatomy, record
 from featinv_diffusion.class_embedding.images import to_input
-from featinv_diffusion.class_embedding.measures import fit_probes
+from featinv_diffusion.class_embedding.probes import fit_probes
 from featinv_diffusion.class_embedding.reading import (
     Reading,
     attention_rollout_relevance,

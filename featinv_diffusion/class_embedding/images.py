@@ -73,6 +73,16 @@ class TokenImages:
         """Returns the same images, to be read for one class."""
         return replace(self, labels=[label] * len(self), label_source=TARGET)
 
+    def only(self, chosen: Sequence[int]) -> TokenImages:
+        """Returns the images of these indices."""
+        labels = self.labels
+        return replace(
+            self,
+            ids=[self.ids[i] for i in chosen],
+            labels=None if labels is None else [labels[i] for i in chosen],
+            read=lambda index: self.read(chosen[index]),
+        )
+
     def batches(self, backbone: Backbone, batch_size: int) -> Iterator[Batch]:
         """Yields the images in order, decoded and squashed."""
         for start in range(0, len(self), batch_size):

@@ -21,6 +21,7 @@ from featinv_diffusion.backbones.base import LAST, Backbone
 from featinv_diffusion.class_embedding.anatomy import Anatomy
 from featinv_diffusion.class_embedding.measures import chance_identifiability, class_identifiability
 from featinv_diffusion.class_embedding.reading import Reading
+from featinv_diffusion.class_embedding.removal import PREDICTED, PROBE, WRONG
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.figures import board as figures
 from featinv_diffusion.figures.board import Board
@@ -39,7 +40,13 @@ COLOURS = {
     "gradient": figures.BLUE,
     "gradient_of_probability": figures.GREEN,
     "chefer": figures.PURPLE,
+    PROBE: figures.INK,
     "random": figures.GREY,
+}
+PANELS = {
+    "": "by the label",
+    PREDICTED: "by the predicted class",
+    WRONG: "by a wrong class",
 }
 NO_INVERTER = "No inverter of this backbone's blocks is at hand: what they show is left out."
 
@@ -319,29 +326,43 @@ def _draw_curves(
 
 
 def draw_removal(perturbation: Mapping[str, Any], n_images: int) -> Figure:
-    """Draws accuracy over the number of kept tokens, one line per order."""
-    title = f"Perturbation test, {count(n_images, 'image')}"
+    """Draws accuracy over the number of kept tokens: a panel per class that orders the patches."""
+    curves = {name: row for name, row in perturbation.items() if name != "n_kept"}
+    panels = [source for source in PANELS if any(_source_of(name) == source for name in curves)]
     note = (
-        "Accuracy with so many patches left. Solid: the least relevant go first (higher is "
-        "better); dashed: the most relevant go first (lower is better); dotted: random."
+        "Accuracy with so many patches left, ordered by their relevance for a class. Solid: the "
+        "least relevant go first (higher is better); dashed: the most relevant go first (lower is "
+        "better); dotted: random. The label's order knows the answer; the wrong class is a control."
     )
-    board = Board(1, 1, title, [note], tile=3.0, margin=0.55, right=1.4, caption=0.3)
+    title = f"Perturbation test, {count(n_images, 'image')}"
+    board = Board(1, len(panels), title, [note], tile=2.6, gap=0.2, margin=0.55, right=1.4)
     figure = board.make()
-    top = board.bottom_of(0) - board.caption - board.tile
-    axes = board.axes(figure, board.left_of(0), top, board.tile, board.tile)
-    for name, values in perturbation.items():
-        if name != "n_kept":
-            _draw_order(axes, name, perturbation["n_kept"], values["accuracy"])
-    axes.set_xlabel("patches kept", size=figures.TEXT)
-    axes.set_ylabel("accuracy", size=figures.TEXT)
-    axes.set_ylim(0, None)
+    highest = max(max(row["accuracy"]) for row in curves.values())
+    for column, source in enumerate(panels):
+        top = board.bottom_of(0) - board.caption - board.tile
+        axes = board.axes(figure, board.left_of(column), top, board.tile, board.tile)
+        for name, row in curves.items():
+            if name == "random" or _source_of(name) == source:
+                _draw_order(axes, name, perturbation["n_kept"], row["accuracy"])
+        axes.set_title(PANELS[source], size=figures.TEXT)
+        axes.set_xlabel("patches kept", size=figures.TEXT)
+        axes.set_ylim(0, 1.05 * highest or 1)
+        if column == 0:
+            axes.set_ylabel("accuracy", size=figures.TEXT)
+        else:
+            axes.tick_params(labelleft=False)
     beside: Any = {"loc": "center left", "bbox_to_anchor": (1.02, 0.5)}
     axes.legend(frameon=False, fontsize=figures.TEXT, **beside)
     return figure
 
 
+def _source_of(name: str) -> str:
+    """Returns the class that orders the patches: that behind method/direction, else the label."""
+    return name.split("/")[2] if name.count("/") == 2 else ""
+
+
 def _draw_order(axes: Axes, name: str, n_kept: Sequence[int], accuracy: Sequence[float]) -> None:
-    method, _, direction = name.partition("/")
+    method, direction = [*name.split("/"), ""][:2]
     label = method.replace("_", " ") if direction != "positive" else None
     axes.plot(
         n_kept,

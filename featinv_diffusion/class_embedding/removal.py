@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -150,6 +150,14 @@ class RemovalCurve:
         rows = [np.interp(counts, self.n_kept, row) for row in self.correct.double().numpy()]
         return torch.from_numpy(np.stack(rows)).float()
 
+    def with_rows(self, rows: Int[Tensor, " r"], found: RemovalCurve | None) -> RemovalCurve:
+        """Returns the curve with these images' rows taken from another; None changes nothing."""
+        if found is None:
+            return self
+        correct = self.correct.clone()
+        correct[rows] = found.correct
+        return replace(self, correct=correct)
+
     def area(self) -> Float[Tensor, " b"]:
         """Returns the area under the raw curve of each image: its mean over 1 … n kept tokens."""
         return self.at_each_count().mean(dim=1)
@@ -223,18 +231,32 @@ def mean_curve(curves: list[RemovalCurve]) -> RemovalCurve:
 
 
 METHODS = ("gradient", "gradient_of_probability", "chefer")
+PROBE = "probe"
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
+PREDICTED, WRONG = "predicted", "wrong"
+"""Other classes than the label by which patches are ordered: the one that the model predicts of the
+whole image, and one drawn from those that it neither shows nor is taken for."""
+
+Importance = Callable[[Images, Tensor], Float[Tensor, "b patches"]]
+"""From images and classes to the relevance of each patch for the class."""
 
 
 @dataclass
 class RemovalTest:
     """The perturbation test over many images, batch by batch.
 
+    Patches are ordered by their relevance for the label, as published, for the predicted class, and
+    for a wrong one. The first order knows the answer that is asked for afterwards, so that its area
+    also counts images that are right only because patches of the label were kept.
+
     Args:
         n_points: how many numbers of kept tokens to try, see `removal_curve`.
         n_random: random orders of each image, drawn from (seed, image id, number), so that no two
             images share one.
         methods: some of `METHODS`.
+        probe: also orders by probes.
+        label_is_predicted: whether the labels are what the model predicts, which is then not
+            reported a second time.
     """
 
     anatomy: Anatomy
@@ -242,37 +264,75 @@ class RemovalTest:
     n_random: int = 3
     seed: int = 0
     methods: Sequence[str] = METHODS
+    probe: Importance | None = None
+    label_is_predicted: bool = False
     curves: dict[str, list[RemovalCurve]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if self.anatomy.n_classes < 3:
+            raise InputError(
+                "The perturbation test needs a model of at least 3 classes, since its control is a "
+                f"class that is neither right nor predicted, got {self.anatomy.n_classes}."
+            )
+
     def add(self, images: Images, reading: Reading, ids: Sequence[str]) -> None:
-        """Adds a batch with its reading, which holds the gradient relevance."""
-        for method in self.methods:
-            order = order_by(self._relevance(method, images, reading))
-            for direction in DIRECTIONS:
-                self._run(f"{method}/{direction}", images, reading, [order], direction)
+        """Adds a batch with what `read_images` said of it."""
+        labels, predicted = reading.labels, reading.logits.argmax(dim=1)
+        published = self._curves(images, labels, labels)
+        self._keep(published)
+        if not self.label_is_predicted:
+            # Where the prediction is the label, so are order and curve.
+            rows = (predicted != labels).nonzero()[:, 0]
+            found = self._curves(images[rows], labels[rows], predicted[rows]) if len(rows) else {}
+            self._keep(
+                {name: curve.with_rows(rows, found.get(name)) for name, curve in published.items()},
+                PREDICTED,
+            )
+        self._keep(self._curves(images, labels, self._wrong(labels, predicted, ids)), WRONG)
         orders = [self._random_order(ids, number) for number in range(self.n_random)]
-        self._run("random", images, reading, orders, "negative")
+        self._keep({"random": self._mean_curve(images, labels, orders, "negative")})
 
     def to_metrics(self) -> dict[str, Any]:
-        """Returns areas with intervals, and differences from random, paired by image.
+        """Returns areas with intervals, and differences paired by image.
 
+        Names are method/direction for the label, with /predicted or /wrong behind for the others.
         For `negative` more is better, for `positive` less.
         """
         joined = {name: join_curves(curves) for name, curves in self.curves.items()}
-        random = joined["random"].area()
+        areas = {name: curve.area() for name, curve in joined.items()}
         result: dict[str, Any] = {"n_kept": list(joined["random"].n_kept)}
         for name, curve in joined.items():
             result[name] = {
                 "accuracy": curve.correct.double().mean(dim=0).tolist(),
-                "area": asdict(bootstrap_mean(curve.area())),
+                "area": asdict(bootstrap_mean(areas[name])),
                 "published_area": curve.published_area(),
             }
-            if name != "random":
-                difference = bootstrap_difference(curve.area(), random)
-                result[name]["area_minus_random"] = asdict(difference)
+            if name == "random":
+                continue
+            nulls = {"random": "random"}
+            if not name.endswith(f"/{WRONG}"):
+                nulls["wrong"] = f"{name.removesuffix(f'/{PREDICTED}')}/{WRONG}"
+            for null, held in nulls.items():
+                difference = bootstrap_difference(areas[name], areas[held])
+                result[name][f"area_minus_{null}"] = asdict(difference)
         return result
 
+    def _curves(self, images: Images, labels: Tensor, chosen: Tensor) -> dict[str, RemovalCurve]:
+        """Returns the curves of all orders by the relevance for the chosen classes."""
+        reading = read_images(self.anatomy, images, chosen, frozenset({"relevance"}))
+        curves: dict[str, RemovalCurve] = {}
+        for method in (*self.methods, *([PROBE] if self.probe else [])):
+            order = order_by(self._relevance(method, images, reading))
+            for direction in DIRECTIONS:
+                curves[f"{method}/{direction}"] = self._mean_curve(
+                    images, labels, [order], direction
+                )
+        return curves
+
     def _relevance(self, method: str, images: Images, reading: Reading) -> Tensor:
+        if method == PROBE:
+            assert self.probe is not None
+            return self.probe(images, reading.labels)
         if method == "chefer":
             found = attention_rollout_relevance(self.anatomy, images, reading.labels)
             return found[:, self.anatomy.n_prefix :].cpu()
@@ -281,21 +341,31 @@ class RemovalTest:
         weight = 1.0 if method == "gradient" else reading.confidence[..., None]
         return (reading.relevance * weight).sum(dim=1)[:, self.anatomy.n_prefix :]
 
+    def _wrong(
+        self, labels: Int[Tensor, " b"], predicted: Int[Tensor, " b"], ids: Sequence[str]
+    ) -> Int[Tensor, " b"]:
+        drawn: list[int] = []
+        for label, top, image_id in zip(labels.tolist(), predicted.tolist(), ids, strict=True):
+            others = [c for c in range(self.anatomy.n_classes) if c not in (label, top)]
+            generator = make_generator(self.seed, "wrong class", image_id, 0)
+            drawn.append(others[int(torch.randint(len(others), (), generator=generator))])
+        return torch.tensor(drawn)
+
     def _random_order(self, ids: Sequence[str], number: int) -> Int[Tensor, "b patches"]:
         n = self.anatomy.n_patches
         generators = [make_generator(self.seed, "order", image_id, number) for image_id in ids]
         return torch.stack([torch.randperm(n, generator=g) for g in generators])
 
-    def _run(
-        self,
-        name: str,
-        images: Images,
-        reading: Reading,
-        orders: Sequence[Tensor],
-        direction: Direction,
-    ) -> None:
-        curves = [
-            removal_curve(self.anatomy, images, reading.labels, order, direction, self.n_points)
-            for order in orders
-        ]
-        self.curves.setdefault(name, []).append(mean_curve(curves))
+    def _mean_curve(
+        self, images: Images, labels: Tensor, orders: Sequence[Tensor], direction: Direction
+    ) -> RemovalCurve:
+        return mean_curve(
+            [
+                removal_curve(self.anatomy, images, labels, order, direction, self.n_points)
+                for order in orders
+            ]
+        )
+
+    def _keep(self, curves: Mapping[str, RemovalCurve], source: str = "") -> None:
+        for name, curve in curves.items():
+            self.curves.setdefault(f"{name}/{source}" if source else name, []).append(curve)

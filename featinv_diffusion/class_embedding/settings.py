@@ -46,6 +46,8 @@ class TokenMeasures:
         perturbation: the perturbation test, many more passes.
         n_points: how many numbers of kept patches it tries; None tries all, as published.
         n_random: random orders of the patches in it.
+        probes_per_class: fits linear probes on the last k images of each class, which are then
+            measured nowhere else; None fits none.
 
     Raises:
         InputError: a number below 1.
@@ -64,6 +66,13 @@ class TokenMeasures:
     )
     n_random: int = option(
         3, "Random orders of the patches in the perturbation test.", least=1, most=1000
+    )
+    probes_per_class: int | None = option(
+        None,
+        "Also fit linear probes, on the last K images of each class, which are not measured.",
+        shown="no probes",
+        least=1,
+        most=MAX_IMAGES,
     )
     seed: Seed = option(0, "Random seed of the reconstructions, random weights and random orders.")
 

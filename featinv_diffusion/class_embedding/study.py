@@ -17,6 +17,7 @@ from featinv_diffusion.backbones import load_backbone
 from featinv_diffusion.backbones.base import Backbone, without_progress_bars
 from featinv_diffusion.class_embedding.anatomy import Anatomy, make_random, read_anatomy
 from featinv_diffusion.class_embedding.images import (
+    PREDICTED,
     TARGET,
     Batch,
     FindMask,
@@ -44,6 +45,7 @@ from featinv_diffusion.class_embedding.pictures import (
     draw_removal,
     match_inverters,
 )
+from featinv_diffusion.class_embedding.probes import ProbeTest, split_off
 from featinv_diffusion.class_embedding.reading import STATES, Reading, read_images
 from featinv_diffusion.class_embedding.removal import RemovalTest, read_ablated, read_tokens_alone
 from featinv_diffusion.class_embedding.settings import ImageChoice, TokenMeasures, TokenSettings
@@ -64,7 +66,7 @@ logger = logging.getLogger(__name__)
 
 METRICS, TABLE = "metrics.json", "per_image.parquet"
 PER_IMAGE = ("label", "predicted", "identifiability_rate", "any_identified")
-READ_CLASS = {"predicted": "predicted class", TARGET: "target class"}
+READ_CLASS = {PREDICTED: "predicted class", TARGET: "target class"}
 
 
 def read_tokens(
@@ -83,6 +85,7 @@ def read_tokens(
     perturbation: bool = False,
     n_points: int | None = None,
     n_random: int = 3,
+    probes_per_class: int | None = None,
     seed: int = 0,
     batch_size: int = 16,
     progress: bool = False,
@@ -101,15 +104,15 @@ def read_tokens(
         masks: folder of object masks, PNGs with the paths of their images: measures tokens on the
             object beside tokens of its context.
         split, classes, per_class, n_images: which images of a data set, see `ImageChoice`.
-        ablations, null, perturbation, n_points, n_random: what else to measure, see
-            `TokenMeasures`.
+        ablations, null, perturbation, n_points, n_random, probes_per_class: what else to measure,
+            see `TokenMeasures`.
         seed: random seed of the reconstructions, the random weights and the random orders.
         batch_size: images per batch.
         progress: show a progress bar on stderr.
 
     Raises:
         InputError: no such ViT, pictures that cannot be read, an unknown class, masks that belong
-            to no image, or an inverter of another backbone.
+            to no image, an inverter of another backbone, or probes of images without classes.
     """
     is_path = isinstance(pictures, str | Path)
     settings = TokenSettings(
@@ -119,7 +122,16 @@ def read_tokens(
         masks=None if masks is None else str(masks),
         choice=ImageChoice(split, classes, per_class, n_images),
         device=str(backbone.device),
-        measures=TokenMeasures(batch_size, ablations, null, perturbation, n_points, n_random, seed),
+        measures=TokenMeasures(
+            batch_size=batch_size,
+            ablations=ablations,
+            null=null,
+            perturbation=perturbation,
+            n_points=n_points,
+            n_random=n_random,
+            probes_per_class=probes_per_class,
+            seed=seed,
+        ),
     )
     anatomy = read_anatomy(backbone)
     if is_path:
@@ -195,14 +207,21 @@ def _measure(
             settings.target, anatomy.backbone.labels, anatomy.n_classes, anatomy.backbone.name
         )
         images = images.with_target(target)
+    fitted = None
+    if settings.measures.probes_per_class is not None:
+        images, fitted = split_off(images, settings.measures.probes_per_class)
     if inverters is None:
         inverters = open_inverters(settings, anatomy.backbone)
     shown = match_inverters(anatomy, inverters)
     masks = None
     if settings.masks is not None:
         masks = find_masks(Path(settings.masks), images, anatomy.grid)
-    with progress_bar(len(images), progress, doing="reading", noun="images") as advance:
-        tally, metrics = measure_tokens(anatomy, images, settings.measures, masks, advance)
+    n_all = len(images) + len(fitted or ())
+    with progress_bar(n_all, progress, doing="reading", noun="images") as advance:
+        probes = None
+        if fitted is not None:
+            probes = ProbeTest.fit(anatomy, fitted, settings.measures.batch_size, advance)
+        tally, metrics = measure_tokens(anatomy, images, settings.measures, masks, advance, probes)
     arguments = {**to_flat(settings), "target": target}
     return TokenReading(settings, arguments, anatomy, images, shown, tally, metrics)
 
@@ -290,7 +309,7 @@ class TokenReading:
         }
 
     def summary(self) -> str:
-        """Returns how many tokens say the class, in one sentence."""
+        """Returns how many tokens say the class, and the areas of the perturbation test."""
         metrics, source = self.metrics, self.images.label_source
         accuracy = metrics["accuracy"]
         right = "" if accuracy is None else f" Accuracy {accuracy:.1%}."
@@ -298,6 +317,28 @@ class TokenReading:
             f"{count(len(self.images), 'image')}: {metrics['identifiability_rate']:.1%} of the "
             f"image tokens are closest to the {READ_CLASS.get(source, 'class')} after the last "
             f"block; {metrics['any_identified']:.1%} of the images have such a token.{right}"
+            f"{self._perturbation_words()}"
+        )
+
+    def _perturbation_words(self) -> str:
+        found = self.metrics["perturbation"]
+        if found is None:
+            return ""
+        words = {
+            "": "the label's",
+            "/predicted": "the predicted class's",
+            "/wrong": "a wrong one's",
+        }
+        if self.images.label_source in READ_CLASS:
+            words[""] = f"the {READ_CLASS[self.images.label_source]}'s"
+        areas = [
+            f"{found[name]['area']['value']:.3f} by {of}"
+            for source, of in words.items()
+            if (name := f"gradient/negative{source}") in found
+        ]
+        return (
+            " Perturbation test, the least relevant patches removed first: the area is "
+            f"{', '.join(areas)} gradient, and {found['random']['area']['value']:.3f} at random."
         )
 
     def save(self, folder: str | Path) -> Path:
@@ -333,8 +374,12 @@ def measure_tokens(
     wanted: TokenMeasures,
     find_mask: FindMask | None = None,
     on_progress: Callable[[int], None] | None = None,
+    probes: ProbeTest | None = None,
 ) -> tuple[Tally, dict[str, Any]]:
     """Measures all images; returns values per image and figures for `metrics.json`.
+
+    Args:
+        probes: fitted on other images.
 
     Raises:
         InputError: images that cannot be read, masks that fit none.
@@ -343,7 +388,7 @@ def measure_tokens(
     random = make_random(anatomy, wanted.seed) if wanted.null else None
     random_tally = Tally(random) if random else None
     ablations = {kind: Tally(anatomy, tally.tables) for kind in _ablations(anatomy, wanted)}
-    removal = RemovalTest(anatomy, wanted.n_points, wanted.n_random, wanted.seed)
+    removal = _removal_test(anatomy, images, wanted, probes) if wanted.perturbation else None
     contexts: list[_Context] = []
     for batch in images.batches(anatomy.backbone, wanted.batch_size):
         reading = read_images(anatomy, batch.images, batch.labels)
@@ -352,7 +397,9 @@ def measure_tokens(
             random_tally.add(read_images(random, batch.images, reading.labels, STATES))
         for kind, found in ablations.items():
             found.add(read_ablated(anatomy, batch.images, reading.labels, kind, STATES))
-        if wanted.perturbation:
+        if probes is not None:
+            probes.add(batch.images, reading.labels)
+        if removal is not None:
             removal.add(batch.images, reading, batch.ids)
         if find_mask is not None:
             contexts += _read_context(anatomy, batch, reading, find_mask)
@@ -364,9 +411,23 @@ def measure_tokens(
         kind: found.interval("identifiability_rate") for kind, found in ablations.items()
     }
     metrics["random_model"] = null_metrics(random_tally) if random_tally else None
-    metrics["perturbation"] = removal.to_metrics() if wanted.perturbation else None
+    metrics["perturbation"] = removal.to_metrics() if removal is not None else None
+    metrics["probes"] = probes.to_metrics() if probes is not None else None
     metrics["context"] = _context_metrics(contexts) if find_mask is not None else None
     return tally, metrics
+
+
+def _removal_test(
+    anatomy: Anatomy, images: TokenImages, wanted: TokenMeasures, probes: ProbeTest | None
+) -> RemovalTest:
+    return RemovalTest(
+        anatomy,
+        wanted.n_points,
+        wanted.n_random,
+        wanted.seed,
+        probe=probes.importance if probes is not None else None,
+        label_is_predicted=images.label_source == PREDICTED,
+    )
 
 
 def _ablations(anatomy: Anatomy, wanted: TokenMeasures) -> list[str]:

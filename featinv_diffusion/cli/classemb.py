@@ -42,7 +42,9 @@ def classemb(
 
     Writes metrics.json, per_image.parquet, identifiability.png and, for the first images, a figure
     of what each block says of the class. Images without classes are read for the predicted class
-    (label_source in metrics.json). The measures are those of Vilas et al. 2023.
+    (label_source in metrics.json). The measures are those of Vilas et al. 2023. The perturbation
+    test orders patches for the label, as published, and also for the predicted class and for a
+    wrong one, since the order for the label knows the answer.
     """
     from featinv_diffusion.class_embedding.study import METRICS, read_tokens_of
     from featinv_diffusion.cli.run import quiet_libraries

@@ -13,6 +13,7 @@ from featinv_diffusion.class_embedding.measures import class_context_difference
 from featinv_diffusion.class_embedding.reading import read_images
 from featinv_diffusion.class_embedding.removal import (
     RemovalCurve,
+    RemovalTest,
     ablating_attention,
     join_curves,
     mean_curve,
@@ -172,6 +173,70 @@ def test_the_curve_keeps_the_right_tokens(direction, first):
     whole = anatomy.backbone.classify(images).argmax(dim=1)
     assert torch.equal(curve.correct[:, -1], (whole == LABELS).float())
     assert first in (0, 3)
+
+
+def test_patches_are_ordered_for_the_label_the_prediction_and_a_wrong_class():
+    """Each curve is that of the order by the relevance for its class; accuracy is of the label."""
+    anatomy = make_vit("token")
+    images = make_images(anatomy)
+    top = anatomy.backbone.classify(images).argmax(dim=1)
+    labels = torch.stack([top[0], (top[1] + 1) % 7, (top[2] + 3) % 7])  # the first is right
+    reading = read_images(anatomy, images, labels)
+    test, apart = (RemovalTest(anatomy, n_points=4, n_random=1) for _ in range(2))
+    ids = ["a", "b", "c"]
+    test.add(images, reading, ids)
+    wrong = test._wrong(labels, top, ids)
+    assert not (wrong == labels).any()
+    assert not (wrong == top).any()
+    for source, chosen in (("", labels), ("/predicted", top), ("/wrong", wrong)):
+        relevance = read_images(anatomy, images, chosen).relevance
+        assert relevance is not None
+        order = order_by(relevance.sum(dim=1)[:, anatomy.n_prefix :])
+        for direction in ("negative", "positive"):
+            (found,) = test.curves[f"gradient/{direction}{source}"]
+            expected = removal_curve(anatomy, images, labels, order, direction, 4)
+            assert torch.equal(found.correct, expected.correct), (source, direction)
+    for i in range(3):  # one by one: the wrong class hangs on the image alone
+        one = read_images(anatomy, images[i : i + 1], labels[i : i + 1])
+        apart.add(images[i : i + 1], one, ids[i : i + 1])
+    assert apart.to_metrics() == test.to_metrics()
+    found = test.to_metrics()
+    areas = {name: row["area"]["value"] for name, row in found.items() if name != "n_kept"}
+    row = found["chefer/negative/predicted"]
+    assert row["area_minus_wrong"]["value"] == pytest.approx(
+        areas["chefer/negative/predicted"] - areas["chefer/negative/wrong"], abs=1e-6
+    )
+    assert "area_minus_wrong" not in found["chefer/negative/wrong"]
+
+
+def test_a_given_importance_orders_the_patches_and_predictions_are_not_read_twice():
+    anatomy = make_vit("token")
+    images = make_images(anatomy)
+    reading = read_images(anatomy, images, None)
+    asked: list[list[int]] = []
+
+    def last_first(pictures: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+        asked.append(classes.tolist())
+        return torch.arange(16.0).expand(len(pictures), -1)
+
+    test = RemovalTest(
+        anatomy, 4, n_random=1, methods=(), probe=last_first, label_is_predicted=True
+    )
+    test.add(images, reading, ["a", "b", "c"])
+    assert set(test.curves) == {
+        *(f"probe/{d}{s}" for d in ("negative", "positive") for s in ("", "/wrong")),
+        "random",
+    }
+    assert asked[0] == reading.labels.tolist()
+    assert len(asked) == 2
+    order = torch.arange(16).flip(0).expand(3, -1).contiguous()
+    expected = removal_curve(anatomy, images, reading.labels, order, "negative", 4)
+    assert torch.equal(test.curves["probe/negative"][0].correct, expected.correct)
+
+
+def test_a_control_needs_a_third_class():
+    with pytest.raises(InputError, match="at least 3 classes"):
+        RemovalTest(make_vit("token", num_classes=2))
 
 
 # ---- class and context -------------------------------------------------------------------------

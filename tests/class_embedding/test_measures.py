@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import wilcoxon
-from sklearn.linear_model import Ridge
 
 from featinv_diffusion.class_embedding import measures
-from featinv_diffusion.class_embedding.measures import PointReading, fit_probes
+from featinv_diffusion.class_embedding.measures import PointReading
 from featinv_diffusion.class_embedding.reading import rank_of, read_images
 from featinv_diffusion.errors import InputError
 from tests.class_embedding.vits import make_images, make_vit, weights_of
@@ -189,26 +188,3 @@ def test_a_random_model_is_at_chance():
     found = measures.class_identifiability(reading.states.rank, 200)
     assert abs(found[:, -1].mean() - 0.5) < 0.15  # tokens of a model agree with each other
     assert measures.identifiability_rate(reading.states.rank, 1).mean() < 0.05
-
-
-# ---- probes ------------------------------------------------------------------------------------
-
-
-def test_probes_equal_scikit_learns_ridge():
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randn(20, 2, 6, generator=generator) + 1
-    labels = torch.randint(0, 4, (20,), generator=generator)
-    probes = fit_probes(tokens, labels, 4)
-    targets = np.where(np.eye(4)[labels.numpy()] > 0, 1.0, -1.0)
-    new = torch.randn(5, 2, 6, generator=generator)
-    predicted = probes.predict(new)
-    for position in range(2):
-        ridge = Ridge(alpha=1.0, solver="cholesky").fit(tokens[:, position].double(), targets)
-        expected = ridge.predict(new[:, position].double())
-        np.testing.assert_allclose(predicted[:, position].numpy(), expected, atol=1e-8)
-    assert probes.rank(new, torch.zeros(5, dtype=torch.long)).shape == (5, 2)
-
-
-def test_probes_need_images():
-    with pytest.raises(InputError, match="at least 2 images"):
-        fit_probes(torch.zeros(1, 2, 3), torch.zeros(1, dtype=torch.long), 4)

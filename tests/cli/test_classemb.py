@@ -65,6 +65,28 @@ def test_class_folders_masks_and_a_target(featinv: Featinv, tmp_path: Path):
     assert read(Path("one"))["label_source"] == "target"
 
 
+def test_probes_take_the_last_images_of_each_class(featinv: Featinv, tmp_path: Path):
+    for i in range(7):
+        for j in range(3):
+            path = tmp_path / "images" / str(i) / f"{j}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (32, 32), (9 * i, 40 * j, 0)).save(path)
+    options = ("--probes-per-class", 2, "--perturbation", "--n-points", 2, "--n-figures", 0)
+    done = featinv("classemb", tmp_path / "images", *options, "-o", "out")
+    assert done.code == 0, done.err
+    found = read(Path("out"))
+    assert (found["n_images"], found["probes"]["n_fitted"]) == (7, 14)
+    assert found["arguments"]["probes_per_class"] == 2
+    orders = {name.split("/", 1)[0] for name in found["perturbation"]} - {"n_kept"}
+    assert orders == {"gradient", "gradient_of_probability", "chefer", "probe", "random"}
+    assert {"probe/negative", "probe/negative/predicted", "probe/positive/wrong"} < set(
+        found["perturbation"]
+    )
+    rows = parquet.read_table("out/per_image.parquet").to_pylist()
+    assert sorted(row["label"] for row in rows) == list(range(7))
+    assert Image.open("out/perturbation.png").width > 500
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -73,6 +95,7 @@ def test_class_folders_masks_and_a_target(featinv: Featinv, tmp_path: Path):
         (("--masks", "nowhere"), "folder of masks must exist"),
         (("--masks", "."), "none has one of its own"),
         (("--stage", "last"), "name one with --inverter"),
+        (("--probes-per-class", "1"), "the predicted class"),
         (("--batch-size", "0"), "batch_size must be at least 1"),
     ],
 )
