@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
@@ -46,6 +46,7 @@ class JoinedElsewhere(Exception):
     """Ends the study of a worker, which has done its share and joins nothing."""
 
 
+@runtime_checkable
 class Division(Protocol):
     """How the chunks of a study are divided among processes."""
 
