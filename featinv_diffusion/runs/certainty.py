@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -328,7 +329,7 @@ def fit_certainty(
     return CertaintyCalibration(inverter.spec, digest_of(inverter), models)
 
 
-def _of_size(images: Images, size: Sequence[int]) -> Images:
+def _of_size(images: Images, size: Sequence[int]) -> Float[Tensor, "b 3 _ _"]:
     """Returns images as large as samples are, where the backbone reads them larger or smaller."""
     if images.shape[2:] == tuple(size):
         return images
