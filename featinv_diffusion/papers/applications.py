@@ -9,11 +9,10 @@ from collections import Counter
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional as F
 
 from featinv_diffusion.errors import InputError
+from featinv_diffusion.features.edits import to_pixels
 from featinv_diffusion.figures import board as figures
 from featinv_diffusion.figures.board import Board
 from featinv_diffusion.images import center_square, to_pil, to_tensor
@@ -22,16 +21,12 @@ from featinv_diffusion.papers.base import Answer, Finding, Pictures, Request, ce
 from featinv_diffusion.papers.reconstruction import open_pipeline, scores_of
 from featinv_diffusion.studies.composition import compose
 from featinv_diffusion.studies.concepts import find_concepts
-from featinv_diffusion.studies.featinv_viz import (
-    fade,
-    median,
-    normalise,
-    rgb_distance,
-    show_concept,
-)
+from featinv_diffusion.studies.featinv_viz import show_concept
 from featinv_diffusion.studies.interpolation import interpolate
 from featinv_diffusion.studies.study import to_dicts
 from featinv_diffusion.studies.variability import variability
+from featinv_diffusion.studies.viz_figure import fade
+from featinv_diffusion.studies.viz_measures import THRESHOLD, median, normalise, rgb_distance
 from featinv_diffusion.types import Images
 
 N_PAIRS, N_SPREAD = 20, 6
@@ -173,15 +168,14 @@ def measure_concepts(request: Request) -> Finding:
                 picture,
                 found,
                 concept=concept,
+                film=(),
                 n_samples=N_SEEDS,
                 n_directions=1,
                 seed=request.settings.seed,
             )
-            before = next(dose.images for dose in seen.doses if dose.factor == 1)
-            after = next(dose.images for dose in seen.doses if dose.factor != 1)
-            change = median(rgb_distance(before, after))
-            null = median(rgb_distance(before, seen.random_doses[0].images))
-            active = _active(seen.activation, change)
+            change = seen.map
+            null = median(rgb_distance(seen.nulls[0].images, seen.before.images))
+            active = to_pixels(seen.cells, (change.shape[0], change.shape[1]))
             own.append(_share_inside(change, active))
             chance.append(_share_inside(null, active))
             area.append(float(active.float().mean()))
@@ -189,7 +183,7 @@ def measure_concepts(request: Request) -> Finding:
         maps.append(row)
     values = {
         "concept": bootstrap_mean(own),
-        "random directions": bootstrap_mean(chance),
+        "random subspaces": bootstrap_mean(chance),
         "area": bootstrap_mean(area),
     }
     against_area = bootstrap_difference(own, area)
@@ -231,12 +225,6 @@ def _one_class(request: Request) -> tuple[Images, Images, list[str], str]:
     return pictures[:-n_shown], pictures[-n_shown:], [images.ids[i] for i in rows], title
 
 
-def _active(activation: Float[Tensor, "h w"], like: Float[Tensor, "height width"]) -> Tensor:
-    """Returns the pixels in which the concept is at least half as active as at its most."""
-    large = F.interpolate(activation[None, None].float(), tuple(like.shape), mode="bilinear")[0, 0]
-    return large >= 0.5 * large.max()
-
-
 def _share_inside(change: Tensor, active: Tensor) -> float:
     total = float(change.sum())
     return float(change[active].sum()) / total if total > 0 else 0.0
@@ -249,7 +237,7 @@ def _draw_concepts(shown: Images, maps: list[list[Tensor]], title: str) -> Any:
     board = Board(len(shown), len(columns), f"Concepts of {title}", [note], headers="first")
     figure = board.make()
     for i, picture in enumerate(shown):
-        tiles = [picture, *(fade(picture, one) for one in maps[i])]
+        tiles = [picture, *(fade(picture, one >= THRESHOLD) for one in maps[i])]
         for j, tile in enumerate(tiles):
             axes = board.tile_axes(figure, i, j)
             figures.show_picture(axes, tile)

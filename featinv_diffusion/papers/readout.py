@@ -8,6 +8,7 @@ fitted for every layer; what a reconstructor adds beyond it is not measured here
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -109,7 +110,7 @@ def measure_readout(request: Request) -> Finding:
         ),
         "siglip-resolution": Answer(
             f"share of pixels read from {resized} at {sides}",
-            len(ends) > 1 and ends[-1].low > ends[0].high,
+            len(ends) > 1 and all(b.value > a.value for a, b in pairwise(ends)),
         ),
     }
     tables: list[Any] = [
