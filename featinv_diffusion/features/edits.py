@@ -290,7 +290,8 @@ def random_part(
     Args:
         features: `[1, c, h, w]`.
         part: whose length over the whole map is taken, as long as the map or shorter.
-        frame: directions whose span is drawn from, see `random_like`.
+        frame: directions whose span is drawn from, see `random_like`; of a rank below their number
+            shortened by `shorten`.
         generator: on the CPU.
         n_directions: dimensions of the concept that is compared.
 
@@ -315,6 +316,16 @@ def random_part(
     drawn = codes[:, :rank] @ directions[:, :rank].T
     drawn = drawn * (wanted / lengths[rank - 1].clamp_min(1e-300))
     return drawn.reshape(b, h, w, c).permute(0, 3, 1, 2).to(features), rank
+
+
+def shorten(frame: Float[Tensor, "c k"]) -> Float[Tensor, "c r"]:
+    """Returns as many orthogonal directions as a frame has dimensions, of the same second moment.
+
+    Combinations of both with standard normal weights have the same distribution.
+    """
+    directions, lengths, _ = torch.linalg.svd(frame.cpu().double(), full_matrices=False)
+    kept = lengths >= 1e-6 * lengths.max()
+    return (directions[:, kept] * lengths[kept]).to(frame.dtype)
 
 
 def frame_of_cells(features: Features) -> Float[Tensor, "c n"]:

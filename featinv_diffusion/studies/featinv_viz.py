@@ -20,7 +20,7 @@ from featinv_diffusion.concepts import ConceptDictionary
 from featinv_diffusion.concepts.sae_files import AUTO, find_concepts_file
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.features import scale_part
-from featinv_diffusion.features.edits import CellMask, random_part, to_pixels
+from featinv_diffusion.features.edits import CellMask, random_part, shorten, to_pixels
 from featinv_diffusion.figures import board as figures
 from featinv_diffusion.images import to_pil
 from featinv_diffusion.inverters.base import Inverter
@@ -162,7 +162,7 @@ def show_concept(
         own_effect=effect(next(dose for dose in doses if dose.factor == factor)),
         null_effects=[effect(dose) for dose in nulls],
         span=span,
-        span_dimensions=min(frame.shape),
+        span_dimensions=frame.shape[1],
         activation=activation,
         cells=cells,
         active_rule=rule,
@@ -223,9 +223,10 @@ def _frame(scope: Scope, features: Features) -> tuple[Float[Tensor, "c k"], str]
     A removal goes towards the origin, so that the mean of the cells is one of the directions.
     """
     if scope.natural is None:
-        return features.flatten(2)[0].float().cpu(), "the cells of this picture"
+        return shorten(features.flatten(2)[0].float()), "the cells of this picture"
     basis = scope.natural.density.basis
-    return torch.cat([basis.axes * basis.std, basis.mean[:, None]], dim=1), "natural maps"
+    frame = torch.cat([basis.axes * basis.std, basis.mean[:, None]], dim=1)
+    return shorten(frame), "natural maps"
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,7 @@ from featinv_diffusion.features import (
     permute_cells,
     scale_part,
 )
-from featinv_diffusion.features.edits import random_like, random_part
+from featinv_diffusion.features.edits import random_like, random_part, shorten
 from featinv_diffusion.features.natural_maps import fit_basis
 from tests.features import natural
 
@@ -285,5 +285,14 @@ def test_a_random_part_is_an_equally_long_projection():
     torch.testing.assert_close(whole.norm(), features.norm())
     nothing, _ = random_part(features, torch.zeros_like(features), frame, make_generator(1))
     assert not nothing.any()
-    with pytest.raises(InputError, match="The frame must be one of"):
-        random_part(features, features, frame[1:], make_generator(1))
+
+
+def test_a_shortened_frame_has_the_same_second_moment():
+    frame = torch.randn(5, 2, generator=make_generator()) @ torch.randn(
+        2, 9, generator=make_generator(1)
+    )
+    found = shorten(frame)
+    assert found.shape == (5, 2)
+    torch.testing.assert_close(found @ found.T, frame @ frame.T, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found[:, 0] @ found[:, 1], torch.tensor(0.0), atol=1e-4, rtol=0)
+    assert not shorten(torch.zeros(3, 4)).any()
