@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
@@ -46,6 +46,7 @@ class JoinedElsewhere(Exception):
     """Ends the study of a worker, which has done its share and joins nothing."""
 
 
+@runtime_checkable
 class Division(Protocol):
     """How the chunks of a study are divided among processes."""
 
@@ -141,7 +142,8 @@ def _read(units: Iterable[Unit[Any]]) -> Iterator[Part]:
         tensors, header = read_tensors(unit.folder / PART, FORMAT, advice)
         if sorted(names := header.get("names", [])) != sorted(tensors):
             raise InputError(f"{unit.folder / PART} must hold what its header lists. {advice}")
-        yield Part({name: tensors[name] for name in names}, header.get("content", {}))
+        # Copied: sums over memory that is mapped, and not aligned, differ in their last bits.
+        yield Part({name: tensors[name].clone() for name in names}, header.get("content", {}))
 
 
 def describe_sampling(inverter: Inverter) -> dict[str, Any]:
