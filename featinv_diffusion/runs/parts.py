@@ -142,7 +142,8 @@ def _read(units: Iterable[Unit[Any]]) -> Iterator[Part]:
         tensors, header = read_tensors(unit.folder / PART, FORMAT, advice)
         if sorted(names := header.get("names", [])) != sorted(tensors):
             raise InputError(f"{unit.folder / PART} must hold what its header lists. {advice}")
-        yield Part({name: tensors[name] for name in names}, header.get("content", {}))
+        # Copied: sums over memory that is mapped, and not aligned, differ in their last bits.
+        yield Part({name: tensors[name].clone() for name in names}, header.get("content", {}))
 
 
 def describe_sampling(inverter: Inverter) -> dict[str, Any]:

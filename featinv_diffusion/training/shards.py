@@ -150,7 +150,7 @@ class Rows:
             self._files[number] = safe_open(self.cache.path(number), framework="np")
         found = self._files[number].get_slice(name)
         if crop is None:
-            return found[row : row + 1][0]
+            return np.asarray(found[row : row + 1][0])
         return found[row : row + 1, crop : crop + 1][0, 0]
 
 

@@ -38,6 +38,8 @@ COMMANDS = {
         *("evaluate", "--data", "PHOTOS", "--steps", 1, "--shard-size", 2, "--batch-size", 2),
         *("--n-null-images", 2, "--save-images"),
     ),
+}
+STUDIES = {
     "concepts": ("concepts", "PHOTOS", "--batch-size", 2),
     "operator fit": (
         *("operator", "fit", "--backbone", "tiny/convnext", "--operation", "swap"),
@@ -53,7 +55,7 @@ COMMANDS = {
     ),
     "analyze encoders": (
         *("analyze", "encoders", "--data", "PHOTOS", "--batch-size", 2),
-        *("--inverter", "diffusion,diffusion:PIPELINE"),
+        *("--inverter", "diffusion,diffusion:PIPELINE", "--scorers", "BACKBONE"),
     ),
 }
 OF_FILES = ("encode", "concepts", "operator fit")
@@ -101,10 +103,11 @@ def run(
     monkeypatch.setattr(many, "ENCODED_UNIT", 2)
     monkeypatch.setattr(operators, "FIT_BATCHES", 2)
     monkeypatch.setattr(names, "ASSETS", family)
-    places = {"PHOTOS": photos, "SWAP": swap, "PIPELINE": saved_pipeline}
+    backbone = f"hf/{family / 'tiny/convnext/backbone'}"
+    places = {"PHOTOS": photos, "SWAP": swap, "PIPELINE": saved_pipeline, "BACKBONE": backbone}
 
     def start(name: str, output: str, worker: int | str | None = None, n: int = N_WORKERS):
-        words = [str(word) for word in COMMANDS[name]]
+        words = [str(word) for word in {**COMMANDS, **STUDIES}[name]]
         for place, path in places.items():
             words = [word.replace(place, str(path)) for word in words]
         share = [] if worker is None else ["--worker", f"{worker}/{n}"]
@@ -141,14 +144,9 @@ def files(output: Path, *, shards: bool) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_an_array_with_two_stopped_workers_is_one_process(run, featinv, name: str, monkeypatch):
-    shared = output_of(name, "out")
-    one = run(name, shared)
-    assert one.code == 0, one.err
-    as_evaluated = name == "evaluate"  # also by one process, in units
-    alone = files(Path(), shards=True) if name in OF_FILES else {}
-    alone = alone or files(Path(shared), shards=as_evaluated)
-    for path in Path().iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    shared, alone = output_of(name, "out"), Path(output_of(name, "alone"))
+    assert run(name, shared).code == 0
+    Path(shared).rename(alone)
     for i in range(N_WORKERS):
         with monkeypatch.context() as patch:
             if i in (0, 2):
@@ -160,7 +158,6 @@ def test_an_array_with_two_stopped_workers_is_one_process(run, featinv, name: st
     assert "2 of 5 units are not done yet, those of worker 0/4, 2/4." in early.err
     written = [Path(shared, file) for file in ("grid.png", "manifest.json", "metrics.json")]
     assert not any(path.exists() for path in (*written, Path("out.safetensors")))
-    assert name in ("sample", "evaluate") or not list(Path().glob("*/*.png"))
     for i in (2, 0):
         done = run(name, shared, i)
         assert done.code == 0, done.err
@@ -169,12 +166,41 @@ def test_an_array_with_two_stopped_workers_is_one_process(run, featinv, name: st
     merged = featinv("merge", shared)
     assert merged.code == 0, merged.err
     assert "Wrote" in merged.out
+    as_evaluated = name == "evaluate"  # also by one process, in units
+    assert files(Path(shared), shards=as_evaluated) == files(alone, shards=as_evaluated)
+    assert not list(Path().rglob(".*"))  # no locks, nothing half-written
+
+
+SLOW = ("operator analyze", "analyze encoders")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in STUDIES]
+)
+def test_a_study_by_two_workers_is_that_of_one_process(run, featinv, name: str, monkeypatch):
+    shared = output_of(name, "out")
+    one = run(name, shared)
+    assert one.code == 0, one.err
+    alone = files(Path(), shards=True)
+    for path in Path().iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with monkeypatch.context() as patch:
+        stop_after(patch, n_units=1)
+        assert run(name, shared, 0, n=2).code == 143
+    for i in (1, 0):
+        done: Outcome = run(name, shared, i, n=2)
+        assert done.code == 0, done.err
+    assert "of all 5 units 5 are." in done.out
+    merged = featinv("merge", shared)
+    assert merged.code == 0, merged.err
+    assert merged.out.splitlines()[:-1] == one.out.splitlines()[:-1]
     if name in OF_FILES:
         shutil.rmtree(f"{shared}.units")
-        assert files(Path(), shards=True) == alone
     else:
-        assert files(Path(shared), shards=as_evaluated) == alone
-    assert not list(Path().rglob(".*"))  # no locks, nothing half-written
+        shutil.rmtree(f"{shared}/shards")
+        Path(shared, "run.json").unlink()
+    assert files(Path(), shards=True) == alone
+    assert not list(Path().rglob(".*"))
 
 
 @pytest.mark.slow
