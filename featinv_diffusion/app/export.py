@@ -110,6 +110,7 @@ def draw_pictures(rendered: Rendered) -> Figure:
             *([f"The map was edited by {len(rendered.edits)} edits."] if rendered.edits else []),
             samples.summary(),
             scope_line(done.scope_p_value, samples.scope_basis, of_pipeline=of_pipeline),
+            *([rendered.certainty.summary()] if rendered.certainty else []),
             *([rendered.second_eye] if rendered.second_eye else []),
         ],
     )
@@ -223,6 +224,12 @@ def to_shown(rendered: Rendered, to_url: Callable[[Any], str]) -> dict[str, Any]
         "top5": done.top5_match,
         "class": rendered.class_name,
         "scope": scope_line(done.scope_p_value, samples.scope_basis, of_pipeline=of_pipeline),
+        "certainty": None if rendered.certainty is None else rendered.certainty.summary(),
+        "determined": (
+            None
+            if rendered.certainty is None
+            else rendered.certainty.determined("cell_features").tolist()
+        ),
         "second_eye": rendered.second_eye,
         "cells": rendered.cell_cosine.tolist(),
         "notes": rendered.notes,
