@@ -81,7 +81,8 @@ def to_python(rendered: Rendered) -> str:
                 lines += [f"concepts = fi.load_concepts({concepts!r})"] * (concepts != loaded)
                 loaded = concepts
             lines += edit.to_lines(rendered.first)
-    given = ["inverter", "features"]
+    # Maps are held row by row in files too; their layout decides the last bits.
+    given = ["inverter", "features.contiguous()" if edits else "features"]
     given += [f"n_samples={state.n_samples}"] if is_diffusion else []
     given += [f"seed={state.seed}"] if is_diffusion else []
     given += [f"names=[{name!r}]"] if edits else []
