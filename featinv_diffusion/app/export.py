@@ -71,17 +71,16 @@ def to_python(rendered: Rendered) -> str:
     name = rendered.picture.name
     if not edits:
         lines += [f"features = inverter.encode({name!r})"]
-    else:
-        lines += [f"first = features = inverter.encode({name!r})"]
+    else:  # row by row as in files, for the layout of maps decides the last bits
+        lines += [f"first = features = inverter.encode({name!r}).contiguous()"]
         if needs_second(edits):
-            lines += [f"second = inverter.encode({second_path(rendered)!r})"]
+            lines += [f"second = inverter.encode({second_path(rendered)!r}).contiguous()"]
         loaded = None
         for edit in edits:
             for concepts in concepts_of([edit]):
                 lines += [f"concepts = fi.load_concepts({concepts!r})"] * (concepts != loaded)
                 loaded = concepts
             lines += edit.to_lines(rendered.first)
-    # Maps are held row by row in files too; their layout decides the last bits.
     given = ["inverter", "features.contiguous()" if edits else "features"]
     given += [f"n_samples={state.n_samples}"] if is_diffusion else []
     given += [f"seed={state.seed}"] if is_diffusion else []

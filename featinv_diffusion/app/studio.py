@@ -185,11 +185,12 @@ class Studio:
         edits, notes = self._fitting(state.edits, inverter)
         if not edits:
             return first, edits, notes
-        plain = first.as_subclass(Tensor)
+        # The layout of maps decides the last bits of sums over their channels and cells.
+        plain = first.as_subclass(Tensor).contiguous()
         second = None
         if needs_second(edits):
             assert state.second is not None
-            second = self.encode(state.second, name).as_subclass(Tensor)
+            second = self.encode(state.second, name).as_subclass(Tensor).contiguous()
         edited = apply_all(edits, Materials(plain, second, self.load_concepts))
         sources = [replace(source, location=None) for source in first.sources]
         return FeatureMaps.of(edited.contiguous(), sources), edits, notes
