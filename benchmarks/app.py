@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import socket
 import statistics
 from concurrent.futures import ThreadPoolExecutor
 from threading import Thread
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import httpx
@@ -69,7 +70,9 @@ def main() -> None:
     given = parser.parse_args()
     address = serve()
     drag(address, "warm", 3, 3.0)
+    before = process_time()
     alone = drag(address, "one", given.n, 0.0)
+    cpu = (process_time() - before) / given.n
     with ThreadPoolExecutor(given.clients) as pool:
         calls = [
             pool.submit(drag, address, f"client {i}", given.n // 4, 0.5 + i / 10)
@@ -88,8 +91,10 @@ def main() -> None:
             ("settled: best, 4 samples", full),
         )
     ]
-    print(f"On {given.machine}, {torch.get_num_threads()} threads:\n")
+    load = os.getloadavg()[0]
+    print(f"On {given.machine}, {torch.get_num_threads()} threads, load average {load:.1f}:\n")
     print(table("|requests|median, s|95th percentile, s", rows))
+    print(f"\nOne draft takes {cpu:.2f} s of a core, client and server together.")
 
 
 def p95(values: list[float]) -> float:

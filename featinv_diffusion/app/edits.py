@@ -185,27 +185,20 @@ class Scale(Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", t
     """
 
     concepts: Name
-    factors: Annotated[
-        list[Annotated[list[Factor], Meta(min_length=2, max_length=2)]], Meta(max_length=256)
-    ]
-
-    def __post_init__(self) -> None:
-        for concept, _ in self.factors:
-            if concept < 0 or concept != int(concept):
-                raise InputError(f"A concept must be named by a whole number, got {concept:g}.")
+    factors: Annotated[list[tuple[Number, Factor]], Meta(max_length=256)]
 
     def apply(self, features: Features, materials: Materials) -> Features:
         """Returns the edited map; the input stays as it is."""
         dictionary = materials.load_concepts(self.concepts)
         for concept, factor in self.factors:
-            part = dictionary.part(materials.first, int(concept))
+            part = dictionary.part(materials.first, concept)
             features = scale_part(features, part, factor)
         return features
 
     def to_lines(self, features: Features) -> list[str]:
         """Returns lines of Python that do the same to the variable `features`."""
         return [
-            f"features = scale_part(features, concepts.part(first, {int(concept)}), {factor!r})"
+            f"features = scale_part(features, concepts.part(first, {concept}), {factor!r})"
             for concept, factor in self.factors
         ]
 

@@ -71,17 +71,17 @@ def to_python(rendered: Rendered) -> str:
     name = rendered.picture.name
     if not edits:
         lines += [f"features = inverter.encode({name!r})"]
-    else:
-        lines += [f"first = features = inverter.encode({name!r})"]
+    else:  # row by row as in files, for the layout of maps decides the last bits
+        lines += [f"first = features = inverter.encode({name!r}).contiguous()"]
         if needs_second(edits):
-            lines += [f"second = inverter.encode({second_path(rendered)!r})"]
+            lines += [f"second = inverter.encode({second_path(rendered)!r}).contiguous()"]
         loaded = None
         for edit in edits:
             for concepts in concepts_of([edit]):
                 lines += [f"concepts = fi.load_concepts({concepts!r})"] * (concepts != loaded)
                 loaded = concepts
             lines += edit.to_lines(rendered.first)
-    given = ["inverter", "features"]
+    given = ["inverter", "features.contiguous()" if edits else "features"]
     given += [f"n_samples={state.n_samples}"] if is_diffusion else []
     given += [f"seed={state.seed}"] if is_diffusion else []
     given += [f"names=[{name!r}]"] if edits else []
@@ -110,6 +110,7 @@ def draw_pictures(rendered: Rendered) -> Figure:
             *([f"The map was edited by {len(rendered.edits)} edits."] if rendered.edits else []),
             samples.summary(),
             scope_line(done.scope_p_value, samples.scope_basis, of_pipeline=of_pipeline),
+            *([rendered.certainty.summary()] if rendered.certainty else []),
             *([rendered.second_eye] if rendered.second_eye else []),
         ],
     )
@@ -223,6 +224,12 @@ def to_shown(rendered: Rendered, to_url: Callable[[Any], str]) -> dict[str, Any]
         "top5": done.top5_match,
         "class": rendered.class_name,
         "scope": scope_line(done.scope_p_value, samples.scope_basis, of_pipeline=of_pipeline),
+        "certainty": None if rendered.certainty is None else rendered.certainty.summary(),
+        "determined": (
+            None
+            if rendered.certainty is None
+            else rendered.certainty.determined("cell_features").tolist()
+        ),
         "second_eye": rendered.second_eye,
         "cells": rendered.cell_cosine.tolist(),
         "notes": rendered.notes,

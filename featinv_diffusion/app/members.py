@@ -95,7 +95,8 @@ def at_quality(inverter: Inverter, quality: str) -> Inverter:
     if not isinstance(inverter, DiffusionInverter) or settings is None:
         return inverter
     wanted = with_quality(
-        replace(settings, quality=quality, steps=None, refine=None), inverter.pipeline
+        replace(settings, quality=quality, steps=None, refine=None, refine_at=None),
+        inverter.pipeline,
     )
     opened = DiffusionInverter(
         inverter.pipeline,
@@ -105,6 +106,7 @@ def at_quality(inverter: Inverter, quality: str) -> Inverter:
         guidance=inverter.guidance,
         strength=inverter.strength,
         refine=wanted.refine or 0,
+        refine_at=wanted.refine_at or "end",
     )
     opened.settings = replace(wanted, steps=opened.num_inference_steps)
     return opened

@@ -33,6 +33,8 @@ from featinv_diffusion.concepts import ConceptDictionary, load_concepts
 from featinv_diffusion.concepts.sae_files import BUNDLED
 from featinv_diffusion.errors import InputError, choices_hint
 from featinv_diffusion.inverters.base import Inverter
+from featinv_diffusion.metrics.certainty import Certainty
+from featinv_diffusion.runs.certainty import CertaintyJudge, open_certainty
 from featinv_diffusion.runs.progress import Advance
 from featinv_diffusion.runs.samples import Samples, sample
 from featinv_diffusion.runs.sampling import Job, cell_cosine, encode_jobs
@@ -70,6 +72,7 @@ class Rendered:
         edits: those that the inverter's map can take.
         first: the picture's map, `[1, c, h, w]`.
         maps: the map after the edits, which was inverted.
+        certainty: what the features determine; None for drafts and where it is not calibrated.
         second_eye: what another backbone sees, a sentence; None where maps are edited or drafts.
         notes: sentences about edits that were left out.
         spec: the features.
@@ -85,6 +88,7 @@ class Rendered:
     first: FeatureMaps
     maps: FeatureMaps
     samples: Samples
+    certainty: Certainty | None
     second_eye: str | None
     notes: list[str]
     seconds: float
@@ -124,6 +128,7 @@ class Studio:
         self._inverters: Kept[Inverter] = Kept(MAX_OPEN)
         self._maps: Kept[FeatureMaps] = Kept(MAX_MAPS)
         self._eyes: Kept[SecondEye] = Kept(2)
+        self._judges: Kept[CertaintyJudge] = Kept(MAX_OPEN)
         self._rendered: Kept[Rendered] = Kept(MAX_RENDERED)
 
     @property
@@ -180,11 +185,12 @@ class Studio:
         edits, notes = self._fitting(state.edits, inverter)
         if not edits:
             return first, edits, notes
-        plain = first.as_subclass(Tensor)
+        # The layout of maps decides the last bits of sums over their channels and cells.
+        plain = first.as_subclass(Tensor).contiguous()
         second = None
         if needs_second(edits):
             assert state.second is not None
-            second = self.encode(state.second, name).as_subclass(Tensor)
+            second = self.encode(state.second, name).as_subclass(Tensor).contiguous()
         edited = apply_all(edits, Materials(plain, second, self.load_concepts))
         sources = [replace(source, location=None) for source in first.sources]
         return FeatureMaps.of(edited.contiguous(), sources), edits, notes
@@ -227,12 +233,21 @@ class Studio:
             first=self.encode(state.picture, name),
             maps=maps,
             samples=samples,
+            certainty=self._judge(state, inverter, samples),
             second_eye=self._look(name, inverter, samples) if is_final else None,
             notes=notes,
             seconds=seconds,
             spec=inverter.spec,
             class_name=_class_of(inverter, maps),
         )
+
+    def _judge(self, state: State, inverter: Inverter, samples: Samples) -> Certainty | None:
+        """Returns what the features determine of the pictures, where that is calibrated."""
+        if state.quality == "draft":
+            return None
+        key = (*state.members, state.quality)
+        judge = self._judges.get_or_make(key, lambda: open_certainty(inverter))
+        return judge.judge(samples.images[0], samples.features[0])
 
     def _look(self, name: str, inverter: Inverter, samples: Samples) -> str | None:
         """Returns what a backbone sees in the samples that took no part in them."""

@@ -192,7 +192,7 @@ class ConceptSliders(_Redrawn):
 
     def edits(self) -> Sequence[Edit]:
         """Returns the factors that are not 1."""
-        moved = [[float(i), one.value] for i, one in self.sliders.items() if one.value != 1]
+        moved = [(i, one.value) for i, one in self.sliders.items() if one.value != 1]
         return [Scale("concepts", moved)] if moved else []
 
     def _load_concepts(self, name: str) -> ConceptDictionary:

@@ -43,6 +43,7 @@ def test_without_the_extra_it_says_what_to_install(
     assert "featinv-diffusion[app]" in outcome.err
 
 
+@pytest.mark.slow
 def test_it_serves_the_page_until_it_is_stopped(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "featinv_diffusion", "app", "--port", "0"]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}

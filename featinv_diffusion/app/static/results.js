@@ -21,27 +21,32 @@ function facts(found) {
     ["Map", `${found.grid.join("×")} cells`],
     ["Scope", found.scope.replace(/^Scope: /, "")],
     ["Second eye", found.second_eye && found.second_eye.replace(/^Second eye: /, "")],
+    ["Certainty", found.certainty],
     ["Time", `${found.seconds.toFixed(2)} s`],
   ].filter(([, value]) => value);
   return make("dl", { class: "facts" },
     ...pairs.flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, value)]));
 }
 
-function heat(found) {
-  const values = found.cells.flat();
-  const [low, high] = [Math.min(...values), Math.max(...values)];
-  const canvas = make("canvas", {
-    role: "img",
-    "aria-label": `Cosine of each cell to the cell of the samples, from ${low.toFixed(2)} to ${high.toFixed(2)}`,
-  });
-  drawMap(canvas, found.cells, Math.min(0, low), 1);
+function heat(rows, words, title, low) {
+  const values = rows.flat();
+  const range = `${Math.min(...values).toFixed(2)} … ${Math.max(...values).toFixed(2)}`;
+  const canvas = make("canvas", { role: "img", "aria-label": `${words}: ${range}` });
+  drawMap(canvas, rows, low, 1);
   const scale = make("canvas", { class: "scale", "aria-hidden": "true" });
   drawScale(scale);
   return make("details", {},
-    make("summary", {}, "Which cells come back"),
+    make("summary", {}, title),
     make("div", { class: "heat" }, canvas,
-      make("div", {}, `cosine by cell: ${low.toFixed(2)} … ${high.toFixed(2)}`, make("br"),
-        `${Math.min(0, low).toFixed(2)} `, scale, " 1")));
+      make("div", {}, `${words}: ${range}`, make("br"), `${low.toFixed(2)} `, scale, " 1")));
+}
+
+function heats(found) {
+  const low = Math.min(0, ...found.cells.flat());
+  return [
+    heat(found.cells, "cosine by cell", "Which cells come back", low),
+    ...(found.determined ? [heat(found.determined, "share that is determined, by cell", "Which cells the features determine", 0)] : []),
+  ];
 }
 
 function picture(source, alt, caption, attributes = {}) {
@@ -68,7 +73,7 @@ export function showResults(place, results, name, isDraft) {
       make("h3", {}, `${found.family} · ${found.layer}`),
       ...found.notes.map((note) => make("p", { class: "hint badge" }, note)),
       list);
-    card.append(facts(found), heat(found));
+    card.append(facts(found), ...heats(found));
     return card;
   }));
 }
