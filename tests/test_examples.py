@@ -14,14 +14,10 @@ ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 
 
-def _sources(path: Path) -> list[str]:
-    cells = json.loads(path.read_text())["cells"]
-    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-
-
 def _trees(path: Path) -> list[ast.Module]:
-    plain = [source for source in _sources(path) if not source.startswith("!")]
-    return [ast.parse(source.removeprefix("%%writefile my_model.py\n")) for source in plain]
+    """Parses the cells, without the lines that are IPython's."""
+    cells = [c["source"] for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+    return [ast.parse("".join(x for x in cell if not x.startswith(("!", "%")))) for cell in cells]
 
 
 def test_there_are_six_notebooks() -> None:
