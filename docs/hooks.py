@@ -87,7 +87,7 @@ def to_page(path: Path) -> tuple[str, dict[str, bytes]]:
                 pictures[name] = base64.b64decode("".join(data["image/png"]))
                 parts.append(f"![What the lines above draw]({name})")
             elif "text/markdown" in data:
-                parts.append("".join(data["text/markdown"]))
+                parts.append(re.sub("^#", "###", "".join(data["text/markdown"]), flags=re.M))
             else:
                 text = "".join(output.get("text", data.get("text/plain", "")))
                 parts.append(f"```text\n{text.rstrip()}\n```")

@@ -3,7 +3,7 @@
     python examples/run.py             all of them
     python examples/run.py 1 5         some
 
-Pictures are kept at a width of at most 900 pixels, so that the repository stays small.
+Pictures are kept at a width of at most 720 pixels, so that the repository stays small.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from nbclient import NotebookClient
 from PIL import Image
 
 FOLDER = Path(__file__).parent
-WIDTH = 900
+WIDTH = 720
 
 
 def main() -> None:
@@ -29,19 +29,18 @@ def main() -> None:
     for path in sorted(FOLDER.glob("*.ipynb")):
         if not wanted or path.name.split("_")[0] in wanted:
             with tempfile.TemporaryDirectory() as folder:
-                notebook = run(path, Path(folder))
-            shrink(notebook)
+                notebook = run(nbformat.read(path, 4), Path(folder))
+                tidy(notebook, folder)
             nbformat.write(notebook, path)
             print(f"Ran {path.name}.", flush=True)
 
 
-def run(path: Path, folder: Path) -> Any:
-    """Returns the notebook with its outputs, run in a folder by this Python and this checkout.
+def run(notebook: Any, folder: Path) -> Any:
+    """Returns a notebook with its outputs, run in a folder by this Python and this checkout.
 
     Raises:
         CellExecutionError: a cell failed.
     """
-    notebook = nbformat.read(path, 4)
     environment = {
         **os.environ,
         "PYTHONPATH": str(FOLDER.parent),
@@ -54,19 +53,34 @@ def run(path: Path, folder: Path) -> Any:
     return client.execute(env=environment)
 
 
-def shrink(notebook: Any) -> None:
-    """Makes wide pictures of the outputs smaller."""
+def tidy(notebook: Any, folder: str) -> None:
+    """Leaves out progress bars, notes of libraries and the folder's own path; shrinks pictures."""
     for cell in notebook.cells:
-        for output in cell.get("outputs", ()):
-            data = output.get("data", {})
-            if "image/png" not in data:
-                continue
-            picture = Image.open(BytesIO(base64.b64decode(data["image/png"]))).convert("RGB")
-            if picture.width > WIDTH:
-                picture.thumbnail((WIDTH, picture.height))
-                file = BytesIO()
-                picture.save(file, "PNG", optimize=True)
-                data["image/png"] = base64.b64encode(file.getvalue()).decode()
+        kept = [
+            output
+            for output in cell.get("outputs", ())
+            if output.get("name") != "stderr"
+            and not (output.output_type == "display_data" and "image/png" not in output.data)
+        ]
+        for output in kept:
+            if "text" in output:
+                output.text = output.text.replace(f"{folder}/", "")
+            for kind, value in output.get("data", {}).items():
+                if kind == "image/png":
+                    output.data[kind] = shrink(value)
+                elif isinstance(value, str):
+                    output.data[kind] = value.replace(f"{folder}/", "")
+        if "outputs" in cell:
+            cell.outputs = kept
+
+
+def shrink(encoded: str) -> str:
+    """Makes a wide picture smaller."""
+    picture = Image.open(BytesIO(base64.b64decode(encoded))).convert("RGB")
+    picture.thumbnail((WIDTH, picture.height))
+    file = BytesIO()
+    picture.save(file, "PNG", optimize=True)
+    return base64.b64encode(file.getvalue()).decode()
 
 
 if __name__ == "__main__":

@@ -14,14 +14,10 @@ ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 
 
-def _sources(path: Path) -> list[str]:
-    cells = json.loads(path.read_text())["cells"]
-    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-
-
 def _trees(path: Path) -> list[ast.Module]:
-    plain = [source for source in _sources(path) if not source.startswith("!")]
-    return [ast.parse(source.removeprefix("%%writefile my_model.py\n")) for source in plain]
+    """Parses the cells, without the lines that are IPython's."""
+    cells = [c["source"] for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+    return [ast.parse("".join(x for x in cell if not x.startswith(("!", "%")))) for cell in cells]
 
 
 def test_there_are_six_notebooks() -> None:
@@ -55,10 +51,16 @@ def test_a_notebook_was_run_from_top_to_bottom(path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("nbclient", reason="the extra docs is not installed")
+def test_the_notebooks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All in one kernel, which is emptied in between: to load the libraries takes longest."""
+    nbformat = pytest.importorskip("nbformat", reason="the extra docs is not installed")
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("STEPS", "4")  # a shorter training than a reader would run
-    import_module("run").run(path, tmp_path)
+    all_cells = nbformat.v4.new_notebook()
+    for path in NOTEBOOKS:
+        (tmp_path / path.stem).mkdir()
+        start = f"%reset -f\nimport os; os.chdir({str(tmp_path / path.stem)!r}); del os"
+        all_cells.cells.append(nbformat.v4.new_code_cell(start))
+        all_cells.cells += nbformat.read(path, 4).cells
+    import_module("run").run(all_cells, tmp_path)
