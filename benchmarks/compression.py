@@ -6,7 +6,8 @@
 The papers invert maps that hold fewer numbers than the picture; the tiny maps hold more. Here a map
 is cut to k principal components before it is inverted: of its cells (k channels of every cell), or
 of whole maps (k numbers for all of it). Axes are those of training images, agreement is with the
-uncut map and with the original picture. Writes JSON and a chart with 95 % intervals over images.
+uncut map and with the original picture. Writes JSON and a chart with 95 % intervals over images;
+the same call again goes on.
 """
 
 from __future__ import annotations
@@ -100,9 +101,14 @@ def draw(results: dict[str, dict[str, dict[str, list[float]]]], n_pixels: int, p
             means = [bootstrap_mean(points[n][name]) for n in numbers]
             error = [[m.value - m.low for m in means], [m.high - m.value for m in means]]
             x = [int(n) for n in numbers]
-            one.errorbar(x, [m.value for m in means], error, marker="o", label=f"axes of {kind}")
+            one.errorbar(
+                x, [m.value for m in means], error, marker="o", label=f"components of {kind}"
+            )
         one.axvline(n_pixels, color="0.6")
+        one.text(n_pixels, 0.02, " the picture's", transform=one.get_xaxis_transform(), fontsize=7)
         one.axvline(PAPER * n_pixels, color="0.6", linestyle="--")
+        paper = {"transform": one.get_xaxis_transform(), "fontsize": 7, "ha": "right"}
+        one.text(PAPER * n_pixels, 0.02, "the papers' share ", **paper)
         one.set_xscale("log")
         one.set_xlabel("numbers of the map that are kept")
         one.set_title(name if name != "outside eye" else "cosine, outside eye")
@@ -130,11 +136,16 @@ def main() -> None:
     maps, before = see(own, images), see(outside, images)
     natural = maps.mean(dim=(0, 2, 3))[:, None, None]
     n_cells = inverter.spec.grid[0] * inverter.spec.grid[1]
-    results: dict[str, dict[str, dict[str, list[float]]]] = {}
+    made_of = f"{Path(options.pipeline).name}-{options.n_images}-{options.n_training}"
+    done = options.output / f"{made_of}.json"
+    results: dict[str, dict[str, dict[str, list[float]]]] = {kind: {} for kind in KEPT}
+    if done.exists():
+        results |= json.loads(done.read_text())
     rows = []
-    for kind, counts in KEPT.items():
-        mean, directions = axes[kind]
-        for k in counts:
+    for kind, k in ((kind, k) for kind, counts in KEPT.items() for k in counts):
+        numbers = k * (n_cells if kind == CELLS else 1)
+        if str(numbers) not in results[kind]:
+            mean, directions = axes[kind]
             cut = make_cut(kind, mean, directions[:k])
             made = invert(inverter, cut(maps), items)
             columns = {
@@ -143,16 +154,13 @@ def main() -> None:
                 "outside eye": feature_cosine(before, see(outside, made)),
                 "PSNR": psnr(made, images),
             }
-            numbers = k * (n_cells if kind == CELLS else 1)
-            results.setdefault(kind, {})[str(numbers)] = {
-                name: values.double().tolist() for name, values in columns.items()
-            }
-            found = [bootstrap_mean(values) for values in columns.values()]
-            cells = [f"{m.value:.3f} [{m.low:.3f}, {m.high:.3f}]" for m in found]
-            rows.append([f"{k} of {kind}", f"{numbers:,}", f"{numbers / images[0].numel():.2f}"])
-            rows[-1] += cells
-            print(*rows[-1], sep=" | ", flush=True)
-            (options.output / "compression.json").write_text(json.dumps(results))
+            results[kind][str(numbers)] = {n: v.double().tolist() for n, v in columns.items()}
+            done.write_text(json.dumps(results))
+        found = map(bootstrap_mean, results[kind][str(numbers)].values())
+        cells = [f"{m.value:.3f} [{m.low:.3f}, {m.high:.3f}]" for m in found]
+        share = f"{numbers / images[0].numel():.2f}"
+        rows.append([f"{k} of {kind}", f"{numbers:,}", share, *cells])
+        print(*rows[-1], sep=" | ", flush=True)
     names = next(iter(next(iter(results.values())).values()))
     print(table("|".join(["components kept", "numbers", "of the picture's", *names]), rows))
     draw(results, images[0].numel(), options.output / "compression.png")

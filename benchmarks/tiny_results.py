@@ -31,7 +31,7 @@ from featinv_diffusion.data.selection import select_items
 from featinv_diffusion.data.sets import open_images
 from featinv_diffusion.diffusion.folders import list_bundled, load_bundled
 from featinv_diffusion.evaluation.evaluator import NULLS
-from featinv_diffusion.evaluation.report import to_cell
+from featinv_diffusion.evaluation.report import normalised_agreement, to_cell
 from featinv_diffusion.figures.grid import GridRow, make_grid
 from featinv_diffusion.images import builtin_photo, center_square, read_image, to_tensor, write_png
 from featinv_diffusion.inverters.open import open_inverter
@@ -143,17 +143,18 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def runs() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields what was measured, with its name in the tables."""
+def runs() -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Yields the runs that were measured: their names, those in the tables, and the figures."""
     for name in (*MEMBERS, *map(name_of, INVERTERS)):
         if m := read(name):
             known = m["settings"]["inverter"] == "diffusion"
-            yield f"{name if known else name[9:]} ({m['settings']['layer']})", m
+            shown = name if known else f"inverter {name.removeprefix('inverter-')}"
+            yield name, f"{shown} ({m['settings']['layer']})", m
 
 
 def members_table() -> str:
     rows = []
-    for label, m in runs():
+    for name, label, m in runs():
         retrieval, trip = m["retrieval"], m["ceilings"]["vae_round_trip"]
         rows.append(
             [
@@ -165,7 +166,7 @@ def members_table() -> str:
                 to_cell(retrieval["top1"], "match"),
                 to_cell(retrieval["same_class"]["top1"], "match"),
                 to_cell(m["linear_cka"]),
-                outside_cell(m),
+                outside_cell(name, m),
                 to_cell(m["evaluated_by"][OUTSIDE]["top5_match"], "match"),
             ]
         )
@@ -176,19 +177,30 @@ def members_table() -> str:
     return table(header.split("|"), rows)
 
 
-def outside_cell(m: dict[str, Any]) -> str:
-    """Returns what the outside eye sees: normalised where there is an autoencoder, and as it is."""
-    seen = m["evaluated_by"][OUTSIDE]
-    return f"{to_cell(seen['normalised_agreement'])}, cosine {to_cell(seen['cosine'])}"
+def outside_cell(name: str, m: dict[str, Any]) -> str:
+    """Returns what the outside eye sees, normalised and as it is.
+
+    The ends of a run without an autoencoder are those of the first member, on the same images.
+    """
+    seen = f"evaluated_by_{OUTSIDE}_"
+    frames = [pd.read_parquet(ROOT / run / "per_image.parquet") for run in (name, MEMBERS[0])]
+    own, first = (frame.set_index("id").sort_index() for frame in frames)
+    assert list(own.index) == list(first.index)
+    ends = own if m["ceilings"]["vae_round_trip"] else first
+    columns = {f"{seen}cosine": own[f"{seen}cosine"].to_numpy()}
+    for kind in ("other_image", "vae_round_trip"):
+        columns[f"{kind}_{seen}cosine"] = ends[f"{kind}_{seen}cosine"].to_numpy()
+    cosine = m["evaluated_by"][OUTSIDE]["cosine"]
+    return f"{to_cell(normalised_agreement(columns, seen))}, cosine {to_cell(cosine)}"
 
 
 def matches_table() -> str:
     rows = []
-    for label, m in runs():
+    for name, label, m in runs():
         metrics = ("cosine", "normalised_agreement", "top5_match", "top1_match", "psnr")
-        cells = [to_cell(m.get(name), name) for name in metrics]
+        cells = [to_cell(m.get(metric), metric) for metric in metrics]
         accuracy = to_cell(m["label_accuracy"]["original"], "match")
-        rows.append([label, *cells, accuracy, outside_cell(m)])
+        rows.append([label, *cells, accuracy, outside_cell(name, m)])
     header = "features of|cosine|normalised|top-5|top-1|PSNR|classifier|outside eye"
     return table(header.split("|"), rows)
 
