@@ -26,12 +26,15 @@ def scope(
     settings: ScopeSettings,
     worker: options.WorkerOption = None,
 ) -> None:
-    """Learn what feature maps of real images look like, to flag unnatural ones.
+    """Learn what feature maps of sharp photos look like, to flag maps that are unlike them.
 
-    Afterwards commands print and record scope_p_value: how often the map of a real image looks
-    less natural than the map that was inverted. Give images of the kind that the backbone was
-    trained for, and calibrate on images that it was not trained on. The images can be shared among
-    workers that never talk, with --worker; `featinv merge FOLDER/scope.safetensors` then writes it.
+    Afterwards commands print and record scope_p_value: how often the map of a photo looks odder
+    than the map that was inverted. Give images of the kind that the backbone was trained for, and
+    calibrate on images that it was not trained on. A map that is not flagged need not be right:
+    line drawings, adversarial images and steering towards another class mostly pass.
+
+    The images can be shared among workers that never talk, with --worker; `featinv merge
+    FOLDER/scope.safetensors` then writes it.
     """
     from featinv_diffusion.cli.run import quiet_libraries, work
     from featinv_diffusion.diffusion.folders import SCOPE_FILE, check_pipeline_folder

@@ -1,4 +1,8 @@
-"""Scope: whether a feature map is like those of real images, and the statistics that tell."""
+"""Scope: whether a feature map is unlike those of sharp photos, and the statistics that tell.
+
+It judges the map alone. Where a backbone makes an ordinary map of an odd picture, or an edit leads
+from one ordinary map to another, nothing is found; docs/scope.md has how often.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MAP, RECONSTRUCTION = "map", "map and reconstruction"
-MARK = " · out"
+MARK = " · outside"
+UNLIKE = "unlike feature maps of sharp photos"
 UNKNOWN = (
     "Scope: unknown (scope_p_value is null), since this pipeline holds no statistics of natural "
     "feature maps to compare with. Fit them with: featinv scope PIPELINE_FOLDER --data IMAGES."
@@ -55,7 +60,7 @@ class Scope:
         return RECONSTRUCTION if self.uses_cosines else MAP
 
     def p_value(self, features: Features, cosine: float) -> float | None:
-        """Returns how often a natural map looks less natural than this one; None if not known.
+        """Returns how often the map of a photo looks odder than this one; None if not known.
 
         Args:
             features: the map that was inverted, `[1, c, h, w]`.
@@ -115,11 +120,11 @@ def scope_notes(basis: str | None) -> list[str]:
     """Returns the line of a figure's heading that explains the mark; nothing without statistics."""
     if basis is None:
         return []
-    return [f"Marked “out”: out of scope, unlike the maps of images, p < {LEVEL:g} ({basis})."]
+    return [f"Marked “outside”: {UNLIKE}, scope p < {LEVEL:g} ({basis})."]
 
 
 def caption(axes: Axes, words: str, p_value: float | None) -> None:
-    """Writes a line below a tile, and marks a map that is out of scope."""
+    """Writes a line below a tile, and marks a map that is unlike those of sharp photos."""
     from featinv_diffusion.figures import board as figures
 
     if p_value is not None and p_value < LEVEL:
@@ -139,13 +144,13 @@ def scope_line(
     if p_values is None:
         return UNKNOWN if of_pipeline else UNKNOWN_OTHERS
     if isinstance(p_values, int | float):
-        verdict = "out of scope" if p_values < LEVEL else "like a natural map"
-        return f"Scope: {verdict}, p = {p_values:.3f} ({basis})."
+        verdict = UNLIKE if p_values < LEVEL else f"no sign that the map is {UNLIKE}"
+        return f"Scope: {verdict}, scope p = {p_values:.3f} ({basis})."
     n_out = sum(value < LEVEL for value in p_values)
     values = f"{min(p_values):.3f} … {max(p_values):.3f}"
     if len(p_values) <= _MAX_LISTED:
         values = ", ".join(f"{value:.3f}" for value in p_values)
     return (
-        f"Scope: {n_out} of {len(p_values)} maps out of scope (p < {LEVEL:g}), "
-        f"p = {values} ({basis})."
+        f"Scope: {n_out} of {len(p_values)} maps {UNLIKE} (scope p < {LEVEL:g}), "
+        f"scope p = {values} ({basis})."
     )

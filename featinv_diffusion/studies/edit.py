@@ -395,8 +395,7 @@ def _frame(scope: Scope, features: Features) -> tuple[Tensor, str]:
     """Returns the directions that the nulls are drawn from, and what they are of."""
     if scope.natural is None:
         return frame_of_cells(features), "the cells of this picture"
-    basis = scope.natural.density.basis
-    return basis.axes * basis.std, "natural maps"
+    return scope.natural.density.basis.frame, "natural maps"
 
 
 def _share(change: Features, features: Features) -> float:

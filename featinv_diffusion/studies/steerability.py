@@ -18,7 +18,7 @@ from featinv_diffusion.concepts.sae_files import AUTO
 from featinv_diffusion.data.sets import ImageSet, open_pictures
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.features.edits import CellMask, high_cells, random_like
-from featinv_diffusion.features.natural_maps import CellBasis, fit_basis
+from featinv_diffusion.features.map_summary import CellBasis, fit_basis
 from featinv_diffusion.figures import board as figures
 from featinv_diffusion.figures.board import Board
 from featinv_diffusion.images import center_square, to_tensor
@@ -247,7 +247,7 @@ class _Lab:
         batch_size: int,
     ):
         self.inverter, self.concepts, self.survey = inverter, concepts, survey
-        self.frame = basis.axes * basis.std
+        self.frame = basis.frame
         self.dose, self.seed, self.batch_size = dose, seed, batch_size
         self.seeds = [derive_seed(seed, Path(name).name, 0) for name in images.ids]
         self.device = inverter.require_backbone().device

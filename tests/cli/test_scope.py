@@ -87,7 +87,7 @@ def test_workers_fit_what_one_process_fits(
 def test_sample_says_and_records_it(featinv: Featinv, fitted: Path, photos: Path):
     done = featinv("sample", photos, "--pipeline", fitted, "--n-samples", 1, "-o", "out")
     assert done.code == 0
-    assert "of 3 maps out of scope (p < 0.05)" in done.out
+    assert "of 3 maps unlike feature maps of sharp photos (scope p < 0.05)" in done.out
     assert "(map and reconstruction)" in done.out
     manifest = load("out")
     assert manifest["scope_basis"] == "map and reconstruction"
@@ -112,10 +112,10 @@ def test_studies_score_the_maps_that_they_edit(featinv: Featinv, fitted: Path, p
     assert len(manifest["scope_p_value"]) == 3
     assert manifest["scope_p_value"][2] == pytest.approx(1 / 100, abs=0.04)
     n_out = sum(p < 0.05 for p in manifest["scope_p_value"])
-    assert f"{n_out} of 3 maps out of scope" in done.out
+    assert f"{n_out} of 3 maps unlike feature maps of sharp photos" in done.out
     figure = Path("mixed/f.svg").read_text()
-    assert figure.count(" · out") == 2 * n_out
-    assert "out of scope, unlike the maps of images" in figure
+    assert figure.count(" · outside") == 2 * n_out
+    assert "unlike feature maps of sharp photos" in figure
     rows = load("mixed", "interpolate")["samples"]
     assert [row["scope_p_value"] for row in rows[::2]] == manifest["scope_p_value"]
     whole = featinv("compose", *pair, *common, "--box", "0,0,1,1", "-o", "composed")
@@ -125,7 +125,7 @@ def test_studies_score_the_maps_that_they_edit(featinv: Featinv, fitted: Path, p
     for folder, scored in (("composed", whole), ("one", alone)):
         p_value = load(folder)["scope_p_value"]
         assert f"p = {p_value:.3f} (map and reconstruction)" in scored.out
-        marked = " · out" in Path(f"{folder}/f.svg").read_text()
+        marked = " · outside" in Path(f"{folder}/f.svg").read_text()
         assert marked == (p_value < 0.05)
     assert load("one")["scope_p_value"] == pytest.approx(manifest["scope_p_value"][1])
 

@@ -9,11 +9,11 @@ import torch
 
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.features import interpolate, paste, permute_cells
+from featinv_diffusion.features.map_summary import summarise
 from featinv_diffusion.features.natural_maps import (
     Calibration,
     MapDensity,
     fit_density,
-    summarise,
     tail_p_values,
 )
 from tests.features.natural import CHANNELS, GRID, make_maps

@@ -9,7 +9,7 @@ import torch
 
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.features import permute_cells
-from featinv_diffusion.features.natural_maps import CellBasis, fit_basis, summarise
+from featinv_diffusion.features.map_summary import CellBasis, fit_basis, summarise
 from tests.features.natural import CHANNELS, GRID, make_maps
 
 
@@ -50,6 +50,7 @@ def test_figures_worked_by_hand():
         math.log(0.5),  # square distances of cells to the nearest centres: 1 and 0
         math.log(1),  # the mean (2, 1) to (2, 0)
         0.0,  # one seam, as sharp as the mean of all
+        0.0,  # both cells differ as much from their neighbour
         math.log(14 / 4),  # energy
         math.log((81 + 1 + 16) / 4) - 2 * math.log(14 / 4),  # kurtosis
         math.log((4 + 1) / 2),  # of the mean
@@ -64,12 +65,38 @@ def test_permuted_cells_change_differences_and_places_alone():
     basis = fit_basis(make_maps(80, 1))
     before = summarise(maps, basis)
     after = summarise(permute_cells(maps, torch.Generator().manual_seed(0)), basis)
-    n_bands, per_band = len(basis.bands), (before.shape[1] - 6) // len(basis.bands)
-    same = [*range(5), *(6 + per_band * band + k for band in range(n_bands) for k in range(3))]
+    n_bands, per_band = len(basis.bands), (before.shape[1] - 7) // len(basis.bands)
+    same = [*range(5), *(7 + per_band * band + k for band in range(n_bands) for k in range(3))]
     assert per_band == 8  # energy, kurtosis, mean, off place; lags 1 and 3 down, 1 and 4 across
     assert torch.allclose(before[:, same], after[:, same], atol=1e-3)
-    first_differences = after[:, 10] - before[:, 10]
+    first_differences = after[:, 11] - before[:, 11]
     assert (first_differences > 0.5).float().mean() > 0.9
+
+
+def test_the_oddest_cell_worked_by_hand():
+    """4 amid zeros: 16 there, (4/3)² at its four neighbours, 0 at corners."""
+    maps = torch.zeros(1, 1, 3, 3)
+    maps[0, 0, 1, 1] = 4
+    one = torch.ones(1)
+    basis = CellBasis(0 * one, one[:, None], one, 0 * maps[0], one[:, None], one[:, None])
+    mean = (16 + 4 * 16 / 9) / 9
+    assert summarise(maps, basis)[0, 6].item() == pytest.approx(math.log(16 / mean), abs=1e-5)
+
+
+def test_centres_are_of_the_first_axes_alone():
+    generator = torch.Generator().manual_seed(0)
+    basis = fit_basis(torch.randn(40, 80, 2, 3, generator=generator))
+    assert basis.axes.shape == (80, 80)
+    assert basis.cell_centres.shape[1] == basis.map_centres.shape[1] == 64
+    assert basis.place_mean.shape == (64, 2, 3)
+    assert basis.frame.shape == (80, 64)
+    assert [(band.start, band.stop) for band in basis.bands] == [
+        (0, 4),
+        (4, 12),
+        (12, 28),
+        (28, 64),
+    ]
+    assert [(band.start, band.stop) for band in basis.fine_bands] == [(64, 80)]
 
 
 def test_maps_of_zeros_and_of_one_cell_have_finite_figures():

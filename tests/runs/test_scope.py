@@ -98,12 +98,17 @@ def test_reconstructions_are_calibrated_by_each_quality(tmp_path):
 
 
 def test_lines_of_the_terminal():
-    assert scope_line(0.4, "map") == "Scope: like a natural map, p = 0.400 (map)."
-    assert scope_line(0.049, "map") == "Scope: out of scope, p = 0.049 (map)."
-    assert scope_line([0.5, 0.01], "map") == (
-        "Scope: 1 of 2 maps out of scope (p < 0.05), p = 0.500, 0.010 (map)."
+    assert scope_line(0.4, "map") == (
+        "Scope: no sign that the map is unlike feature maps of sharp photos, scope p = 0.400 (map)."
     )
-    assert "9 maps out of scope (p < 0.05), p = 0.100 … 0.900 (map)" in scope_line(
+    assert scope_line(0.049, "map") == (
+        "Scope: unlike feature maps of sharp photos, scope p = 0.049 (map)."
+    )
+    assert scope_line([0.5, 0.01], "map") == (
+        "Scope: 1 of 2 maps unlike feature maps of sharp photos (scope p < 0.05), "
+        "scope p = 0.500, 0.010 (map)."
+    )
+    assert "sharp photos (scope p < 0.05), scope p = 0.100 … 0.900 (map)" in scope_line(
         [i / 10 for i in range(1, 10)], "map"
     )
 
@@ -113,7 +118,7 @@ def test_captions_mark_what_is_out_of_scope(p_value: float | None, marked: bool)
     axes = Figure().add_subplot()
     caption(axes, "0.83", p_value)
     (text,) = axes.texts
-    assert text.get_text() == ("0.83 · out" if marked else "0.83")
+    assert text.get_text() == ("0.83 · outside" if marked else "0.83")
     assert (text.get_color() == ORANGE) == marked
 
 
