@@ -344,7 +344,8 @@ NOT_REFINED = ("resnet",)
 def fit_scopes(family: Path, data: str | None = None) -> Iterator[Path]:
     """Fits the natural maps of each packed member that has none yet, and yields their files.
 
-    Those that are there are calibrated for the qualities that they lack.
+    Those that are there are calibrated for the qualities that they lack, and no longer for those
+    that there are no more.
 
     The images are those of the member's own training, calibrated on those that it holds back.
 
@@ -373,7 +374,9 @@ def fit_scopes(family: Path, data: str | None = None) -> Iterator[Path]:
             found = recalibrate(natural, missing, images, split)
             assert found.sampling is not None
             new = ((found.sampling, found.calibration.cosines), *found.others)
-            replace(natural, others=(*natural.others, *new)).save(path)
+            wanted = [sampling_of(one) for one in others]
+            kept = (one for one in natural.others if one[0] in wanted)
+            replace(natural, others=(*kept, *new)).save(path)
             yield path
 
 
