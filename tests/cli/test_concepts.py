@@ -263,7 +263,10 @@ def test_latents_of_an_sae_that_add_most_to_the_class(featinv: Featinv, photos: 
     gain = kept * (state["dictionary._weights"] @ direction)
     head = read_head(load_backbone("tiny/convnext"))
     scale = head.scale(features).repeat_interleave(64)[:, None]
-    assert concepts.latents == (gain * scale).sum(dim=0).topk(3).indices.tolist()
+    strongest = (gain * scale).sum(dim=0).topk(3).indices
+    energy = kept.square().sum(dim=0) * state["dictionary._weights"].square().sum(dim=1)
+    order = energy[strongest].argsort(descending=True)
+    assert concepts.latents == strongest[order].tolist()
     assert [row["latent"] for row in load("c.json")["concepts"]] == concepts.latents
     assert torch.allclose(concepts.directions, state["dictionary._weights"][concepts.latents])
     again = featinv("replay", "out/c.manifest.json", "-o", "again")
