@@ -51,16 +51,10 @@ def test_a_notebook_was_run_from_top_to_bottom(path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_notebooks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All in one kernel, which is emptied in between: to load the libraries takes longest."""
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nbformat = pytest.importorskip("nbformat", reason="the extra docs is not installed")
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("STEPS", "4")  # a shorter training than a reader would run
-    all_cells = nbformat.v4.new_notebook()
-    for path in NOTEBOOKS:
-        (tmp_path / path.stem).mkdir()
-        start = f"%reset -f\nimport os; os.chdir({str(tmp_path / path.stem)!r}); del os"
-        all_cells.cells.append(nbformat.v4.new_code_cell(start))
-        all_cells.cells += nbformat.read(path, 4).cells
-    import_module("run").run(all_cells, tmp_path)
+    import_module("run").run(nbformat.read(path, 4), tmp_path)
