@@ -72,8 +72,8 @@ def judge(
 def measure(judged: list[Judged], part: str) -> dict[str, Interval | float]:
     """Returns coverage, rank correlations, and expected beside measured error of a part.
 
-    `rank_all_if_normal` is what a perfect prediction would reach: that with normal errors of just
-    the expected sizes, for one error says little about its size.
+    `rank_all_if_normal` is `rank_all` with normal errors of just the expected sizes: even then it
+    is below 1, for one error says little about the size that was to be expected.
     """
     error = [certainty.error[part].flatten() for certainty, _ in judged]
     made = [c.spread.distance(part, truth[part]).flatten() for c, truth in judged]
