@@ -37,7 +37,7 @@ from featinv_diffusion.settings import Selection
 
 OUTSIDE = "tf_efficientnet_lite0"
 CELLS, MAPS = "cells", "whole maps"
-KEPT = {CELLS: (256, 64, 32, 16, 8, 4, 1), MAPS: (1000, 300, 100, 30)}
+KEPT = {CELLS: (256, 64, 32, 16, 8, 4, 1), MAPS: (1000, 300)}
 PAPER = 1 / 3
 """Numbers of the map by numbers of the picture, of ConvNeXt (1024×9×9) and Swin (1024×12×12)."""
 BATCH = 16
@@ -104,15 +104,14 @@ def draw(results: dict[str, dict[str, dict[str, list[float]]]], n_pixels: int, p
             one.errorbar(
                 x, [m.value for m in means], error, marker="o", label=f"components of {kind}"
             )
-        one.axvline(n_pixels, color="0.6")
-        one.text(n_pixels, 0.02, " the picture's", transform=one.get_xaxis_transform(), fontsize=7)
-        one.axvline(PAPER * n_pixels, color="0.6", linestyle="--")
-        paper = {"transform": one.get_xaxis_transform(), "fontsize": 7, "ha": "right"}
-        one.text(PAPER * n_pixels, 0.02, "the papers' share ", **paper)
+        for x, text in ((n_pixels, "the picture's"), (PAPER * n_pixels, "the papers' share")):
+            one.axvline(x, color="0.6", linestyle="--")
+            place = {"transform": one.get_xaxis_transform(), "rotation": 90, "ha": "right"}
+            one.text(x, 0.03, text, fontsize=7, **place)
         one.set_xscale("log")
         one.set_xlabel("numbers of the map that are kept")
         one.set_title(name if name != "outside eye" else "cosine, outside eye")
-    axes[0].legend()
+    axes[1].legend(loc="upper left")
     figure.savefig(path, dpi=120)
 
 

@@ -157,7 +157,8 @@ def share(n_true: int, n: int, level: float = 0.95) -> Interval:
     z, p = NormalDist().inv_cdf((1 + level) / 2), n_true / n
     middle = (p + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5
-    return Interval(p, max(0.0, middle - half), min(1.0, middle + half), n)
+    low, high = max(0.0, middle - half), min(1.0, middle + half)
+    return Interval(p, low if n_true else 0.0, high if n_true < n else 1.0, n)
 
 
 def bootstrap_mean(
