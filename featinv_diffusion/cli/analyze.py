@@ -12,7 +12,6 @@ import typer
 from featinv_diffusion.cli import options, terminal
 from featinv_diffusion.cli.command_line import command_line
 from featinv_diffusion.errors import InputError, choices_hint
-from featinv_diffusion.processes import WHOLE as ONE_PROCESS
 from featinv_diffusion.settings import to_flat
 from featinv_diffusion.studies.settings import EncoderSettings
 
@@ -78,6 +77,8 @@ def analyze(
 
 
 def _refuse_worker(name: str, worker: str | None) -> None:
+    from featinv_diffusion.processes import WHOLE as ONE_PROCESS
+
     if worker not in (None, ONE_PROCESS):
         raise InputError(
             f"`analyze {name}` takes seconds to minutes and has no units that workers could share. "

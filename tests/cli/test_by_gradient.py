@@ -96,7 +96,7 @@ def test_evaluate(featinv: Featinv, photos: Path, own: str) -> None:
     assert list(metrics["evaluated_by"]) == ["tiny/resnet"]
     assert metrics["optimised_for"] == own
     assert f"optimised for {own}" in Path("out/metrics.md").read_text()
-    assert done.out.startswith("2 images: cosine by tiny/resnet")
+    assert "\n2 images: cosine by tiny/resnet" in done.out
     assert "2 steps, seed 0" in Path("out/metrics.md").read_text()
 
 

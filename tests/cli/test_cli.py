@@ -29,8 +29,17 @@ ROOT = Path(featinv_diffusion.__file__).parents[1]
 def test_help_lists_every_command(featinv: Featinv):
     done = featinv("--help")
     assert done.code == 0
-    samples = ("sample", "encode", "decode", "interpolate", "compose", "compare", "edit", "patch")
-    studies = ("variability", "concepts", "viz", "steerability", "replay", "evaluate", "merge")
+    samples = ("sample", "app", "encode", "decode", "interpolate", "compose", "compare", "edit")
+    studies = (
+        "patch",
+        "variability",
+        "concepts",
+        "viz",
+        "steerability",
+        "replay",
+        "evaluate",
+        "merge",
+    )
     others = ("classemb", "analyze", "layers", "paper", "scope", "certainty")
     hub = ("export", "push", "convert")
     assert (*samples, *studies, *others, *hub) == tuple(cli.COMMANDS)
