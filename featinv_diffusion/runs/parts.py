@@ -41,6 +41,11 @@ class Part:
     tensors: Mapping[str, Tensor]
     content: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        # As in a file: the layout of a tensor decides the last bits of sums over it.
+        rows = {name: value.contiguous() for name, value in self.tensors.items()}
+        object.__setattr__(self, "tensors", rows)
+
 
 class JoinedElsewhere(Exception):
     """Ends the study of a worker, which has done its share and joins nothing."""

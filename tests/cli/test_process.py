@@ -144,10 +144,11 @@ import numpy as np
 from featinv_diffusion.cli import process
 
 {before}
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(10):
     blocks = [np.ones(3 * 2**20) for _ in range(4)]  # 24 MiB each
     del blocks
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
