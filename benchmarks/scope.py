@@ -322,9 +322,11 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, default=Path("outputs/scope.png"))
     arguments = parser.parse_args()
     inverter = load_inverter(arguments.pipeline)
-    statistics, backbone = open_scope(inverter).natural, inverter.require_backbone()
+    scope, backbone = open_scope(inverter), inverter.require_backbone()
     backbone.requires_grad_(False)
+    statistics = scope.natural
     assert statistics is not None, "the pipeline has no statistics; fit them with featinv scope"
+    assert scope.uses_cosines or not arguments.n_joined, "calibrate reconstructions, or join none"
     images = open_images(arguments.data, "validation")
     size = max(backbone.input_size)
     pixels = read(images, arguments.n_images, size, choosing=arguments.choosing)
