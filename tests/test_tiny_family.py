@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from featinv_diffusion import load_backbone
 from featinv_diffusion.backbones.base import weights_sha256
-from featinv_diffusion.diffusion.folders import ASSETS, SCOPE_FILE, list_bundled
+from featinv_diffusion.diffusion.folders import ASSETS, CERTAINTY_FILE, SCOPE_FILE, list_bundled
 from featinv_diffusion.features.operators import open_operator
 from featinv_diffusion.features.pixel_operations import make_operation
 from featinv_diffusion.images import builtin_photo, center_square, read_image, to_tensor
@@ -52,8 +52,8 @@ def test_weights_are_half_precision_safetensors_of_at_most_16_mb() -> None:
         assert path.stat().st_size <= 16e6
         with safe_open(path, "pt") as tensors:
             dtypes = {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
-        is_fit = path.name == SCOPE_FILE or path.parent.name == "operators"
-        assert dtypes <= ({"F32"} if is_fit else {"F16", "I64"})
+        is_fit = path.name in (SCOPE_FILE, CERTAINTY_FILE) or path.parent.name == "operators"
+        assert dtypes <= ({"F32", "F64"} if is_fit else {"F16", "I64"})
     assert sum(path.stat().st_size for path in files) <= 105e6
 
 
