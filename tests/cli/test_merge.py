@@ -171,7 +171,7 @@ def test_an_array_with_two_stopped_workers_is_one_process(run, featinv, name: st
     assert not list(Path().rglob(".*"))  # no locks, nothing half-written
 
 
-SLOW = ("operator analyze", "analyze encoders")
+SLOW = ("operator apply", "operator analyze", "analyze encoders")
 
 
 @pytest.mark.parametrize(
