@@ -128,7 +128,7 @@ def streamed(base: Path, folder: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("n_processes", "optimizer", "streams"),
     [
-        (1, "adamw", False),
+        pytest.param(1, "adamw", False, marks=pytest.mark.slow),
         (2, "adamw", False),
         (1, "muon", False),
         pytest.param(2, "adamw", True, marks=pytest.mark.slow),
