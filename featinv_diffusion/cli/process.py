@@ -63,7 +63,7 @@ def keep_freed_memory() -> None:
     """Lets glibc use what one tensor frees for the next, rather than ask the system for it anew.
 
     By itself it returns large blocks at once, and each page of the next tensor is then zeroed
-    again: up to a third of the time of training on a CPU. Other C libraries are left as they are.
+    again. Other C libraries are left as they are.
     """
     if any(name.startswith("MALLOC_") for name in os.environ):
         return  # the user has set it
