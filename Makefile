@@ -51,7 +51,9 @@ lint: $(VENV)/installed
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(if $(TORCH_INDEX),$(BIN)/pip install -q --retries 1 --timeout 10 --index-url $(TORCH_INDEX) \
-	    torch torchvision || echo "$(TORCH_INDEX) did not serve: torch comes from pip's own index.")
+	    torch torchvision && $(BIN)/python -c "import torchvision" \
+	    || { echo "$(TORCH_INDEX) did not serve a pair that works: torch comes from pip's own index."; \
+	    $(BIN)/pip uninstall -q -y torch torchvision; })
 	$(BIN)/pip install -q -e ".[test]"
 	touch $@
 
