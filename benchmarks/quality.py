@@ -2,17 +2,18 @@
 
     OMP_NUM_THREADS=1 python benchmarks/quality.py --data validation.parquet --n-images 200
 
-The same images and noise for every setting, on one device. Per setting: cosine of the own
-backbone, cosine and matches of the outside eye (extra `real`), cosine of another bundled backbone,
-PSNR, edge energy as a share of the original's, CPU seconds per picture. Intervals are 95 % over
-images; differences are paired with today's default, ten steps without refinement. Writes JSON and a
-chart, and draws crops of two photos by every setting.
+The same images and noise for every setting, batch by batch, on one device. Per setting: cosine of
+the own backbone, cosine and matches of the outside eye (extra `real`) and of another bundled
+backbone, PSNR, edge energy as a share of the original's, CPU seconds per picture. Intervals are
+95 % over images; differences are paired with today's default, ten steps without refinement. Writes
+JSON and a chart, and draws crops of two photos by every setting.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "6 Karras": {"steps": 6, "changes": {"use_karras_sigmas": True}},
     "6 of order 3": {"steps": 6, "changes": {"solver_order": 3}},
     "6 of UniPC": {"steps": 6, "scheduler": "unipc"},
+    "50 of DDIM": {"steps": 50, "scheduler": "ddim"},
 }
 """Denoising steps + steps of refinement at the end, or (in how many of the last steps).
 
@@ -86,33 +88,28 @@ def edges(images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def measure(
-    inverter: Inverter, squares: Tensor, items: list[Item], eyes: dict[str, Backbone]
-) -> dict[str, np.ndarray]:
+    inverter: Inverter, images: Tensor, items: list[Item], eyes: dict[str, Backbone]
+) -> dict[str, Tensor]:
     """Returns one value per image under each name; `seconds` are those of sampling alone."""
-    found: dict[str, list[Tensor]] = {}
     own = inverter.require_backbone()
-    for rows in batched(range(len(items)), BATCH):
-        images = squares[rows]
-        features = own.features(images)
-        began = time.process_time()
-        made = inverter.invert(features, generator=noise_of(items[i] for i in rows))
-        seconds = (time.process_time() - began) / len(rows)
-        made = torch.round(made * 255) / 255
-        values = {
-            "own": feature_cosine(features, own.features(made)),
-            "PSNR": psnr(made, images),
-            "edges": edges(made) / edges(images),
-            "seconds": torch.full((len(rows),), seconds),
-        }
-        for name, eye in eyes.items():
-            (wanted, scores), (seen, again) = map(eye.features_and_logits, (images, made))
-            values[name] = feature_cosine(wanted, seen)
-            if name == OUTSIDE and scores is not None and again is not None:
-                values["top-1"] = top_k_match(scores, again, 1).float()
-                values["top-5"] = top_k_match(scores, again, 5).float()
-        for name, column in values.items():
-            found.setdefault(name, []).append(column.cpu())
-    return {name: torch.cat(parts).double().numpy() for name, parts in found.items()}
+    features = own.features(images)
+    began = time.process_time()
+    made = inverter.invert(features, generator=noise_of(items))
+    seconds = (time.process_time() - began) / len(items)
+    made = torch.round(made * 255) / 255
+    values = {
+        "own": feature_cosine(features, own.features(made)),
+        "PSNR": psnr(made, images),
+        "edges": edges(made) / edges(images),
+        "seconds": torch.full((len(items),), seconds),
+    }
+    for name, eye in eyes.items():
+        (wanted, scores), (seen, again) = map(eye.features_and_logits, (images, made))
+        values[name] = feature_cosine(wanted, seen)
+        if scores is not None and again is not None:
+            values[f"{name} top-1"] = top_k_match(scores, again, 1).float()
+            values[f"{name} top-5"] = top_k_match(scores, again, 5).float()
+    return values
 
 
 def words(values: np.ndarray, digits: int) -> str:
@@ -164,28 +161,37 @@ def main() -> None:
     squares = to_tensor([center_square(images.read(item.index), 64) for item in items])
     eyes = {name: load_backbone(name) for name in (OUTSIDE, options.other)}
     inverters = {name: open_setting(options.pipeline, name) for name in options.settings}
-    results: dict[str, dict[str, np.ndarray]] = {}
-    rows = []
-    for name, inverter in inverters.items():
-        results[name] = columns = measure(inverter, squares, items, eyes)
-        digits = {"PSNR": 2, "seconds": 3}
-        shown = ("own", OUTSIDE, "top-1", "top-5", options.other, "PSNR", "edges", "seconds")
-        cells = [words(columns[key], digits.get(key, 3)) for key in shown[:-1]]
-        rows.append([name, *cells, f"{columns['seconds'].mean():.3f}"])
-        print(*rows[-1], sep=" | ", flush=True)
-        content = {key: {k: v.tolist() for k, v in one.items()} for key, one in results.items()}
-        (options.output / "quality.json").write_text(json.dumps(content))
+    # Batch by batch, so that all settings meet the same load of the machine.
+    found: dict[str, dict[str, list[Tensor]]] = {name: {} for name in inverters}
+    for rows in batched(range(len(items)), BATCH):
+        for name, inverter in inverters.items():
+            values = measure(inverter, squares[rows], [items[i] for i in rows], eyes)
+            for key, column in values.items():
+                found[name].setdefault(key, []).append(column.cpu())
+        print(f"{rows[-1] + 1} of {len(items)} images", file=sys.stderr, flush=True)
+    results = {
+        name: {key: torch.cat(parts).double().numpy() for key, parts in columns.items()}
+        for name, columns in found.items()
+    }
+    (options.output / "quality.json").write_text(
+        json.dumps({n: {k: v.tolist() for k, v in one.items()} for n, one in results.items()})
+    )
+    shown = ["own", *(f"{e}{m}" for e in eyes for m in ("", " top-1", " top-5")), "PSNR", "edges"]
+    digits = {"PSNR": 2}
+    table_rows = [
+        [name, *(words(one[k], digits.get(k, 3)) for k in shown), f"{one['seconds'].mean():.3f}"]
+        for name, one in results.items()
+    ]
     print(f"\n{options.n_images} images.\n")
-    print(table("|".join(["setting", *shown]), rows))
+    print(table("|".join(["setting", *shown, "CPU s"]), table_rows))
     print("\nPaired differences to ten steps:\n")
-    names = [key for key in shown if key != "seconds"]
     print(
         table(
-            "|".join(["setting", *names, "time, ratio"]),
+            "|".join(["setting", *shown, "time, ratio"]),
             [
                 [
                     name,
-                    *(words(one[key] - results[BEFORE][key], 3) for key in names),
+                    *(words(one[key] - results[BEFORE][key], 3) for key in shown),
                     f"{one['seconds'].sum() / results[BEFORE]['seconds'].sum():.2f}",
                 ]
                 for name, one in results.items()
