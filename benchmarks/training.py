@@ -10,9 +10,9 @@ of its own, in blocks of steps that take turns, so that a busy machine slows all
 - `published`: in the style of the released code: fp32, the backbone on one image at a time inside
   the data set.
 - `ours`: the steps of `featinv_diffusion.training` without a cache; `latents` with one of latents,
-  `features` with one of latents and features.
+  `features` with one of latents and features, `compiled` with these and `run.compile`.
 
-Loading counts. Filling the caches, which is done once, does not.
+Loading counts. Filling the caches and compiling, which are done once, do not.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import json
 import multiprocessing
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -176,8 +176,10 @@ CACHES = {
     "ours": [],
     "latents": ["cache.folder={folder}/cache"],
     "features": ["cache.folder={folder}/cache", "cache.features=true"],
+    "compiled": ["cache.folder={folder}/cache", "cache.features=true", "run.compile=true"],
 }
 SIDES = ("published", "plain", *CACHES)
+"""All that can be measured."""
 
 
 def make_side(name: str, setting: Setting, folder: Path) -> Step:
@@ -212,18 +214,20 @@ def serve(name: str, setting: Setting, orders: Connection) -> None:
             orders.send((clock() - began) / n_steps)
 
 
-def measure(setting: Setting, n_blocks: int, n_steps: int) -> dict[str, list[float]]:
+def measure(
+    setting: Setting, sides: Sequence[str], n_blocks: int, n_steps: int
+) -> dict[str, list[float]]:
     """Returns seconds per step of each block; the sides take turns, each in a process of its own.
 
     Seconds are those of the CPU without a GPU, which other work disturbs less.
     """
     spawn = multiprocessing.get_context("spawn")
     told: dict[str, Connection] = {}
-    for name in SIDES:
+    for name in sides:
         told[name], other = spawn.Pipe()
         spawn.Process(target=serve, args=(name, setting, other), daemon=True).start()
         told[name].recv()
-    seconds: dict[str, list[float]] = {name: [] for name in SIDES}
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(n_blocks):
         for name, orders in told.items():
             orders.send(n_steps)
@@ -248,11 +252,14 @@ def main(
     optimizer: Annotated[str, typer.Option(help="Of our sides; the plain ones have AdamW.")] = (
         "adamw"
     ),
+    sides: Annotated[str, typer.Option(help="With commas; `plain` and `published` among them.")] = (
+        ",".join(SIDES)
+    ),
     output: Annotated[Path | None, typer.Option(help="JSON of all blocks.")] = None,
 ) -> None:
     """Print images per second of each side, and the ratios to the two plain ones."""
     setting = Setting(data, batch_size, n_images, dtype, optimizer)
-    seconds = measure(setting, n_blocks, n_steps)
+    seconds = measure(setting, sides.split(","), n_blocks, n_steps)
     rates = {name: batch_size / sorted(s)[len(s) // 2] for name, s in seconds.items()}
     print("| side | images/s | × plain | × published |\n|---|---|---|---|")
     for name, rate in rates.items():

@@ -31,10 +31,14 @@ from featinv_diffusion.schema import parse_yaml, read_json, read_text
 from featinv_diffusion.settings import NotNegative, Number
 from featinv_diffusion.training.config import RunConfig
 
-RUN_KEYS_THAT_MATTER = ("run.mixed_precision", "run.n_validation_images")
+RUN_KEYS_THAT_MATTER = ("run.mixed_precision", "run.compile", "run.n_validation_images")
 FREE_KEYS = ("run.", "validation.", "data.num_workers", "data.in_memory", "model.attention")
 """Settings that decide no weight."""
-ADDED_KEYS = {"cache.features": False, "cache.features_dtype": "float16"}
+ADDED_KEYS = {
+    "cache.features": False,
+    "cache.features_dtype": "float16",
+    "run.compile": False,
+}
 """Settings that earlier versions did not have, with the value that means what those did."""
 ELASTIC_KEYS = ("optim.batch_size", "optim.gradient_accumulation_steps")
 ENVIRONMENT, PROGRESS, AVERAGE = "environment.json", "progress.json", "average.bin"

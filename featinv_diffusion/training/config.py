@@ -55,7 +55,7 @@ class OptimConfig:
 class RunConfig:
     """Where a run writes, how often, and on what it runs.
 
-    Only `mixed_precision` and `n_validation_images` can change the result.
+    Only `mixed_precision`, `compile` and `n_validation_images` can change the result.
 
     Args:
         output: folder for checkpoints, the loss log, tracker files and the final weights.
@@ -66,6 +66,7 @@ class RunConfig:
         checkpoints_total_limit: keep this many, delete older ones.
         tracker: `auto` is tensorboard where it is installed, else none.
         validate_every: optimizer steps between reconstructions of the fixed validation images.
+        compile: run the trained network, and the frozen UNet of a ControlNet, by `torch.compile`.
         dry_run: print the config, parameter counts, memory and batch shapes, then stop.
     """
 
@@ -81,6 +82,7 @@ class RunConfig:
     mixed_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     gradient_checkpointing: bool = False
     channels_last: bool = False
+    compile: bool = False
     cpu: bool = False
     dry_run: bool = False
 

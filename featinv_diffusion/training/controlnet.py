@@ -171,6 +171,8 @@ class ControlNetTask:
             unet.to(memory_format=torch.channels_last)
             vae.to(memory_format=torch.channels_last)
             speed_up_group_norms(unet)
+        if self.config.run.compile:
+            unet.compile()
         self.parts.prompt_embeds = self.parts.prompt_embeds.to(device, dtype)
 
     def loss(self, module: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -188,6 +188,8 @@ class _Run:
         if run.channels_last:
             task.module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
             speed_up_group_norms(task.module)
+        if run.compile:
+            task.module.compile()  # in place: the names of its weights stay
         self._prepare()
         self.n_steps = self._count_steps()
 
