@@ -252,19 +252,19 @@ def main(
     optimizer: Annotated[str, typer.Option(help="Of our sides; the plain ones have AdamW.")] = (
         "adamw"
     ),
-    sides: Annotated[str, typer.Option(help="With commas; `plain` and `published` among them.")] = (
-        ",".join(SIDES)
-    ),
+    sides: Annotated[str, typer.Option(help="With commas between them.")] = (",".join(SIDES)),
     output: Annotated[Path | None, typer.Option(help="JSON of all blocks.")] = None,
 ) -> None:
     """Print images per second of each side, and the ratios to the two plain ones."""
     setting = Setting(data, batch_size, n_images, dtype, optimizer)
     seconds = measure(setting, sides.split(","), n_blocks, n_steps)
     rates = {name: batch_size / sorted(s)[len(s) // 2] for name, s in seconds.items()}
-    print("| side | images/s | × plain | × published |\n|---|---|---|---|")
+    opponents = [name for name in ("plain", "published") if name in rates]
+    print("| side | images/s |" + "".join(f" × {name} |" for name in opponents))
+    print("|" + "---|" * (2 + len(opponents)))
     for name, rate in rates.items():
-        ratios = f"{rate / rates['plain']:.2f} | {rate / rates['published']:.2f}"
-        print(f"| {name} | {rate:.1f} | {ratios} |")
+        ratios = "".join(f" {rate / rates[other]:.2f} |" for other in opponents)
+        print(f"| {name} | {rate:.1f} |{ratios}")
     if output is not None:
         record = {**asdict(setting), "seconds_per_step": seconds}
         output.write_text(json.dumps({**record, "images_per_second": rates}, indent=1) + "\n")
