@@ -176,7 +176,12 @@ def main() -> None:
         "know, so that a class named here is only what a classifier answers; measures on pictures "
         "of known classes are in [applications.md](applications.md)."
     )
-    PAGE.write_text("\n\n".join([head, *sections]) + "\n")
+    tail = (
+        "## Does it come back?\n\nA direction that fires on fish need not make fish. `featinv "
+        "steerability` sets each latent high in many pictures, decodes, encodes again, and counts "
+        "what arrived, beside random directions: [your own SAE](dictionaries.md#steerability)."
+    )
+    PAGE.write_text("\n\n".join([head, *sections, tail]) + "\n")
     print(f"Wrote {PAGE}")
 
 
