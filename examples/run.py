@@ -22,6 +22,7 @@ from PIL import Image
 
 FOLDER = Path(__file__).parent
 WIDTH = 720
+WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def main() -> None:
@@ -54,13 +55,14 @@ def run(notebook: Any, folder: Path) -> Any:
 
 
 def tidy(notebook: Any, folder: str) -> None:
-    """Leaves out progress bars, notes of libraries and the folder's own path; shrinks pictures."""
+    """Leaves out progress bars, widgets, notes of libraries and the folder's path; shrinks pictures."""
     for cell in notebook.cells:
         kept = [
             output
             for output in cell.get("outputs", ())
             if output.get("name") != "stderr"
             and not (output.output_type == "display_data" and "image/png" not in output.data)
+            and WIDGET not in output.get("data", {})
         ]
         for output in kept:
             if "text" in output:
