@@ -1,10 +1,13 @@
 """The pipeline against a plain diffusers loop of the same modules, and captured against eager.
 
     OMP_NUM_THREADS=1 python benchmarks/sampling.py --repeats 7
+    OMP_NUM_THREADS=1 python benchmarks/sampling.py --full-size --steps 2 --repeats 3 --batches 1
 
 Same scheduler, steps, noise and guidance: the pictures must be the same, which is checked. Pairs
 alternate, so that both see the same machine; medians of CPU seconds per call, ratios against the
-plain loop. Capture is traced before the clock starts; how long that took stands beside it.
+plain loop. Capture is traced before the clock starts; how long that took stands beside it. With
+`--full-size` the modules have the shapes of Stable Diffusion 1.x at 256 px and ConvNeXt-B's
+features, with random weights in float32, and nothing is captured; it needs 8 GiB.
 """
 
 from __future__ import annotations
@@ -14,15 +17,24 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, UNet2DConditionModel
 from pages import table
 from torch import Tensor
 
+import featinv_diffusion
 from featinv_diffusion import load_inverter
+from featinv_diffusion.diffusion.featinv_controlnet import FeatureControlNet
+from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
 from featinv_diffusion.inverters import DiffusionInverter
+from featinv_diffusion.inverters.open import lay_out_channels_last
+from featinv_diffusion.types import FeatureSpec
+
+ASSETS = Path(featinv_diffusion.__file__).parent / "assets"
 
 
 def plain_loop(pipeline: Any, features: Tensor, n_steps: int, scale: float) -> Tensor:
@@ -67,15 +79,90 @@ def generators(n: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(i) for i in range(n)]
 
 
-def alternate(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Returns the median of CPU seconds of each call; the calls take turns."""
+def alternate(
+    calls: dict[str, Callable[[], Any]],
+    repeats: int,
+    before: Callable[[str], None] = lambda name: None,
+) -> dict[str, float]:
+    """Returns the median of CPU seconds of each call; the calls take turns.
+
+    Args:
+        before: told the name of each call before its clock starts.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
+            before(name)
             began = time.process_time()
             call()
             seconds[name].append(time.process_time() - began)
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+@torch.no_grad()
+def compare_full_size(batch: int, steps: int, repeats: int) -> None:
+    """Prints CPU seconds of the plain loop, and of the pipeline in both layouts."""
+    pipeline = random_pipeline()
+    prompts = torch.randn(1, 77, 768)
+    pipeline.encode_prompt = lambda prompt: prompts
+    inverter = DiffusionInverter(
+        pipeline, num_inference_steps=steps, guidance_scale=3.0, guidance="features"
+    )
+    features = torch.randn(batch, inverter.spec.channels, *inverter.spec.grid)
+
+    def lay_out(name: str) -> None:
+        if name == "channels last":
+            lay_out_channels_last(pipeline)
+        else:
+            for part in (pipeline.unet, pipeline.controlnet, pipeline.vae):
+                part.to(memory_format=torch.contiguous_format)
+
+    def sample() -> Tensor:
+        return inverter.invert(features, generator=generators(batch))
+
+    calls: dict[str, Callable[[], Tensor]] = {
+        "plain loop": lambda: plain_loop(pipeline, features, steps, 3.0),
+        "pipeline": sample,
+        "channels last": sample,
+    }
+    pictures = {}
+    for name, call in calls.items():
+        lay_out(name)
+        pictures[name] = call()
+    seconds = alternate(calls, repeats, lay_out)
+    rows = [
+        [
+            name,
+            f"{value:.1f}",
+            f"{seconds['plain loop'] / value:.2f}",
+            f"{float((pictures[name] - pictures['plain loop']).abs().max()):.1e}",
+        ]
+        for name, value in seconds.items()
+    ]
+    print(table("side|CPU s|times as fast|largest difference of a pixel", rows))
+
+
+def random_pipeline() -> FeatInvPipeline:
+    """Returns a pipeline in the shapes of Stable Diffusion 1.x with random weights."""
+    torch.manual_seed(0)
+    unet: Any = UNet2DConditionModel.from_config(_config("unet"))
+    spec = FeatureSpec("random", "last", 1024, (9, 9))
+    controlnet = FeatureControlNet.from_unet(unet, spec.channels, feature_spec=asdict(spec))
+    for name, weight in controlnet.named_parameters():
+        if name.endswith("weight") and not bool(weight.any()):
+            torch.nn.init.normal_(weight, std=0.01)  # zeros would hide a wrong residual
+    return FeatInvPipeline(
+        vae=AutoencoderKL.from_config(_config("vae")),
+        text_encoder=None,
+        tokenizer=None,
+        unet=unet,
+        controlnet=controlnet,
+        scheduler=DPMSolverMultistepScheduler.from_config(_config("scheduler", "scheduler_config")),
+    )
+
+
+def _config(part: str, name: str = "config") -> dict[str, Any]:
+    return json.loads((ASSETS / "sd15" / part / f"{name}.json").read_text())
 
 
 @torch.no_grad()
@@ -119,7 +206,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--full-size", action="store_true")
     options = parser.parse_args()
+    if options.full_size:
+        for batch in options.batches:
+            compare_full_size(batch, options.steps, options.repeats)
+        return
     found = [compare(batch, options.steps, options.repeats) for batch in options.batches]
     if options.json:
         options.json.write_text(json.dumps(found, indent=2))

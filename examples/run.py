@@ -55,7 +55,7 @@ def run(notebook: Any, folder: Path) -> Any:
 
 
 def tidy(notebook: Any, folder: str) -> None:
-    """Leaves out progress bars, widgets, notes of libraries and the folder's path; shrinks pictures."""
+    """Leaves out progress bars, widgets, notes of libraries and the folder; shrinks pictures."""
     for cell in notebook.cells:
         kept = [
             output

@@ -568,8 +568,20 @@ def _prepare(pipeline: FeatInvPipeline, settings: SampleSettings, device: torch.
         # diffusers warns of any cast, also of one that changes nothing
         if isinstance(component, nn.Module) and name != "backbone" and component.dtype != dtype:
             component.to(dtype)
+    if pipeline.unet.config["block_out_channels"][0] >= WIDE:
+        lay_out_channels_last(pipeline)
     _set_attention(pipeline, settings.attention, device)
     pipeline.set_progress_bar_config(disable=True)
+
+
+WIDE = 320
+"""Channels of a UNet's first block from which channels_last pays, those of Stable Diffusion 1.x."""
+
+
+def lay_out_channels_last(pipeline: FeatInvPipeline) -> None:
+    """Puts the channels of UNet, ControlNet and autoencoder last in memory."""
+    for part in (pipeline.unet, pipeline.controlnet, pipeline.vae):
+        part.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
 def _set_attention(pipeline: FeatInvPipeline, attention: str, device: torch.device) -> None:
