@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -222,3 +223,21 @@ def test_every_listed_inverter_but_the_autoencoder_opens() -> None:
     assert {"tiny/convnext", "tiny/vit", "vit", "siglip2", "detr"} <= set(names)
     for name in ("tiny/convnext", "siglip2", "vit"):
         assert load_inverter(name, device="cpu").settings is not None
+
+
+def test_wide_networks_run_with_channels_last_and_give_the_same_pictures(monkeypatch):
+    def is_laid_out(inverter: Any) -> bool:
+        weight = inverter.pipeline.unet.down_blocks[0].resnets[0].conv1.weight
+        return weight.is_contiguous(memory_format=torch.channels_last)
+
+    options: Any = {"device": "cpu", "steps": 2}
+    narrow = load_inverter("tiny/convnext", **options)
+    monkeypatch.setattr("featinv_diffusion.inverters.open.WIDE", 1)
+    wide = load_inverter("tiny/convnext", **options)
+    assert not is_laid_out(narrow)
+    assert is_laid_out(wide)
+    features = torch.randn(1, narrow.spec.channels, *narrow.spec.grid)
+    images = [
+        one.invert(features, generator=torch.Generator().manual_seed(0)) for one in (narrow, wide)
+    ]
+    torch.testing.assert_close(images[0], images[1], atol=1e-3, rtol=0)
