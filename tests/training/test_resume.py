@@ -165,13 +165,16 @@ def test_killed_run_ends_bit_identical(
 
 @pytest.mark.slow
 def test_a_compiled_run_trains_alike_and_saves_under_the_same_names(
-    base: Path, tmp_path: Path
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    kernels = tmp_path / "kernels"
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(kernels))
     name = "final/controlnet/diffusion_pytorch_model.safetensors"
     weights = {}
     for compiled in ("false", "true"):
         extra = ["optim.max_steps=2", f"run.compile={compiled}"]
         run(command(base, tmp_path / compiled, 1, extra))
+        assert any(kernels.rglob("*.so")) == (compiled == "true")
         weights[compiled] = load_file(tmp_path / compiled / name)
     plain, compiled = weights["false"], weights["true"]
     assert plain.keys() == compiled.keys()
@@ -180,7 +183,6 @@ def test_a_compiled_run_trains_alike_and_saves_under_the_same_names(
     losses = [(tmp_path / c / "losses.jsonl").read_text() for c in ("false", "true")]
     first, second = ([json.loads(x)["loss"] for x in text.splitlines()] for text in losses)
     assert first == pytest.approx(second, rel=1e-4)
-    assert losses[0] != losses[1], "nothing was compiled: the losses are equal in every bit"
 
 
 def test_checkpoints_rotate_and_record_their_origin(base: Path, tmp_path: Path) -> None:
