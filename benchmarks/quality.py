@@ -128,6 +128,7 @@ def draw(results: dict[str, dict[str, np.ndarray]], path: Path) -> None:
             one.plot(x, y, "o", color="tab:orange" if set(label) & set("+(") else "tab:blue")
             one.annotate(label, (x, y), textcoords="offset points", xytext=(4, 4), fontsize=8)
         one.set_xscale("log")
+        one.margins(x=0.3)
         one.set_xlabel("CPU seconds per picture")
         one.set_title(title)
     figure.savefig(path, dpi=120)
