@@ -30,7 +30,7 @@ from featinv_diffusion.settings import from_flat
 
 ROOT, PAGE = Path("outputs/papers"), Path("docs/papers.md")
 CLASSES = "configs/tiny/classes.txt"
-BOXED = ("stages", "recolouring", "prototypes", "shape", "other domains")
+BOXED = ("stages", "recolouring", "prototypes", "grey", "shape", "other domains")
 """Studies that need boxes, or classes that nothing was trained on."""
 N_IMAGES = {
     "reconstruction": 60,
@@ -39,13 +39,18 @@ N_IMAGES = {
     "mixtures": 30,
     "spread": 6,
     "concepts": 29,
+    "warm start": 1056,
     "tokens": 150,
+    "probes": 1200,
+    "token models": 1000,
     "stages": 500,
     "recolouring": 200,
     "prototypes": 500,
+    "grey": 1000,
     "layers": 200,
     "shape": 300,
     "spatial": 300,
+    "families": 600,
     "cost": 400,
     "swap": 600,
     "suppression": 400,
