@@ -18,8 +18,8 @@ from featinv_diffusion.errors import InputError
 from featinv_diffusion.metrics.statistics import Interval
 from featinv_diffusion.papers.base import Answer, Finding, Request, cell, percent
 
-N_TOKENS, N_PROBED = 200, 1200
-PROBED_SHARE = 5 / 6
+N_TOKENS, N_PROBED = 200, 1000
+PROBED_SHARE = 0.9
 """Of the images of each class, what the probes are fitted on."""
 PUBLISHED = {
     "vit_base_patch32_224.augreg_in21k_ft_in1k": ("ViT-B/32", 60.73),

@@ -52,7 +52,7 @@ from featinv_diffusion.types import Features, Images
 
 COLD, WARM = "cold", "warm"
 COLOURS = {COLD: BLUE, WARM: ORANGE}
-N_DEFAULT, EPOCHS, N_HELD = 1056, 5, 32
+N_DEFAULT, EPOCHS, N_HELD = 672, 5, 32
 """Images, passes over those of them that are trained on, and images that are measured on."""
 POINTS = (1 / 12, 1 / 6, 1 / 3, 2 / 3, 1.0)
 """Where the curves are measured, as shares of the steps."""
