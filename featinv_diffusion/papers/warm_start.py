@@ -52,9 +52,9 @@ from featinv_diffusion.types import Features, Images
 
 COLD, WARM = "cold", "warm"
 COLOURS = {COLD: BLUE, WARM: ORANGE}
-N_DEFAULT, EPOCHS, N_HELD = 672, 5, 32
+N_DEFAULT, EPOCHS, N_HELD = 504, 5, 24
 """Images, passes over those of them that are trained on, and images that are measured on."""
-POINTS = (1 / 12, 1 / 6, 1 / 3, 2 / 3, 1.0)
+POINTS = (1 / 10, 1 / 5, 1 / 2, 1.0)
 """Where the curves are measured, as shares of the steps."""
 OPTIM = OptimConfig(optimizer="muon", lr=0.01, weight_decay=0.0, warmup_steps=20, schedule="linear")
 """That of the bundled models, whose ControlNets it was chosen for."""
