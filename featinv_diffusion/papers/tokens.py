@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from featinv_diffusion.backbones import load_backbone
 from featinv_diffusion.backbones.names import canonical_name
 from featinv_diffusion.class_embedding.removal import PROBE
@@ -116,29 +118,36 @@ def measure_probes(request: Request) -> Finding:
     wanted = request.settings.n_images or N_PROBED
     fitted = max(1, int(PROBED_SHARE * wanted / len(per_class)))
     reading = _read(request, name, N_PROBED, perturbation=True, probes_per_class=fitted)
-    metrics = dict(reading.metrics)
+    drawn = {}
+    if (perturbation := reading.perturbation_figure()) is not None:
+        drawn["perturbation.png"] = perturbation
+    return report_probes(dict(reading.metrics), list(reading.images.ids), drawn)
+
+
+def report_probes(metrics: dict[str, Any], ids: list[str], drawn: Mapping[str, Figure]) -> Finding:
+    """Returns what naming and removal say of the class embedding beside probes."""
     states = metrics["probes"]["hidden"]
     own, probe, ahead = (
         [_interval(one) for one in states[key]] for key in ("projection", "probe", "difference")
     )
     removed = metrics["perturbation"]
+    # Beyond a random order, paired by image: areas themselves vary with how hard the images are.
     found = {
-        f"{method}/{direction}": _interval(removed[f"{method}/{direction}"]["area"])
+        f"{method}/{direction}": _interval(removed[f"{method}/{direction}"]["area_minus_random"])
         for method in ("gradient", PROBE)
         for direction in ("negative", "positive")
     }
     keeps = found["gradient/negative"].low > found[f"{PROBE}/negative"].high
     loses = found["gradient/positive"].high < found[f"{PROBE}/positive"].low
-    areas = ", ".join(
-        f"{words} {found[f'{method}/negative'].value:.3f} and "
-        f"{found[f'{method}/positive'].value:.3f}"
+    areas = "; ".join(
+        f"{words} {cell(found[f'{method}/negative'])} and {cell(found[f'{method}/positive'])}"
         for method, words in (("gradient", "gradient"), (PROBE, "probes"))
     )
     answer = Answer(
         f"top-1 of image tokens after the last block {percent(own[-1])} by the class embedding, "
         f"{percent(probe[-1])} by probes, difference {percent(ahead[-1])}; area of the "
-        f"perturbation test, least and most relevant first: {areas}, random "
-        f"{_interval(removed['random']['area']).value:.3f}",
+        "perturbation test minus that of a random order, least and most relevant first: "
+        f"{areas}",
         ahead[-1].low > 0 and keeps and loses,
     )
     rows = [
@@ -146,12 +155,16 @@ def measure_probes(request: Request) -> Finding:
         for i, (a, b, d) in enumerate(zip(own, probe, ahead, strict=True))
     ]
     cells = [
-        [method, direction, cell(found[f"{method}/{direction}"]),
-         cell(_interval(removed[f"{method}/{direction}"]["area_minus_random"])),
-         cell(_interval(removed[f"{method}/{direction}"]["area_minus_wrong"]))]
+        [
+            method,
+            direction,
+            cell(_interval(removed[f"{method}/{direction}"]["area"])),
+            cell(found[f"{method}/{direction}"]),
+            cell(_interval(removed[f"{method}/{direction}"]["area_minus_wrong"])),
+        ]
         for method in ("gradient", PROBE)
         for direction in ("negative", "positive")
-    ]  # fmt: skip
+    ]
     tables = [
         ("Top-1 of image tokens", ("block", "class embedding", "probes", "difference"), rows),
         (
@@ -160,17 +173,12 @@ def measure_probes(request: Request) -> Finding:
             cells,
         ),
     ]
-    drawn = {}
-    if (perturbation := reading.perturbation_figure()) is not None:
-        drawn["perturbation.png"] = perturbation
     note = (
-        f"Probes are fitted on {metrics['probes']['n_fitted']} images and measured on "
-        f"{len(reading.images)} others. The gradient is of the class score, which the class "
-        "embedding gives; negative removes the least relevant first."
+        f"Probes are fitted on {metrics['probes']['n_fitted']} images and measured on {len(ids)} "
+        "others. The gradient is of the class score, which the class embedding gives; negative "
+        "removes the least relevant first."
     )
-    return Finding(
-        {"tokens-probes": answer}, tables, drawn, metrics, list(reading.images.ids), [note]
-    )
+    return Finding({"tokens-probes": answer}, tables, drawn, metrics, ids, [note])
 
 
 def measure_token_models(request: Request) -> Finding:
