@@ -30,7 +30,7 @@ from featinv_diffusion.settings import from_flat
 
 ROOT, PAGE = Path("outputs/papers"), Path("docs/papers.md")
 CLASSES = "configs/tiny/classes.txt"
-BOXED = ("stages", "recolouring", "prototypes", "shape", "other domains")
+BOXED = ("stages", "recolouring", "prototypes", "grey", "shape", "other domains")
 """Studies that need boxes, or classes that nothing was trained on."""
 N_IMAGES = {
     "reconstruction": 60,
@@ -38,15 +38,20 @@ N_IMAGES = {
     "other domains": 24,
     "mixtures": 30,
     "spread": 6,
-    "concepts": 29,
+    "concepts": 30,
+    "warm start": 504,
     "tokens": 150,
+    "probes": 1000,
+    "token models": 500,
     "stages": 500,
     "recolouring": 200,
     "prototypes": 500,
+    "grey": 500,
     "layers": 200,
     "shape": 300,
     "spatial": 300,
-    "cost": 400,
+    "families": 200,
+    "cost": 120,
     "swap": 600,
     "suppression": 400,
     "colourisation": 600,

@@ -60,11 +60,11 @@ def controlnet(
 def inverter(
     overrides: Overrides = None, config: ConfigName = None, dry_run: DryRun = False
 ) -> None:
-    """Train a deterministic inverter: modules of a DETR or ViT, or the reconstructor of an encoder.
+    """Train a deterministic inverter: modules of a DETR, ViT, DeiT or Swin, or a reconstructor.
 
-    The setting model.family says which: detr, vit or reconstructor. Runs on any number of processes
-    as `accelerate launch -m featinv_diffusion train inverter …`; the same command again resumes an
-    interrupted run.
+    The setting model.family says which: detr, vit (a DeiT too), swin or, for the reconstructor of
+    an encoder, reconstructor. Runs on any number of processes as `accelerate launch -m
+    featinv_diffusion train inverter …`; the same command again resumes an interrupted run.
     """
     from featinv_diffusion.config import read_setting
     from featinv_diffusion.errors import InputError, choices_hint
@@ -74,6 +74,7 @@ def inverter(
     families: dict[str, tuple[type[Any], Callable[[Any], object]]] = {
         "detr": (InverterConfig, train_inverter),
         "vit": (InverterConfig, train_inverter),
+        "swin": (InverterConfig, train_inverter),
         "reconstructor": (ReconstructorConfig, train_reconstructor),
     }
     family = str(read_setting("model.family", config, overrides or ()) or "detr")

@@ -17,8 +17,7 @@ from featinv_diffusion.backbones.traced import Layout
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.inverters.base import Generators, Inverter
 from featinv_diffusion.inverters.blocks import InverseModule
-from featinv_diffusion.inverters.path import ForwardPath
-from featinv_diffusion.inverters.vit import VitPath
+from featinv_diffusion.inverters.path import ClassifierPath, ForwardPath
 from featinv_diffusion.types import Features, FeatureSpec, Images
 
 
@@ -38,8 +37,7 @@ class StageBackbone(Backbone):
     @property
     def has_head(self) -> bool:
         """Whether the model classifies whole images; DETR scores its queries instead."""
-        model: Any = self.path.model
-        return isinstance(self.path, VitPath) and bool(model.num_classes > 0)
+        return isinstance(self.path, ClassifierPath) and self.path.has_head
 
     def _features(self, images: Images) -> Features:
         return self._to_map(self.path.embeddings(images, [self.stage])[self.stage])
@@ -48,8 +46,10 @@ class StageBackbone(Backbone):
         """Returns the stage as a map, and class scores where there is a head."""
         stages = {self.stage, "encoder"} if self.has_head else {self.stage}
         found = self.path.embeddings(images, stages)
-        logits = self.path.logits(found["encoder"]) if isinstance(self.path, VitPath) else None
-        return self._to_map(found[self.stage]), logits if self.has_head else None
+        features = self._to_map(found[self.stage])
+        if isinstance(self.path, ClassifierPath) and self.path.has_head:
+            return features, self.path.logits(found["encoder"])
+        return features, None
 
     def layers(self) -> list[FeatureSpec]:
         """Returns all stages as maps, without the image."""
@@ -66,7 +66,7 @@ class StageBackbone(Backbone):
         return self.path.model(pixels)
 
     def _class_names(self) -> tuple[str, ...] | None:
-        return self.path.labels if isinstance(self.path, VitPath) else None
+        return self.path.labels if isinstance(self.path, ClassifierPath) else None
 
 
 def sequence_to_map(sequence: Float[Tensor, "b n c"]) -> Float[Tensor, "b c n 1"]:

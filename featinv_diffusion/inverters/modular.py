@@ -30,7 +30,8 @@ from featinv_diffusion.inverters.detr import (
     HeadInverse,
     load_detr,
 )
-from featinv_diffusion.inverters.path import ForwardPath
+from featinv_diffusion.inverters.path import ClassifierPath, ForwardPath
+from featinv_diffusion.inverters.swin import SwinInverse, SwinPath
 from featinv_diffusion.inverters.vit import AnalyticPatchInverse, BlocksInverse, VitPath
 
 INDEX = "inverter.json"
@@ -38,7 +39,9 @@ TUNING = "tuning.json"
 """File beside an inverter that was tuned end to end, with its λ as `reconstruction_weight`."""
 FAMILY, FOLDER = "tiny", "inverter"
 """A bundled inverter lies in `assets/tiny/NAME/inverter`."""
-FAMILIES = ("detr", "vit")
+PATHS: dict[str, type[ClassifierPath]] = {"vit": VitPath, "swin": SwinPath}
+"""The families of classifiers; a DeiT is a ViT with one token more."""
+FAMILIES = ("detr", *PATHS)
 MODULES: dict[str, type[InverseModule]] = {
     cls.__name__: cls
     for cls in (
@@ -47,6 +50,7 @@ MODULES: dict[str, type[InverseModule]] = {
         DecoderInverse,
         HeadInverse,
         BlocksInverse,
+        SwinInverse,
         AnalyticPatchInverse,
     )
 }
@@ -58,9 +62,9 @@ class PathInfo:
     """How to load the forward path again.
 
     Args:
-        family: `detr` or `vit`.
+        family: one of `FAMILIES`.
         model: name for `load_detr` or `load_backbone`.
-        input_size: (h, w) to which images are resized for DETR; None for a ViT.
+        input_size: (h, w) to which images are resized for DETR; None for the others.
     """
 
     family: str
@@ -228,7 +232,7 @@ def load_path(info: PathInfo) -> ForwardPath:
     """
     if info.family == "detr":
         return _detr_path(info, info.model)
-    return vit_path(load_named_backbone(info.model))
+    return classifier_path(load_named_backbone(info.model), info.family)
 
 
 def _detr_path(info: PathInfo, source: str) -> DetrPath:
@@ -236,9 +240,13 @@ def _detr_path(info: PathInfo, source: str) -> DetrPath:
     return DetrPath(load_detr(source), name=info.model, input_size=size)
 
 
-def vit_path(backbone: Backbone) -> VitPath:
-    """Returns the forward path of a backbone that is a plain ViT."""
-    return VitPath(
+def classifier_path(backbone: Backbone, family: str) -> ClassifierPath:
+    """Returns the forward path of a backbone of a family of `PATHS`.
+
+    Raises:
+        InputError: a model of another family.
+    """
+    return PATHS[family](
         backbone.model,
         name=backbone.name,
         preprocessing=backbone.preprocessing,

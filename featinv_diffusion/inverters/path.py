@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Collection, Iterator
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -128,3 +129,35 @@ class ForwardPath(nn.Module):
             return FeatureSpec(self.name, stage, channels, (height, width))
         n, channels = state.shape[1:]
         return FeatureSpec(self.name, stage, channels, (n, 1), self.sequence_kind)
+
+
+class ClassifierPath(ForwardPath):
+    """The way through a classifier: what enters its blocks, what leaves them, its `last` layer.
+
+    Args:
+        model, name, preprocessing: as in `ForwardPath`.
+        labels: names of the classes.
+    """
+
+    main_stages: ClassVar[tuple[str, ...]] = ("patches", "encoder", "last")
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        name: str,
+        preprocessing: Preprocessing,
+        labels: tuple[str, ...] | None = None,
+    ):
+        self.labels = labels
+        super().__init__(model, name=name, preprocessing=preprocessing)
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the model has a head, so that `logits` are class scores."""
+        model: Any = self.model
+        return bool(model.num_classes > 0)
+
+    @abstractmethod
+    def logits(self, encoder: Float[Tensor, "b ..."]) -> Float[Tensor, "b k"]:
+        """Returns the class scores of the stage `encoder`."""

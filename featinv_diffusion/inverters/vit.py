@@ -17,13 +17,14 @@ from featinv_diffusion.backbones.base import Preprocessing
 from featinv_diffusion.backbones.traced import Layout
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.inverters.blocks import InverseModule
-from featinv_diffusion.inverters.path import IMAGE, ForwardPath
+from featinv_diffusion.inverters.path import IMAGE, ClassifierPath
 
 
-class VitPath(ForwardPath):
-    """A ViT as patches → encoder → last.
+class VitPath(ClassifierPath):
+    """A ViT or DeiT as patches → encoder → last.
 
-    - `patches`: the tokens that enter the first block, with prefix tokens and positions.
+    - `patches`: the tokens that enter the first block, with prefix tokens (class, distillation,
+      registers) and positions.
     - `encoder`: the tokens after all blocks, before the final norm. `blocks.i` are those after
       block i (counted from 0) and `blocks.i.attention` those after its attention.
     - `last`: the map `[b, c, h, w]` after the final norm, without prefix tokens. It is the `last`
@@ -40,7 +41,6 @@ class VitPath(ForwardPath):
     """
 
     family: ClassVar[str] = "vit"
-    main_stages: ClassVar[tuple[str, ...]] = ("patches", "encoder", "last")
     sequence_kind: ClassVar[Literal["tokens", "queries"]] = "tokens"
 
     def __init__(
@@ -59,12 +59,11 @@ class VitPath(ForwardPath):
                 f"{name!r} must be a timm VisionTransformer with pre-norm blocks, got a "
                 f"{type(model).__name__}. Choose one such as vit_base_patch16_224."
             )
-        self.labels = labels
-        super().__init__(model, name=name, preprocessing=preprocessing)
+        super().__init__(model, name=name, preprocessing=preprocessing, labels=labels)
 
     @property
     def n_prefix(self) -> int:
-        """Number of class and register tokens before the patches."""
+        """Number of class, distillation and register tokens before the patches."""
         return self._vit.num_prefix_tokens
 
     @property
@@ -79,9 +78,9 @@ class VitPath(ForwardPath):
         norms = (self._vit.norm_pre, self._vit.patch_embed.norm)
         return all(isinstance(norm, nn.Identity) for norm in norms)
 
-    def logits(self, tokens: Float[Tensor, "b n c"]) -> Float[Tensor, "b k"]:
+    def logits(self, encoder: Float[Tensor, "b n c"]) -> Float[Tensor, "b k"]:
         """Returns the class scores of the tokens of stage `encoder`."""
-        return self._vit.forward_head(self._vit.norm(tokens))
+        return self._vit.forward_head(self._vit.norm(encoder))
 
     def positions(self) -> Float[Tensor, "n c"]:
         """Returns the position embedding, a row per token; prefix tokens may have zeros.

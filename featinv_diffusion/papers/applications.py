@@ -32,7 +32,7 @@ from featinv_diffusion.types import Images
 N_PAIRS, N_SPREAD = 20, 6
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 BOX = (0.25, 0.25, 0.75, 0.75)
-N_CONCEPTS, N_SHOWN, N_SEEDS, N_FIT = 3, 4, 6, 25
+N_CONCEPTS, N_SHOWN, N_SEEDS, N_FIT = 3, 6, 4, 24
 
 
 def _pairs(pictures: Pictures) -> list[tuple[int, int]]:
@@ -51,7 +51,7 @@ def measure_mixtures(request: Request) -> Finding:
     truth = scores_of(backbone, pictures.images, size).argmax(1)
     shown = to_pil(pictures.images)
     cosines: list[Tensor] = []
-    both, inside, outside = [], [], []
+    both, in_map, inside, outside = [], [], [], []
     rows: list[Images] = []
     composed: list[Images] = []
     for i, j in pairs:
@@ -59,7 +59,10 @@ def measure_mixtures(request: Request) -> Finding:
         mixed = interpolate(inverter, shown[i], shown[j], weights=WEIGHTS, **given)
         cosines.append(mixed.cosine.mean(1))
         top5 = scores_of(backbone, mixed.images[2], size).topk(5, dim=1).indices[0]
-        both.append(torch.tensor([float(truth[i] in top5), float(truth[j] in top5)]))
+        both.append(torch.tensor([bool(truth[i] in top5), bool(truth[j] in top5)]))
+        if backbone.head_reads_map:
+            said = backbone.logits(mixed.maps[2:3].to(backbone.device)).topk(5, dim=1).indices[0]
+            in_map.append(bool(truth[i] in said and truth[j] in said))
         rows.append(mixed.images[:, 0])
         pasted = compose(inverter, shown[i], shown[j], box=BOX, **given)
         inside.append(float(torch.tensor(pasted.change_inside or [0.0]).mean()))
@@ -68,11 +71,18 @@ def measure_mixtures(request: Request) -> Finding:
     curve = torch.stack(cosines)
     means = {f"{w:g}": bootstrap_mean(curve[:, k]) for k, w in enumerate(WEIGHTS)}
     dip = bootstrap_difference(curve[:, [0, 4]].mean(1), curve[:, 2])
-    lowest = bootstrap_mean((curve.argmin(1) == 2).float())
+    lowest = bootstrap_mean(curve.argmin(1) == 2)
     seen = torch.stack(both)
-    each = bootstrap_mean(seen.mean(1))
-    all_two = bootstrap_mean(seen.prod(1))
-    other = bootstrap_mean((truth[[j for _, j in pairs]] == truth[[i for i, _ in pairs]]).float())
+    shares = {
+        "one or both": bootstrap_mean(seen.any(1)),
+        "both": bootstrap_mean(seen.all(1)),
+        # What a picture could show at best: what the mixed map itself says, without one.
+        **(
+            {"both, of the mixed map itself": bootstrap_mean(torch.tensor(in_map))}
+            if in_map
+            else {}
+        ),
+    }
     near = bootstrap_difference(inside, outside)
     change = {"inside": bootstrap_mean(inside), "outside": bootstrap_mean(outside)}
     listed = ", ".join(f"{w}: {v.value:.3f}" for w, v in means.items())
@@ -87,9 +97,9 @@ def measure_mixtures(request: Request) -> Finding:
             near.low > 0,
         ),
         "featinv-mixture": Answer(
-            f"of the mixture 0.5 : 0.5 the top 5 hold the class of one picture in {percent(each)}, "
-            f"of both in {percent(all_two)} of the pairs",
-            all_two.low > 0.5,
+            "pairs whose classes are among the top 5 of the sample of 0.5 : 0.5: "
+            + ", ".join(f"{name} {percent(v)}" for name, v in shares.items()),
+            shares["both"].low > 0.5,
         ),
     }
     tables: list[Any] = [
@@ -97,20 +107,23 @@ def measure_mixtures(request: Request) -> Finding:
             "Cosine to the mixed map",
             ("weight of A", "cosine"),
             [[w, cell(v)] for w, v in means.items()],
-        )
+        ),
+        (
+            "Classes of A and B among the top 5 of 0.5 : 0.5",
+            ("which", "pairs"),
+            [[name, percent(v)] for name, v in shares.items()],
+        ),
     ]
     firsts, seconds = ([pair[k] for pair in pairs] for k in (0, 1))
     columns: dict[str, Images] = {"A": pictures.images[firsts], "B": pictures.images[seconds]}
     columns |= {f"{w:g} A": torch.stack([row[k] for row in rows]) for k, w in enumerate(WEIGHTS)}
     columns["B in A"] = torch.cat(composed)
-    drawn = {"mixtures.png": figures.draw_grid(columns, "Mixed and composed maps", [])}
+    drawn = {"mixtures.png": figures.draw_grid(columns, "Mixed and composed maps", [], 6)}
     metrics = {
         "cosine": to_dicts(means),
         "dip": to_dicts({"dip": dip})["dip"],
         "lowest_in_the_middle": to_dicts({"share": lowest})["share"],
-        "class_of_one": to_dicts({"share": each})["share"],
-        "class_of_both": to_dicts({"share": all_two})["share"],
-        "same_class": to_dicts({"share": other})["share"],
+        "classes": to_dicts(shares),
         "change": to_dicts(change),
     }
     return Finding(answers, tables, drawn, metrics, pictures.ids)
@@ -181,15 +194,19 @@ def measure_concepts(request: Request) -> Finding:
             area.append(float(active.float().mean()))
             row.append(normalise(change))
         maps.append(row)
-    values = {
-        "concept": bootstrap_mean(own),
-        "random subspaces": bootstrap_mean(chance),
-        "area": bootstrap_mean(area),
-    }
-    against_area = bootstrap_difference(own, area)
-    against_null = bootstrap_difference(own, chance)
+    # Concepts of one picture are not independent, so that pictures are what is resampled.
+    by_picture = [torch.tensor(x).view(len(shown), -1).mean(1) for x in (own, chance, area)]
+    names = ("concept", "random subspaces", "area")
+    values = {name: bootstrap_mean(x) for name, x in zip(names, by_picture, strict=True)}
+    against_null, against_area = (
+        bootstrap_difference(by_picture[0], other) for other in by_picture[1:]
+    )
     listed = ", ".join(f"{name} {v.value:.2f}" for name, v in values.items())
-    words = f"{title}: share of the change where the concept is active: {listed}"
+    words = (
+        f"{title}, {len(shown)} pictures × {N_CONCEPTS} concepts: share of the change where the "
+        f"concept is active: {listed}; more than random subspaces by {cell(against_null, 2)}, than "
+        f"the area by {cell(against_area, 2)}"
+    )
     holds = against_area.low > 0 and against_null.low > 0
     answers = {
         "featinv-figure-4": Answer(words, holds),
@@ -202,6 +219,7 @@ def measure_concepts(request: Request) -> Finding:
     metrics = {
         "share_inside": to_dicts(values),
         "more_than_random": to_dicts({"d": against_null})["d"],
+        "more_than_area": to_dicts({"d": against_area})["d"],
     }
     return Finding(answers, tables, drawn, metrics, ids)
 

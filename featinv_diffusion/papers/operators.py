@@ -37,6 +37,8 @@ from featinv_diffusion.types import Features, Images
 N_DEFAULT = 1000
 RANKS = (2, 4, 8, 16)
 """How many directions the reflections of the swap may turn round."""
+OTHERS = "reflection of all but 2"
+"""Turns round what the whole rotation does beyond the one pair that is published."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,6 +173,8 @@ def measure_swap(request: Request) -> Finding:
     edits: dict[str, Edit] = {name: one.edit(spec=spec) for name, one in fitted.items()}
     reflections = {k: reflect(moments.xy, k) for k in RANKS if k < spec.channels}
     edits |= {f"reflection of {k}": by_matrix(q) for k, q in reflections.items()}
+    n_turned = int((torch.linalg.eigvalsh((moments.xy + moments.xy.T) / 2) < 0).sum())
+    edits[OTHERS] = by_matrix(reflect(moments.xy, n_turned, skipped=RANKS[0]))
     found = place(inverter, halves, edits, size)
     spectra = {name: measure_spectrum(one) for name, one in fitted.items()}
     energy = difference_energy(halves)
@@ -179,13 +183,15 @@ def measure_swap(request: Request) -> Finding:
     full = position["self-adjoint"].value
     few = ", ".join(f"{k}: {position[f'reflection of {k}'].value:.2f}" for k in reflections)
     near = ", ".join(f"{name} {v.value:.2f}" for name, v in position.items() if name in fitted)
+    others = position[OTHERS].value
     pair = (
         f"{counts['n_near_plus_one']} near +1, {counts['n_near_minus_one']} near −1, "
         f"{counts['n_negative_real']} of {counts['n_eigenvalues']} with a negative real part"
     )
     reason = (
-        f"position of a reflection of so many directions {few} (all {full:.2f}); two directions "
-        f"hold {100 * energy[1]:.0f} % of what the swap changes"
+        f"position of a reflection of so many directions {few} (all {n_turned}: {full:.2f}; all "
+        f"but the first two: {others:.2f}); two directions hold {100 * energy[1]:.0f} % of what "
+        "the swap changes"
     )
     answers = {
         "siglip-figure-3": Answer(
@@ -216,13 +222,14 @@ def measure_swap(request: Request) -> Finding:
     return Finding(answers, tables, drawn, metrics, pictures.ids, [NOTE])
 
 
-def reflect(xy: Float[Tensor, "c c"], k: int) -> Float[Tensor, "c c"]:
+def reflect(xy: Float[Tensor, "c c"], k: int, skipped: int = 0) -> Float[Tensor, "c c"]:
     """Returns I − 2 W Wᵀ with the k directions that it pays most to turn round.
 
-    They are the eigenvectors of the symmetric part of XᵀY with the least eigenvalues.
+    They are the eigenvectors of the symmetric part of XᵀY with the least eigenvalues. The first
+    `skipped` of them stay as they are.
     """
     _, vectors = torch.linalg.eigh((xy + xy.T) / 2)
-    turned = vectors[:, :k]
+    turned = vectors[:, skipped:k]
     return torch.eye(len(xy), dtype=xy.dtype) - 2 * turned @ turned.T
 
 

@@ -7,7 +7,7 @@ space, and to be more sensitive to colour than a DETR. It names no measures; the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,7 +57,7 @@ def open_pair(request: Request) -> tuple[ModularInverter, ModularInverter]:
 
 
 @dataclass(frozen=True, eq=False)
-class _Compared:
+class Compared:
     """One stage of one model, measured on each image."""
 
     mse: Float[Tensor, " b"]
@@ -72,27 +72,62 @@ def measure_spatial(request: Request) -> Finding:
     pair = open_pair(request)
     pictures = request.staged(pair[0].path.input_size)
     images, size = pictures.images, request.settings.batch_size
-    others = images.roll(max(1, len(images) // 2), 0)
-    turned = recolour(images, torch.ones_like(pictures.inside), "+120")
-    patched, where = replace_patches(images, others, request.settings.seed)
-    found: dict[str, _Compared] = {}
-    columns: dict[str, Images] = {"original": images, "one patch": patched, "hue turned": turned}
+    changes = make_changes(images, pictures.inside, request.settings.seed)
+    found: dict[str, Compared] = {}
+    columns: dict[str, Images] = {
+        "original": images,
+        "one patch": changes.patched,
+        "hue turned": changes.turned,
+    }
     for inverter in pair:
         stages = [s for s in MAIN[inverter.path.family] if s in inverter.inverses.chainable()]
-        plain = reconstruct_stages(inverter, images, stages, size)
-        changed = reconstruct_stages(inverter, patched, stages, size)
-        coloured = reconstruct_stages(inverter, turned, stages, size)
-        for stage in stages:
+        for stage, (one, coloured) in compare_stages(
+            inverter, stages, images, changes, request.settings.seed, size
+        ).items():
             name = f"{inverter.path.family}: {stage}"
-            found[name] = _Compared(
-                mse=(plain[stage] - images).square().mean(dim=(1, 2, 3)),
-                ssim=ssim(plain[stage].clamp(0, 1), images),
-                place=follow_cells(inverter, images, stage, request.settings.seed, size),
-                inside=share_inside(changed[stage] - plain[stage], where),
-                passed=passed_on(coloured[stage] - plain[stage], turned - images),
-            )
-            columns[name] = coloured[stage]
-    return _report(request, found, columns, pictures.ids, where)
+            found[name], columns[name] = one, coloured
+    return _report(found, columns, pictures.ids, changes.where)
+
+
+@dataclass(frozen=True, eq=False)
+class Changes:
+    """What is done to the pictures: one patch of another picture's, the hue turned by 120°."""
+
+    patched: Images
+    where: Float[Tensor, "b 1 height width"]
+    turned: Images
+
+
+def make_changes(images: Images, inside: Tensor, seed: int) -> Changes:
+    """Changes a patch of each picture, and the colours of all of it; `inside` has its shape."""
+    others = images.roll(max(1, len(images) // 2), 0)
+    patched, where = replace_patches(images, others, seed)
+    return Changes(patched, where, recolour(images, torch.ones_like(inside), "+120"))
+
+
+def compare_stages(
+    inverter: ModularInverter,
+    stages: Sequence[str],
+    images: Images,
+    changes: Changes,
+    seed: int,
+    batch_size: int,
+) -> dict[str, tuple[Compared, Images]]:
+    """Returns what each stage of a model makes of the pictures, and of their turned colours."""
+    plain = reconstruct_stages(inverter, images, stages, batch_size)
+    patched = reconstruct_stages(inverter, changes.patched, stages, batch_size)
+    coloured = reconstruct_stages(inverter, changes.turned, stages, batch_size)
+    found = {}
+    for stage in stages:
+        one = Compared(
+            mse=(plain[stage] - images).square().mean(dim=(1, 2, 3)),
+            ssim=ssim(plain[stage].clamp(0, 1), images),
+            place=follow_cells(inverter, images, stage, seed, batch_size),
+            inside=share_inside(patched[stage] - plain[stage], changes.where),
+            passed=passed_on(coloured[stage] - plain[stage], changes.turned - images),
+        )
+        found[stage] = (one, coloured[stage])
+    return found
 
 
 def replace_patches(
@@ -184,13 +219,13 @@ def passed_on(
     }
 
 
-def _weight(columns: Mapping[str, Tensor]) -> Interval:
+def weight_of(columns: Mapping[str, Tensor]) -> Interval:
+    """Returns w with its interval, over images."""
     return bootstrap_statistic(columns, lambda m: m["xy"] / max(m["xx"], 1e-12))
 
 
 def _report(
-    request: Request,
-    found: Mapping[str, _Compared],
+    found: Mapping[str, Compared],
     columns: Mapping[str, Images],
     ids: list[str],
     where: Tensor,
@@ -204,7 +239,7 @@ def _report(
         if not one.place.isnan().any()
     }
     inside = {name: bootstrap_mean(one.inside) for name, one in found.items()}
-    colour = {name: _weight(one.passed) for name, one in found.items()}
+    colour = {name: weight_of(one.passed) for name, one in found.items()}
     pairs = [("vit: encoder", "detr: encoder"), ("vit: encoder", "detr: decoder")]
     pairs = [pair for pair in pairs if pair[0] in found and pair[1] in found]
     detail = bootstrap_difference(found["detr: backbone"].mse, found["vit: encoder"].mse)

@@ -1,4 +1,4 @@
-"""What a DETR's stages keep: figures 1 to 3, 11 and 12, background, errors, grey, one-hot.
+"""What a DETR's stages keep: figures 1 to 3, 11 and 12, background, errors, one-hot.
 
 Source: "Inverting Visual Representations with Detection Transformers", section 4.1.
 """
@@ -131,7 +131,6 @@ def measure_detr_stages(request: Request) -> Finding:
     seen = {name: detect(inverter, x) for name, x in (("colour", images), (GREY, grey))}
     right = {name: hits(*one, pictures) for name, one in seen.items()}
     hit = {name: bootstrap_mean(values) for name, values in right.items()}
-    ratio = bootstrap_statistic(right, lambda m: m[GREY] / max(m["colour"], 1e-12))
     outcomes = _by_outcome(found, images, inside, right["colour"] > 0)
     exact = _exactness(inverter, images[:8])
     title = f"From the stages of {inverter.path.name}"
@@ -142,7 +141,7 @@ def measure_detr_stages(request: Request) -> Finding:
             {s: mse[s] for s in stages}, title, MSE, (AVERAGE, mse[AVERAGE])
         ),
     }
-    answers = _answers(stages, mse, rises, regions, hit, ratio, outcomes, exact)
+    answers = _answers(stages, mse, rises, regions, hit, outcomes, exact)
     tables = [
         ("MSE by stage", ("from", "MSE"), [[n, cell(v, 4)] for n, v in mse.items()]),
         ("Rise from one stage to the next", ("stages", "MSE"), _cells(rises, 4)),
@@ -166,7 +165,6 @@ def measure_detr_stages(request: Request) -> Finding:
         "kept": {k: to_dicts(v) for k, v in regions.items()},
         "kept_by_outcome": {k: to_dicts(v) for k, v in outcomes.items()},
         "hit": to_dicts(hit),
-        "grey_to_colour": to_dicts({"ratio": ratio})["ratio"],
         "max_difference": exact,
     }
     return Finding(answers, tables, drawn, metrics, pictures.ids)
@@ -220,7 +218,6 @@ def _answers(
     rises: Mapping[str, Interval],
     regions: Mapping[str, Mapping[str, Interval]],
     hit: Mapping[str, Interval],
-    ratio: Interval,
     outcomes: Mapping[str, Mapping[str, Interval]],
     exact: float,
 ) -> dict[str, Answer]:
@@ -255,7 +252,6 @@ def _answers(
             f"share kept of objects after the encoder: {before}; after the decoder: {after}",
             drops,
         ),
-        "detr-grey": Answer(f"{grey}; ratio {cell(ratio, 2)}", ratio.high > 0.95),
         "detr-one-hot": Answer(
             f"MSE of prediction {mse['prediction'].value:.4f}, of one-hot detections "
             f"{mse['detection'].value:.4f}, of the average image {mse[AVERAGE].value:.4f}",

@@ -356,23 +356,28 @@ def make_controlnet(config: ControlNetModelConfig, parts: FrozenParts) -> Featur
         feature_spec=asdict(spec),
     ).float()
     if config.warm_start:
-        other = load_component(FeatureControlNet, config.warm_start)
-        weights = {
-            name: weight
-            for name, weight in other.state_dict().items()
-            if not name.startswith("feature_encoder.")
-        }
-        mine = controlnet.state_dict()
-        shared = {name for name in mine if not name.startswith("feature_encoder.")}
-        if weights.keys() != shared or any(weights[k].shape != mine[k].shape for k in shared):
-            raise InputError(
-                f"model.warm_start must be a ControlNet of the same base, but the one in "
-                f"{config.warm_start} has other blocks. Use one trained on {config.base}."
-            )
-        controlnet.load_state_dict(weights, strict=False)
+        begin_with(controlnet, load_component(FeatureControlNet, config.warm_start))
     if config.attention == "xformers":
         _use_xformers(controlnet)
     return controlnet.train()
+
+
+def begin_with(controlnet: FeatureControlNet, other: FeatureControlNet) -> None:
+    """Copies the weights of another backbone's ControlNet, all but the feature encoder's.
+
+    Raises:
+        InputError: one of another base.
+    """
+    weights, mine = (
+        {k: v for k, v in one.state_dict().items() if not k.startswith("feature_encoder.")}
+        for one in (other, controlnet)
+    )
+    if weights.keys() != mine.keys() or any(weights[k].shape != mine[k].shape for k in mine):
+        raise InputError(
+            "A warm start (model.warm_start) must be from a ControlNet of the same base, but the "
+            "one given has other blocks. Use one that was trained on the same base."
+        )
+    controlnet.load_state_dict(weights, strict=False)
 
 
 @torch.no_grad()

@@ -40,8 +40,15 @@ from featinv_diffusion.inverters.detr import (
     HeadInverse,
     load_detr,
 )
-from featinv_diffusion.inverters.modular import TUNING, InverseSet, PathInfo, load_path, vit_path
+from featinv_diffusion.inverters.modular import (
+    TUNING,
+    InverseSet,
+    PathInfo,
+    classifier_path,
+    load_path,
+)
 from featinv_diffusion.inverters.path import IMAGE, ForwardPath
+from featinv_diffusion.inverters.swin import SwinInverse
 from featinv_diffusion.inverters.vit import BlocksInverse, VitPath
 from featinv_diffusion.metrics.detection import best_query_scores
 from featinv_diffusion.metrics.features import psnr
@@ -97,17 +104,18 @@ class ModuleConfig:
 
     Args:
         kind: `conv` ends at the image; `encoder`, `decoder` and `head` belong to DETR, `blocks`
-            to a ViT.
+            to a ViT or DeiT, `swin` to a Swin.
         writes: the stage that it is trained to give back.
         published: of `conv`: layers by a name of `published_layers`, instead of the next three.
         channels, kernels, strides, positions: of `conv`, see `ConvInverse`.
-        depth, n_heads: of `encoder`, `decoder` and `blocks`.
+        depth, n_heads: of `encoder`, `decoder`, `blocks` and `swin`.
         feedforward, linear_output: of `encoder` and `decoder`.
-        mlp_ratio: of `blocks`.
+        mlp_ratio: of `blocks` and `swin`.
+        window: of `swin`, the side of its windows in cells.
         hidden: of `head`.
     """
 
-    kind: Literal["conv", "encoder", "decoder", "head", "blocks"] = "conv"
+    kind: Literal["conv", "encoder", "decoder", "head", "blocks", "swin"] = "conv"
     writes: str = IMAGE
     published: str | None = None
     channels: tuple[Size, ...] = ()
@@ -119,6 +127,7 @@ class ModuleConfig:
     feedforward: Size = 2048
     linear_output: bool = True
     mlp_ratio: Positive = 4.0
+    window: Size = 7
     hidden: tuple[Size, Size] = (512, 256)
 
     def __post_init__(self) -> None:
@@ -130,11 +139,11 @@ class InverterModelConfig:
     """The model that is inverted, and its inverse modules by the stage that each reads.
 
     Args:
-        family: `detr` or `vit`.
+        family: `detr`, `vit` (also for a DeiT) or `swin`.
         model: the name under which the saved inverter loads the model again.
         weights: folder of the model where the name does not lead to it yet: a DETR, or a timm
             wrapper of transformers.
-        input_size: (h, w) of DETR's images; a ViT knows its own.
+        input_size: (h, w) of DETR's images; classifiers know their own.
         standardise: measure mean and std per channel of every embedding on `statistics_images`
             images and keep them in the modules; the published ones read raw embeddings.
     """
@@ -162,7 +171,7 @@ def load_training_path(config: InverterModelConfig) -> ForwardPath:
         size = config.input_size or PUBLISHED_SIZE
         return DetrPath(load_detr(config.weights), name=config.model, input_size=size)
     wrapper = load_component(TimmWrapperForImageClassification, config.weights)
-    return vit_path(wrap_model(wrapper, name=info.model))
+    return classifier_path(wrap_model(wrapper, name=info.model), info.family)
 
 
 def info_of(config: InverterModelConfig) -> PathInfo:
@@ -205,6 +214,8 @@ def make_inverse(path: ForwardPath, stage: str, config: ModuleConfig) -> Inverse
     sizes: dict[str, Any] = {"depth": config.depth, "n_heads": config.n_heads}
     if config.kind == "blocks":
         return BlocksInverse(**specs, **sizes, mlp_ratio=config.mlp_ratio)
+    if config.kind == "swin":
+        return SwinInverse(**specs, **sizes, mlp_ratio=config.mlp_ratio, window=config.window)
     module_class = EncoderInverse if config.kind == "encoder" else DecoderInverse
     return module_class(
         **specs, **sizes, feedforward=config.feedforward, linear_output=config.linear_output

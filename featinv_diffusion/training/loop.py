@@ -195,7 +195,7 @@ class _Run:
 
     def _prepare(self) -> None:
         parameters = _trainable(self.task.module)
-        optimizer = _make_optimizer(parameters, self.optim)
+        optimizer = make_optimizer(parameters, self.optim)
         self.module: Any
         self.optimizer: Any
         self.module, self.optimizer = self.accelerator.prepare(self.task.module, optimizer)
@@ -466,7 +466,8 @@ class _Run:
         return self.output
 
 
-def _make_optimizer(parameters: list[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
+def make_optimizer(parameters: list[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
+    """Returns the optimizer of the settings; its rate is set anew at each step."""
     common = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay}
     if config.optimizer == "adamw":
         return torch.optim.AdamW(parameters, fused=True, **common)

@@ -21,6 +21,7 @@ from featinv_diffusion.inverters.detr import (
 )
 from featinv_diffusion.inverters.modular import InverseSet, PathInfo
 from featinv_diffusion.inverters.path import ForwardPath
+from featinv_diffusion.inverters.swin import SwinInverse, SwinPath
 from featinv_diffusion.inverters.vit import BlocksInverse, VitPath
 from tests.tiny import seeded
 
@@ -86,6 +87,33 @@ def make_vit_path(**arguments) -> VitPath:
     return VitPath(model, name="small/vit", preprocessing=preprocessing)
 
 
+@seeded
+def make_deit_path() -> VitPath:
+    """A DeiT with a class and a distillation token, patches of 8 pixels and 2 blocks."""
+    sizes = {"img_size": SIDE, "patch_size": 8, "depth": 2, "num_classes": CLASSES}
+    model = timm.create_model("deit_tiny_distilled_patch16_224", **sizes).eval()
+    nn.init.normal_(model.dist_token)
+    nn.init.normal_(model.head_dist.weight)
+    preprocessing = Preprocessing((SIDE, SIDE), IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    return VitPath(model, name="small/deit", preprocessing=preprocessing)
+
+
+@seeded
+def make_swin_path(architecture: str = "swin_tiny_patch4_window7_224") -> SwinPath:
+    """Maps of 16×16×16, 16×16×16, 32×8×8 and 64×4×4, in windows of 4 cells."""
+    model = timm.create_model(
+        architecture,
+        img_size=SIDE,
+        window_size=4,
+        embed_dim=16,
+        depths=(2, 2, 1),
+        num_heads=(2, 2, 4),
+        num_classes=CLASSES,
+    ).eval()
+    preprocessing = Preprocessing((SIDE, SIDE), IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    return SwinPath(model, name="small/swin", preprocessing=preprocessing)
+
+
 def ends(path: ForwardPath, reads: str, writes: str) -> dict[str, dict]:
     return {"reads_spec": asdict(path.spec(reads)), "writes_spec": asdict(path.spec(writes))}
 
@@ -115,6 +143,20 @@ def make_vit_inverses(path: VitPath) -> InverseSet:
         "last": BlocksInverse(**ends(path, "last", "patches"), **sizes),
     }
     return InverseSet(modules, PathInfo("vit", path.name))
+
+
+@seeded
+def make_swin_inverses(path: SwinPath) -> InverseSet:
+    conv = {"channels": [8], "kernels": [2, 2], "strides": [2, 2]}
+    sizes = {"depth": 2, "n_heads": 2, "window": 4}
+    modules = {
+        "patches": ConvInverse(**ends(path, "patches", "image"), **conv),
+        "layers.0": SwinInverse(**ends(path, "layers.0", "patches"), **sizes),
+        "layers.1": SwinInverse(**ends(path, "layers.1", "layers.0"), **sizes),
+        "encoder": SwinInverse(**ends(path, "encoder", "layers.0"), **sizes),
+        "last": SwinInverse(**ends(path, "last", "layers.1"), **sizes),
+    }
+    return InverseSet(modules, PathInfo("swin", path.name))
 
 
 def state_of(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -17,6 +17,7 @@ from featinv_diffusion.inverters.detr import (
     HeadInverse,
     sine_positions,
 )
+from featinv_diffusion.inverters.swin import SwinInverse
 from featinv_diffusion.inverters.vit import AnalyticPatchInverse, BlocksInverse
 from tests.inverters import small
 from tests.tiny import make_images
@@ -206,6 +207,47 @@ def test_a_map_gets_learned_prefix_tokens(vit) -> None:
 
 
 @torch.no_grad()
+def test_swin_inverse_unmerges_each_cell_into_its_own_square() -> None:
+    """Without blocks, a cell of what is written depends on one cell of what is read."""
+    swin = small.make_swin_path()
+    module = SwinInverse(**small.ends(swin, "encoder", "layers.0"), depth=0)
+    assert module.factor == 4
+    with torch.no_grad():
+        before = module(torch.zeros(1, 64, 4, 4))
+        changed = torch.zeros(1, 64, 4, 4)
+        changed[..., 1, 2] = torch.randn(1, 64)
+        differs = (module(changed) != before).any(1)[0]
+    assert before.shape == (1, 16, 16, 16)
+    assert differs[4:8, 8:12].all()
+    assert int(differs.sum()) == 16
+
+
+def test_swin_inverse_lets_windows_see_each_other_from_the_second_block_on() -> None:
+    swin = small.make_swin_path()
+    read = torch.zeros(2, 32, 8, 8)
+    read[1, :, 0, 0] = torch.linspace(-1, 1, 32)
+    reached = []
+    for depth in (1, 2):
+        torch.manual_seed(0)
+        module = SwinInverse(
+            **small.ends(swin, "layers.1", "layers.0"), depth=depth, n_heads=2, window=4
+        )
+        nn.init.normal_(module.unmerge.weight)
+        with torch.no_grad():
+            plain, changed = module(read)
+        reached.append(int(((plain - changed).abs() > 1e-6).any(0).sum()))
+    assert reached[0] == 8 * 8  # one window of 4 × 4 cells, each unmerged into 2 × 2
+    assert reached[1] > reached[0]
+
+
+def test_swin_inverse_refuses_grids_that_are_no_multiples(vit) -> None:
+    swin = small.make_swin_path()
+    with pytest.raises(InputError, match="whole multiples"):
+        SwinInverse(**small.ends(swin, "patches", "encoder"))
+    with pytest.raises(InputError, match="must be of kind map"):
+        SwinInverse(**small.ends(vit, "encoder", "patches"))
+
+
 def test_analytic_inverse_reproduces_the_image_in_float64(vit) -> None:
     module = AnalyticPatchInverse.from_path(vit)
     weight = vit.model.patch_embed.proj.weight.double().flatten(1)

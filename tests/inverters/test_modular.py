@@ -8,12 +8,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from featinv_diffusion.backbones import wrap_model
+from featinv_diffusion.backbones import load_backbone, wrap_model
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.inverters.base import Inverter
+from featinv_diffusion.inverters.blocks import ConvInverse
 from featinv_diffusion.inverters.chain import Chain, MapChain
 from featinv_diffusion.inverters.detr import EncoderInverse
-from featinv_diffusion.inverters.modular import INDEX, InverseSet, PathInfo, load_modular
+from featinv_diffusion.inverters.modular import (
+    INDEX,
+    InverseSet,
+    PathInfo,
+    classifier_path,
+    load_modular,
+)
+from featinv_diffusion.inverters.swin import SwinPath
 from featinv_diffusion.inverters.vit import AnalyticPatchInverse, VitPath
 from tests.inverters import small
 from tests.tiny import make_images
@@ -57,6 +65,32 @@ def test_every_stage_of_vit_leads_to_an_image(vit, stage: str) -> None:
     chain = small.make_vit_inverses(vit).chain(stage, vit)
     embedding = vit.embeddings(make_images(2), [stage])[stage]
     assert chain.invert(embedding).shape == (2, 3, 64, 64)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stage", ["patches", "layers.1", "encoder", "last"])
+def test_every_stage_of_swin_leads_to_an_image_and_has_scores_beside_it(stage: str) -> None:
+    swin, images = small.make_swin_path(), make_images(2)
+    chain = small.make_swin_inverses(swin).chain(stage, swin)
+    assert chain.invert(swin.embeddings(images, [stage])[stage]).shape == (2, 3, 64, 64)
+    features, scores = chain.backbone.features_and_logits(images)
+    assert features.shape[1:] == (swin.spec(stage).channels, *swin.spec(stage).grid)
+    assert torch.equal(scores, swin.model(swin.preprocess(images)))
+
+
+def test_a_set_of_a_swin_comes_back_from_its_folder_with_its_model(tmp_path) -> None:
+    """By the family in the index; tiny/swin is a Swin, tiny/vit is none."""
+    backbone = load_backbone("tiny/swin")
+    path = classifier_path(backbone, "swin")
+    module = ConvInverse(
+        **small.ends(path, "patches", "image"), channels=[8], kernels=[2, 2], strides=[2, 2]
+    )
+    InverseSet({"patches": module}, PathInfo("swin", "tiny/swin")).save_pretrained(tmp_path)
+    again = load_modular(str(tmp_path))
+    assert isinstance(again.path, SwinPath)
+    assert again.chain("patches").invert(torch.zeros(1, 64, 16, 16)).shape == (1, 3, 64, 64)
+    with pytest.raises(InputError, match="must be a timm SwinTransformer"):
+        classifier_path(load_backbone("tiny/vit"), "swin")
 
 
 def test_states_within_a_stage_can_be_inverted(detr, inverses) -> None:

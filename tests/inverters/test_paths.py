@@ -1,4 +1,4 @@
-"""The stages of DETR and ViT compose to the model's own forward pass."""
+"""The stages of DETR, ViT, DeiT and Swin compose to the model's own forward pass."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from transformers import DetrConfig, DetrForObjectDetection
 
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.inverters.detr import DetrPath, load_detr, make_detr
+from featinv_diffusion.inverters.swin import SwinPath
 from featinv_diffusion.inverters.vit import VitPath
 from tests.inverters import small
 from tests.tiny import make_backbone, make_images
@@ -133,9 +134,45 @@ def test_vit_logits_skip_no_final_norm(vit: VitPath) -> None:
     assert torch.allclose(vit.logits(tokens), by_hand, atol=1e-6)
 
 
+@torch.no_grad()
+def test_stages_of_deit_equal_its_own_forward_with_both_of_its_heads() -> None:
+    deit, images = small.make_deit_path(), make_images(3)
+    found = deit.embeddings(images, deit.specs)
+    own = deit.model(deit.preprocess(images))
+    tokens = deit.model.norm(found["encoder"])
+    by_hand = (deit.model.head(tokens[:, 0]) + deit.model.head_dist(tokens[:, 1])) / 2
+    assert torch.equal(deit.logits(found["encoder"]), own)
+    assert torch.allclose(by_hand, own, atol=1e-6)
+    assert str(deit.spec("patches")) == "tokens of small/deit at layer 'patches', 66×192"
+    assert torch.equal(found["last"].flatten(2).transpose(1, 2), tokens[:, 2:])
+    assert torch.equal(deit.positions()[2:], deit.model.pos_embed[0, 2:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "architecture", ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"]
+)
+def test_stages_of_swin_equal_its_own_forward(architecture: str) -> None:
+    swin, images = small.make_swin_path(architecture), make_images(3)
+    found = swin.embeddings(images, swin.specs)
+    pixels = swin.preprocess(images)
+    last, own = swin.model.forward_intermediates(pixels, norm=False)
+    assert torch.equal(swin.logits(found["encoder"]), swin.model(pixels))
+    assert torch.equal(found["last"], last.permute(0, 3, 1, 2))
+    for i, state in enumerate(own):
+        assert torch.equal(found[f"layers.{i}"], state)
+    assert torch.equal(found["encoder"], found["layers.2"])
+    by_hand = swin.model.layers[1].downsample(own[0].permute(0, 2, 3, 1))
+    assert torch.equal(found["layers.1.merged"], by_hand.permute(0, 3, 1, 2))
+    assert swin.spec("layers.1").grid == (8, 8)
+    assert "layers.0.merged" not in swin.specs
+
+
 def test_other_models_are_refused(vit: VitPath) -> None:
     with pytest.raises(InputError, match="pre-norm blocks"):
         VitPath(small.make_resnet().timm_model, name="x", preprocessing=vit.preprocessing)
+    with pytest.raises(InputError, match="must be a timm SwinTransformer"):
+        SwinPath(vit.model, name="x", preprocessing=vit.preprocessing)
 
 
 def test_specs_tell_kind_and_shape(detr: DetrPath, vit: VitPath) -> None:

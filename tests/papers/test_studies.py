@@ -10,20 +10,25 @@ import pytest
 import torch
 from PIL import Image
 
+from featinv_diffusion.backbones import load_backbone
 from featinv_diffusion.features.operator_methods import PairMoments
+from featinv_diffusion.images import to_pil
 from featinv_diffusion.metrics.detection import average_precision_by_class
 from featinv_diffusion.papers.base import Request
 from featinv_diffusion.papers.colourisation import reduce_rank
 from featinv_diffusion.papers.domains import other_domains, sketch, texture
 from featinv_diffusion.papers.encoders import channels_explained, correlation_length
+from featinv_diffusion.papers.families import module_configs, open_classifier
+from featinv_diffusion.papers.grey import heads_on_grey
 from featinv_diffusion.papers.items import find_item, list_items
 from featinv_diffusion.papers.layers import linear_cka
 from featinv_diffusion.papers.operators import reflect
-from featinv_diffusion.papers.prototypes import leave_one_out
+from featinv_diffusion.papers.prototypes import leave_one_out, read_linearly
 from featinv_diffusion.papers.run import find_study, run_item
 from featinv_diffusion.papers.settings import PaperSettings
 from featinv_diffusion.papers.spatial import passed_on, replace_patches, share_inside
 from featinv_diffusion.studies.settings import ImageChoice
+from featinv_diffusion.studies.stages import PictureSet, open_modular
 from tests.tiny import make_images
 
 
@@ -63,6 +68,55 @@ def test_a_planted_reflection_is_found_by_as_many_directions() -> None:
     turned = torch.linalg.qr(torch.randn(6, 6, generator=generator, dtype=torch.float64)).Q[:, :2]
     planted = torch.eye(6, dtype=torch.float64) - 2 * turned @ turned.T
     assert torch.allclose(reflect(x.T @ (x @ planted), 2), planted, atol=0.1)
+
+
+def test_all_but_the_first_directions_are_turned_round() -> None:
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(6, 6, generator=generator, dtype=torch.float64)).Q
+    xy = basis @ torch.diag(torch.tensor([-3.0, -2, -1, 1, 2, 3]).double()) @ basis.T
+    turned = basis[:, 2:3]
+    expected = torch.eye(6, dtype=torch.float64) - 2 * turned @ turned.T
+    assert torch.allclose(reflect(xy, 3, skipped=2), expected)
+
+
+def test_a_chroma_that_is_in_the_states_is_read_and_one_that_is_not_is_not() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 6, generator=generator, dtype=torch.float64)
+    fold = torch.arange(200) % 5
+    y = x[:, :2] * 3 + 1
+    assert read_linearly(x, y, fold).value > 0.99
+    noise = torch.randn(200, 2, generator=generator, dtype=torch.float64)
+    assert read_linearly(x, noise, fold).high < 0.1
+
+
+def test_heads_on_grey_see_only_what_is_left_without_colour() -> None:
+    """Two classes that differ in colour alone are named in colour and not in grey."""
+    n = 24
+    labels = torch.arange(n) // 2 % 2
+    colours = torch.tensor([[0.8, 0.2, 0.2], [0.2, 0.2, 0.8]])[labels]
+    images = colours[:, :, None, None].expand(n, 3, 64, 64).contiguous()
+    grey = torch.full_like(images, 0.4)
+    objects = [
+        {"class_labels": torch.tensor([int(k)]), "boxes": torch.tensor([[0.5, 0.5, 1, 1]])}
+        for k in labels
+    ]
+    inside = torch.ones(n, 64, 64, dtype=torch.bool)
+    pictures = PictureSet([str(i) for i in range(n)], images, objects, inside)
+    versions = {"colour": images, "grey": grey}
+    found = heads_on_grey(open_modular("detr"), pictures, versions, n)
+    assert found["colour on colour"].mean() == 1
+    assert found["grey on grey"].mean() == pytest.approx(0.5)
+
+
+def test_families_get_inverses_that_fit_them() -> None:
+    swin = module_configs(open_classifier("tiny/swin"))
+    assert list(swin) == ["patches", "layers.0", "layers.1"]
+    assert [one.writes for one in swin.values()] == ["image", "patches", "layers.0"]
+    assert swin["patches"].strides == (2, 2)
+    assert (swin["layers.1"].n_heads, swin["layers.1"].window) == (4, 4)
+    vit = module_configs(open_classifier("tiny/vit"))
+    assert list(vit) == ["patches", "blocks.2", "encoder"]
+    assert vit["patches"].strides == (2, 2, 2)
 
 
 def test_reduced_rank_keeps_a_map_of_that_rank() -> None:
@@ -139,6 +193,7 @@ def boxes(tmp_path: Path) -> ImageChoice:
     [
         "detr-figure-2",
         "detr-figure-8",
+        "detr-grey",
         pytest.param("detr-figure-10", marks=pytest.mark.slow),
         pytest.param("detr-figure-11", marks=pytest.mark.slow),
     ],
@@ -184,11 +239,13 @@ def test_an_item_runs_on_crops_of_two_photos(name: str) -> None:
         "featinv-figure-5",
         "featinv-a3-variability",
         "featinv-b-other-domains",
+        "featinv-warm-start",
         "siglip-figure-7",
         "siglip-conditions",
         "siglip-layers",
         "siglip-time",
         "vit-cost",
+        "vit-families",
     ],
 )
 def test_the_other_items_run_on_crops_of_two_photos(name: str) -> None:
@@ -196,3 +253,19 @@ def test_the_other_items_run_on_crops_of_two_photos(name: str) -> None:
     found = find_study(item)(Request(PaperSettings(n_images=8)))
     assert {one.name for one in list_items() if one.study == item.study} <= found.answers.keys()
     assert found.figures
+
+
+@pytest.mark.parametrize(
+    "name", ["tokens-models", pytest.param("tokens-probes", marks=pytest.mark.slow)]
+)
+def test_an_item_of_tokens_runs_on_pictures_in_class_folders(name: str, tmp_path: Path) -> None:
+    labels = load_backbone("tiny/vit").labels or ()
+    for k, images in zip((0, 1, 2), make_images(12).split(4), strict=True):
+        folder = tmp_path / "data" / labels[k]
+        folder.mkdir(parents=True)
+        for i, image in enumerate(to_pil(images)):
+            image.save(folder / f"{i}.png")
+    settings = PaperSettings(images=ImageChoice(str(tmp_path / "data")), n_images=12)
+    found, folder = run_item(find_item(name), settings, tmp_path / "out", "featinv paper …")
+    assert json.loads((folder / "manifest.json").read_text())["ours"] == found.answers[name].ours
+    assert len(found.ids) == (12 if name == "tokens-models" else 3)

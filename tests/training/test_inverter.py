@@ -333,8 +333,25 @@ def test_hungarian_loss_of_a_hand_worked_case() -> None:
     assert float(total) == pytest.approx(surprise + 5 * 0.1 + 2 * (1 - giou), rel=1e-4)
 
 
+def test_an_inverter_of_a_swin_is_built_from_its_config() -> None:
+    swin = small.make_swin_path()
+    sizes = {"depth": 1, "n_heads": 2, "window": 4}
+    modules = {
+        "layers.0": ModuleConfig(kind="swin", writes="patches", **sizes),
+        "encoder": ModuleConfig(kind="swin", writes="layers.0", **sizes),
+    }
+    config = InverterModelConfig(family="swin", model="small/swin", modules=modules)
+    inverses = make_inverses(config, swin)
+    assert inverses.info.family == "swin"
+    states = swin.embeddings(make_images(2), ["encoder", "layers.0", "patches"])
+    written = inverses(states)
+    assert written["encoder"].shape == states["layers.0"].shape
+    assert written["layers.0"].shape == states["patches"].shape
+    assert inverses["encoder"].config["window"] == 4
+
+
 @pytest.mark.parametrize("folder", ["tiny", "inverters"])
-@pytest.mark.parametrize("family", ["detr", "vit"])
+@pytest.mark.parametrize("family", ["detr", "vit", "swin"])
 def test_recipes_can_be_read(folder: str, family: str) -> None:
     name = f"inverter-{family}.yaml" if folder == "tiny" else f"{family}.yaml"
     config = load_config(InverterConfig, CONFIGS / folder / name)
