@@ -333,14 +333,19 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
         strict = getattr(embedding, "strict_img_size", False)
         height, width = embedding.img_size if strict else config["input_size"][-2:]
         size = (int(height), int(width))
+        # All that is seen of a picture, where a backbone for large ones is shown small ones.
+        side = self.backbone.config.pretrained_cfg.get("through")
+        through = (int(side), int(side)) if side else size
         if isinstance(images, torch.Tensor):
-            pixels = _resize(_check_pixels(images), size, config["interpolation"])
+            pixels = _check_pixels(images)
         else:
             several = not isinstance(images, (PIL.Image.Image, str, Path))
             pictures = list(images) if several else [images]
             if not pictures:
                 raise ValueError("At least one image must be given, got an empty list.")
-            pixels = torch.cat([_to_pixels(picture, size) for picture in pictures])
+            pixels = torch.cat([_to_pixels(picture, through) for picture in pictures])
+        for wanted in (through, size):
+            pixels = _resize(pixels, wanted, config["interpolation"])
         mean = pixels.new_tensor(config["mean"])[:, None, None]
         std = pixels.new_tensor(config["std"])[:, None, None]
         return (pixels - mean) / std

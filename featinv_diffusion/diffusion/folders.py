@@ -167,6 +167,7 @@ class _UNet(_Blocks, _Sized):
 class _ControlNet(_Blocks):
     feature_channels: Width | None = None
     feature_hidden_channels: Width = 512
+    feature_projection_channels: Width | None = None
     feature_spec: FeatureSpec | None = None
 
 
@@ -198,6 +199,7 @@ class _Pretrained:
     test_input_size: tuple[Few, Pixels, Pixels] | None = None
     mean: list[Number] | None = None
     std: Annotated[list[Annotated[float, Meta(gt=0, le=1e6)]], Meta(min_length=1)] | None = None
+    through: Pixels | None = None
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import fnmatch
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -30,7 +31,12 @@ from featinv_diffusion.data.crops import (
 from featinv_diffusion.data.streams import StreamedCrops
 from featinv_diffusion.diffusion.featinv_controlnet import FeatureControlNet
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
-from featinv_diffusion.diffusion.folders import check_reachable
+from featinv_diffusion.diffusion.folders import (
+    check_reachable,
+    feature_spec_of,
+    list_bundled,
+    load_bundled,
+)
 from featinv_diffusion.diffusion.objective import (
     PUBLISHED_PROMPT,
     draw_dropout,
@@ -51,6 +57,7 @@ from featinv_diffusion.training.feature_cache import (
     fill_features,
 )
 from featinv_diffusion.training.group_norm import speed_up_group_norms
+from featinv_diffusion.training.imitation import ImitationConfig, imitate, read_pairs
 from featinv_diffusion.training.latents import (
     CachedCropDataset,
     SampleNoise,
@@ -74,7 +81,11 @@ class ControlNetModelConfig:
             in the checkpoint; the paper feeds raw features.
         dropout: probability of hiding the condition; `joint` hides features and prompt together
             (published), `independent` each on its own.
+        feature_projection_channels: channels that a 1×1 convolution leaves of the map before the
+            feature encoder's 3×3 ones; None has none, as published.
         warm_start: folder of another backbone's ControlNet; all but the feature encoder is read.
+        trained: names of the parameters that are trained, as patterns; all others stay as
+            `warm_start` has them. `feature_encoder.*` trains a head on a frozen trunk.
     """
 
     base: str = "lambdalabs/miniSD-diffusers"
@@ -88,7 +99,9 @@ class ControlNetModelConfig:
     dropout: Probability = 0.15
     dropout_kind: Literal["joint", "independent"] = "joint"
     prompt: str = PUBLISHED_PROMPT
+    feature_projection_channels: Size | None = None
     warm_start: str | None = None
+    trained: tuple[str, ...] = ("*",)
     attention: Literal["native", "xformers"] = "native"
 
     def __post_init__(self) -> None:
@@ -117,6 +130,7 @@ class ControlNetConfig:
     seed: Seed = 0
     data: DataConfig = field(default_factory=lambda: DataConfig(held_back_per_class=1))
     model: ControlNetModelConfig = field(default_factory=ControlNetModelConfig)
+    imitation: ImitationConfig = field(default_factory=ImitationConfig)
     cache: ControlNetCacheConfig = field(default_factory=ControlNetCacheConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
@@ -352,6 +366,7 @@ def make_controlnet(config: ControlNetModelConfig, parts: FrozenParts) -> Featur
         feature_hidden_channels=config.feature_hidden_channels,
         feature_pooled=config.pooled,
         feature_spec=asdict(spec),
+        feature_projection_channels=config.feature_projection_channels,
     ).float()
     if config.warm_start:
         other = load_component(FeatureControlNet, config.warm_start)
@@ -368,9 +383,27 @@ def make_controlnet(config: ControlNetModelConfig, parts: FrozenParts) -> Featur
                 f"{config.warm_start} has other blocks. Use one trained on {config.base}."
             )
         controlnet.load_state_dict(weights, strict=False)
+    freeze_all_but(controlnet, config.trained)
     if config.attention == "xformers":
         _use_xformers(controlnet)
     return controlnet.train()
+
+
+def freeze_all_but(controlnet: FeatureControlNet, trained: Sequence[str]) -> None:
+    """Freezes the parameters whose names none of the patterns matches.
+
+    Raises:
+        InputError: a pattern that matches none.
+    """
+    parameters = dict(controlnet.named_parameters())
+    for pattern in trained:
+        if not fnmatch.filter(parameters, pattern):
+            raise InputError(
+                f"Each pattern of model.trained must match parameters, but {pattern!r} matches "
+                "none. Use feature_encoder.*, controlnet_* (the zero convolutions) or *."
+            )
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(any(fnmatch.fnmatchcase(name, p) for p in trained))
 
 
 @torch.no_grad()
@@ -405,6 +438,11 @@ def train_controlnet(config: ControlNetConfig) -> Path:
         parts.backbone.to(accelerator.device)
         images = _first_images(train, config.model.statistics_images)
         set_feature_statistics(controlnet, parts.backbone, images)
+    if config.imitation.member and fresh and not config.run.dry_run:
+        images = _first_images(train, config.imitation.n_images)
+        left = imitate_member(controlnet, parts, images, config.imitation)
+        what = f"imitation of {config.imitation.member}"
+        accelerator.print(f"{what}: {left:.3f} of the variance left")
     if config.run.gradient_checkpointing:
         controlnet.enable_gradient_checkpointing()
         parts.unet.enable_gradient_checkpointing()
@@ -412,6 +450,27 @@ def train_controlnet(config: ControlNetConfig) -> Path:
     if isinstance(train, CropDataset) and config.cache.folder:
         train = _cached(config, parts, train, config.cache.folder, accelerator)
     return fit(task, train, accelerator, config.optim, config.run, to_yaml(config))
+
+
+def imitate_member(
+    controlnet: FeatureControlNet, parts: FrozenParts, images: Tensor, config: ImitationConfig
+) -> float:
+    """Fits the feature encoder to that of a bundled member, see `imitation.imitate`."""
+    name = canonical_name(config.member or "")
+    if name not in list_bundled():
+        raise InputError(
+            f"imitation.member must be a bundled pipeline, one of {', '.join(list_bundled())}, but "
+            f"is {config.member!r}."
+        )
+    other = load_bundled(name)
+    spec, device = feature_spec_of(other.controlnet), parts.backbone.device
+    assert spec is not None
+    assert other.backbone is not None
+    read = wrap_model(other.backbone, name=spec.backbone, layer=spec.layer).to(device)
+    side = parts.unet.config["sample_size"]
+    pairs = read_pairs(parts.backbone, other.controlnet.to(device), read, images, (side, side))
+    controlnet.to(device)  # pyright: ignore[reportArgumentType]
+    return imitate(controlnet, pairs, config)
 
 
 def _open_data(config: ControlNetConfig) -> tuple[CropDataset | StreamedCrops, Tensor]:

@@ -193,7 +193,7 @@ class _Run:
 
     def _prepare(self) -> None:
         parameters = _trainable(self.task.module)
-        optimizer = _make_optimizer(parameters, self.optim)
+        optimizer = make_optimizer(parameters, self.optim)
         self.module: Any
         self.optimizer: Any
         self.module, self.optimizer = self.accelerator.prepare(self.task.module, optimizer)
@@ -464,7 +464,7 @@ class _Run:
         return self.output
 
 
-def _make_optimizer(parameters: list[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
+def make_optimizer(parameters: list[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
     common = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay}
     if config.optimizer == "adamw":
         return torch.optim.AdamW(parameters, fused=True, **common)
