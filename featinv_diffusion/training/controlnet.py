@@ -31,12 +31,8 @@ from featinv_diffusion.data.crops import (
 from featinv_diffusion.data.streams import StreamedCrops
 from featinv_diffusion.diffusion.featinv_controlnet import FeatureControlNet
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
-from featinv_diffusion.diffusion.folders import (
-    check_reachable,
-    feature_spec_of,
-    list_bundled,
-    load_bundled,
-)
+from featinv_diffusion.diffusion.folders import check_reachable, feature_spec_of
+from featinv_diffusion.diffusion.hub import load_pipeline
 from featinv_diffusion.diffusion.objective import (
     PUBLISHED_PROMPT,
     draw_dropout,
@@ -57,7 +53,7 @@ from featinv_diffusion.training.feature_cache import (
     fill_features,
 )
 from featinv_diffusion.training.group_norm import speed_up_group_norms
-from featinv_diffusion.training.imitation import ImitationConfig, imitate, read_pairs
+from featinv_diffusion.training.imitation import ImitationConfig, Pairs, imitate, read_pairs
 from featinv_diffusion.training.latents import (
     CachedCropDataset,
     SampleNoise,
@@ -431,17 +427,17 @@ def train_controlnet(config: ControlNetConfig) -> Path:
     accelerator = make_accelerator(config.optim, config.run)
     torch.manual_seed(derive_seed(config.seed, "initial weights"))
     parts = load_frozen_parts(config.model)
-    train, validation = _open_data(config)
+    train, validation = open_data(config)
     controlnet = make_controlnet(config.model, parts)
     fresh = not list_checkpoints(Path(config.run.output))  # a checkpoint holds the statistics
     if config.model.standardise and fresh and not config.run.dry_run:
         parts.backbone.to(accelerator.device)
-        images = _first_images(train, config.model.statistics_images)
+        images = first_images(train, config.model.statistics_images)
         set_feature_statistics(controlnet, parts.backbone, images)
-    if config.imitation.member and fresh and not config.run.dry_run:
-        images = _first_images(train, config.imitation.n_images)
-        left = imitate_member(controlnet, parts, images, config.imitation)
-        what = f"imitation of {config.imitation.member}"
+    if config.imitation.pipeline and fresh and not config.run.dry_run:
+        images = first_images(train, config.imitation.n_images)
+        left = imitate_pipeline(controlnet, parts, images, config.imitation)
+        what = f"imitation of {config.imitation.pipeline}"
         accelerator.print(f"{what}: {left:.3f} of the variance left")
     if config.run.gradient_checkpointing:
         controlnet.enable_gradient_checkpointing()
@@ -452,28 +448,31 @@ def train_controlnet(config: ControlNetConfig) -> Path:
     return fit(task, train, accelerator, config.optim, config.run, to_yaml(config))
 
 
-def imitate_member(
+def imitate_pipeline(
     controlnet: FeatureControlNet, parts: FrozenParts, images: Tensor, config: ImitationConfig
 ) -> float:
-    """Fits the feature encoder to that of a bundled member, see `imitation.imitate`."""
-    name = canonical_name(config.member or "")
-    if name not in list_bundled():
-        raise InputError(
-            f"imitation.member must be a bundled pipeline, one of {', '.join(list_bundled())}, but "
-            f"is {config.member!r}."
-        )
-    other = load_bundled(name)
-    spec, device = feature_spec_of(other.controlnet), parts.backbone.device
-    assert spec is not None
-    assert other.backbone is not None
-    read = wrap_model(other.backbone, name=spec.backbone, layer=spec.layer).to(device)
-    side = parts.unet.config["sample_size"]
-    pairs = read_pairs(parts.backbone, other.controlnet.to(device), read, images, (side, side))
-    controlnet.to(device)  # pyright: ignore[reportArgumentType]
+    """Fits the feature encoder to that of another pipeline, see `imitation.imitate`."""
+    pairs = read_pipeline_pairs(parts, images, config)
+    controlnet.to(parts.backbone.device)  # pyright: ignore[reportArgumentType]
     return imitate(controlnet, pairs, config)
 
 
-def _open_data(config: ControlNetConfig) -> tuple[CropDataset | StreamedCrops, Tensor]:
+def read_pipeline_pairs(parts: FrozenParts, images: Tensor, config: ImitationConfig) -> Pairs:
+    """Returns maps of images, and the conditions that the imitated pipeline makes of its own."""
+    assert config.pipeline is not None
+    other = load_pipeline(config.pipeline)
+    spec, device = feature_spec_of(other.controlnet), parts.backbone.device
+    if spec is None or other.backbone is None:
+        raise InputError(
+            f"imitation.pipeline must hold its backbone and declare the features that it reads, "
+            f"but {config.pipeline} does not."
+        )
+    read = wrap_model(other.backbone, name=spec.backbone, layer=spec.layer).to(device)
+    side = parts.unet.config["sample_size"]
+    return read_pairs(parts.backbone, other.controlnet.to(device), read, images, (side, side))
+
+
+def open_data(config: ControlNetConfig) -> tuple[CropDataset | StreamedCrops, Tensor]:
     n = config.run.n_validation_images
     if config.data.streaming:
         if config.cache.folder:
@@ -484,7 +483,7 @@ def _open_data(config: ControlNetConfig) -> tuple[CropDataset | StreamedCrops, T
     return train, stack_images(held, n)[0]
 
 
-def _first_images(dataset: CropDataset | StreamedCrops, n: int) -> Tensor:
+def first_images(dataset: CropDataset | StreamedCrops, n: int) -> Tensor:
     if isinstance(dataset, CropDataset):
         return stack_images(dataset, n)[0]
     return to_images(torch.stack([item["pixels"] for item in islice(dataset, n)]))

@@ -28,17 +28,17 @@ BATCH = 48
 
 @dataclass(frozen=True)
 class ImitationConfig:
-    """The regression before the diffusion loss; without a member there is none.
+    """The regression before the diffusion loss; without a pipeline there is none.
 
     Args:
-        member: a bundled pipeline of the same base, such as `tiny/convnext`, whose feature encoder
-            is imitated; `model.warm_start` should be its ControlNet.
+        pipeline: one of the same base, as `load_pipeline` takes it, whose feature encoder is
+            imitated; `model.warm_start` should be its ControlNet.
         n_images: training images whose maps and conditions are computed once.
         epochs: passes over them.
         lr: of Muon, to zero by a line.
     """
 
-    member: str | None = None
+    pipeline: str | None = None
     n_images: Pictures = 4096
     epochs: Depth = 8
     lr: Positive = 0.01
