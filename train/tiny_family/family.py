@@ -251,7 +251,7 @@ N_SCOPE_IMAGES = 10_000
 COMMAND = "python -m train.tiny_family --data TINY_IMAGENET_200"
 CURVES = """\
 Configs in `configs/tiny`; held-back training images: all 1,000 for the classifier, 250 for the
-autoencoder, one sample of each for the ControlNet (64 where the config does not say another number).
+autoencoder, one sample of each of 64 for the ControlNet, where its config has no other number.
 """
 LIMITS_OF_REAL = """\
 ## Data
