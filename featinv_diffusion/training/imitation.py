@@ -95,13 +95,16 @@ def imitate(controlnet: FeatureControlNet, pairs: Pairs, config: ImitationConfig
     frozen = [p.requires_grad for p in parameters]
     for parameter in parameters:
         parameter.requires_grad_(True)
+    conditions = pairs.conditions.float()
+    with torch.no_grad():  # the best that a head knows before it has read anything
+        encoder.conv3.bias.copy_(conditions.mean(dim=(0, 2, 3)))
+    variance = conditions.var(0, correction=0).mean()
     n = len(pairs.features)
     n_steps = config.epochs * -(-n // BATCH)
     settings = OptimConfig(
         optimizer="muon", lr=config.lr, weight_decay=0, warmup_steps=10, schedule="linear"
     )
     optimizer = make_optimizer(parameters, settings)
-    variance = pairs.conditions.float().var(0, correction=0).mean()
     size = (pairs.conditions.shape[2], pairs.conditions.shape[3])
     total, step = 0.0, 0
     for epoch in range(config.epochs):
@@ -112,7 +115,7 @@ def imitate(controlnet: FeatureControlNet, pairs: Pairs, config: ImitationConfig
                 group["lr"] = learning_rate(settings, step, n_steps)
             device = encoder.conv1.weight.device
             given = encoder(pairs.features[rows].to(device).float(), size)
-            error = (given - pairs.conditions[rows].to(device).float()).square().mean()
+            error = (given - conditions[rows].to(device)).square().mean()
             optimizer.zero_grad()
             error.backward()
             optimizer.step()

@@ -245,6 +245,8 @@ STAGES = (
     *(("controlnet", name) for name in MEMBERS.values()),
 )
 """(program, config) in an order in which each finds what it needs."""
+WITHOUT_SCOPE = ("efficientnet-lite0",)
+"""Members whose statistics of natural maps, of so many channels, would be larger than they are."""
 N_SCOPE_IMAGES = 10_000
 """Training images whose maps the natural maps of a member are fitted on."""
 
@@ -385,7 +387,7 @@ def fit_scopes(family: Path, data: str | None = None) -> Iterator[Path]:
     """
     for name, config_name in MEMBERS.items():
         path = family / name / SCOPE_FILE
-        if not path.parent.is_dir():
+        if not path.parent.is_dir() or name in WITHOUT_SCOPE:
             continue
         with without_progress_bars():
             pipeline = load_member(path.parent)
