@@ -218,10 +218,6 @@ class TimmBackbone(TracedBackbone):
         return [info["module"] for info in getattr(self.model, "feature_info", [])]
 
 
-THROUGH = "through"
-"""Key of a configuration of weights: side in pixels that pictures are brought to first."""
-
-
 def read_preprocessing(
     model: nn.Module, pretrained_cfg: Mapping[str, Any] | None = None
 ) -> Preprocessing:
@@ -233,13 +229,11 @@ def read_preprocessing(
     embedding: Any = getattr(model, "patch_embed", None)
     strict = getattr(embedding, "strict_img_size", False)
     size = embedding.img_size if strict else config["input_size"][-2:]
-    through = (pretrained_cfg or {}).get(THROUGH)
     return Preprocessing(
         (int(size[0]), int(size[1])),
         tuple(config["mean"]),
         tuple(config["std"]),
         config["interpolation"],
-        (int(through), int(through)) if through else None,
     )
 
 

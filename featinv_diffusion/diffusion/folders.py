@@ -28,7 +28,7 @@ from featinv_diffusion.backbones import resolve_backbone, wrap_model
 from featinv_diffusion.backbones.base import without_progress_bars
 from featinv_diffusion.backbones.names import read_spec
 from featinv_diffusion.backbones.public_weights import packed_weights
-from featinv_diffusion.backbones.timm import THROUGH, create_timm
+from featinv_diffusion.backbones.timm import create_timm
 from featinv_diffusion.backbones.transformers import load_transformers
 from featinv_diffusion.diffusion.featinv_controlnet import FeatureControlNet
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
@@ -130,6 +130,7 @@ class Index(TypedDict, total=False):
     best_refine: Annotated[int, Meta(ge=0, le=1000)]
     best_refine_at: str
     feature_layer: str | None
+    through: Annotated[int, Meta(ge=1, le=8192)] | None
 
 
 COMPONENTS = ("vae", "text_encoder", "tokenizer", "unet", "controlnet", "scheduler", "backbone")
@@ -201,7 +202,6 @@ class _Pretrained:
     test_input_size: tuple[Few, Pixels, Pixels] | None = None
     mean: list[Number] | None = None
     std: Annotated[list[Annotated[float, Meta(gt=0, le=1e6)]], Meta(min_length=1)] | None = None
-    through: Pixels | None = None
 
 
 @dataclass(frozen=True)
@@ -446,29 +446,17 @@ BASE_MODELS = ("unet", "vae", "text_encoder")
 
 
 @dataclass(frozen=True)
-class _Public:
-    """A timm model whose weights an installed package holds.
-
-    Args:
-        through: side in pixels of all that it sees of a picture.
-    """
-
-    name: str
-    through: Pixels | None = None
-
-
-@dataclass(frozen=True)
 class _Shared:
     """What a member does not hold itself.
 
     Args:
         backbone: the member that holds it.
-        public_backbone: instead, one that is not in the package.
+        public_backbone: instead, the id of a timm model whose weights another package holds.
         trunk: the member whose ControlNet holds all weights that this one does not.
     """
 
     backbone: str | None = None
-    public_backbone: _Public | None = None
+    public_backbone: str | None = None
     trunk: str | None = None
 
 
@@ -527,7 +515,7 @@ def load_member(member: Path, torch_dtype: torch.dtype = torch.float32) -> FeatI
 def is_complete(name: str) -> bool:
     """Whether a pipeline of `list_bundled` has its backbone, or a package that holds it."""
     public = read_json(bundled_folder(name) / DEFAULTS).get(PUBLIC_BACKBONE)
-    return public is None or packed_weights(public["name"]) is not None
+    return public is None or packed_weights(public) is not None
 
 
 def load_on_trunk(
@@ -563,14 +551,14 @@ def load_on_trunk(
     return network.to(torch_dtype).eval()
 
 
-def _load_public(public: _Public, member: Path) -> PreTrainedModel:
-    if packed_weights(public.name) is None:
+def _load_public(timm_id: str, member: Path) -> PreTrainedModel:
+    if packed_weights(timm_id) is None:
         raise InputError(
-            f"{member.parent.name}/{member.name} reads {public.name} with its public weights, "
+            f"{member.parent.name}/{member.name} reads {timm_id} with its public weights, "
             "which are not in this package. Install them: pip install 'featinv-diffusion[real]'."
         )
     with without_progress_bars():
-        return make_timm_wrapper(public.name, through=public.through)
+        return make_timm_wrapper(timm_id)
 
 
 def load_folder(folder: Path, torch_dtype: torch.dtype = torch.float32) -> FeatInvPipeline:
@@ -702,18 +690,14 @@ def load_backbone_component(name: str) -> PreTrainedModel | None:
     return model if hasattr(model, "timm_model") else None
 
 
-def make_timm_wrapper(timm_id: str, through: int | None = None) -> PreTrainedModel:
-    """Loads a timm model into transformers' wrapper, with the names of its classes.
-
-    Args:
-        through: see `Preprocessing`; side in pixels.
-    """
+def make_timm_wrapper(timm_id: str) -> PreTrainedModel:
+    """Loads a timm model into transformers' wrapper, with the names of its classes."""
     model: Any = create_timm(timm_id, pretrained=True)
     config = TimmWrapperConfig.from_dict(
         {
             "architecture": timm_id,
             "num_classes": model.num_classes,
-            "pretrained_cfg": dict(model.pretrained_cfg) | ({THROUGH: through} if through else {}),
+            "pretrained_cfg": dict(model.pretrained_cfg),
         }
     )
     wrapper_class = TimmWrapperForImageClassification if model.num_classes else TimmWrapperModel

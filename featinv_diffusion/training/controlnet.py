@@ -41,6 +41,7 @@ from featinv_diffusion.diffusion.objective import (
     prediction_target,
 )
 from featinv_diffusion.errors import InputError
+from featinv_diffusion.inverters.diffusion import DiffusionInverter
 from featinv_diffusion.metrics.features import feature_cosine, shuffled_cosine, top_k_match
 from featinv_diffusion.seeds import derive_seed, make_generator
 from featinv_diffusion.settings import Depth, Finite, Pictures, Probability, Seed, Size, check
@@ -467,7 +468,7 @@ def read_pipeline_pairs(parts: FrozenParts, images: Tensor, config: ImitationCon
             f"imitation.pipeline must hold its backbone and declare the features that it reads, "
             f"but {config.pipeline} does not."
         )
-    read = wrap_model(other.backbone, name=spec.backbone, layer=spec.layer).to(device)
+    read = DiffusionInverter(other).require_backbone().to(device)
     side = parts.unet.config["sample_size"]
     return read_pairs(parts.backbone, other.controlnet.to(device), read, images, (side, side))
 

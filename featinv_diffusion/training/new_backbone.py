@@ -340,7 +340,7 @@ def assemble_new(name: str, config: ControlNetConfig, final: Path, trunk: str) -
     pipeline = load_pipeline(trunk)
     backbone: Any = None
     if not FACTORY.fullmatch(name) and resolve_backbone(name).source == "timm":
-        backbone = make_timm_wrapper(resolve_backbone(name).target, through=config.data.size)
+        backbone = make_timm_wrapper(resolve_backbone(name).target)
     parts = pipeline.components | {
         "controlnet": load_controlnet(final),
         "backbone": backbone,
@@ -354,7 +354,7 @@ def assemble_new(name: str, config: ControlNetConfig, final: Path, trunk: str) -
             "default_guidance",
         )
     }
-    return FeatInvPipeline(**parts, **defaults)
+    return FeatInvPipeline(**parts, **defaults, through=config.data.size)
 
 
 @torch.no_grad()

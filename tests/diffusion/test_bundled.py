@@ -136,17 +136,18 @@ def weights_without_encoder(weights):
 
 @pytest.mark.skipif(packed_weights(PUBLIC) is None, reason="needs the extra real")
 def test_a_member_may_read_public_weights(family, pipeline, monkeypatch):
-    model = make_timm_wrapper(PUBLIC, through=32)
+    model = make_timm_wrapper(PUBLIC)
     spec = {"backbone": PUBLIC, "layer": "last", "channels": 1280, "grid": [7, 7], "kind": "map"}
     controlnet = tiny.make_controlnet(feature_channels=1280, feature_spec=spec)
-    real = FeatInvPipeline(**pipeline.components | {"controlnet": controlnet, "backbone": model})
-    public = {"name": PUBLIC, "through": 32}
-    member = write_bundled(real, family, "real", INFO, public_backbone=public)
+    real = FeatInvPipeline(
+        **pipeline.components | {"controlnet": controlnet, "backbone": model}, through=32
+    )
+    member = write_bundled(real, family, "real", INFO, public_backbone=PUBLIC)
     assert not (member / "backbone").exists()
     loaded = load_pipeline("tiny/real")
     images = tiny.make_images(1)
     assert torch.equal(loaded.encode_features(images), real.encode_features(images))
-    assert loaded.backbone.config.pretrained_cfg["through"] == 32
+    assert loaded.config["through"] == 32
     assert loaded.backbone.config.id2label[1] == "goldfish, Carassius auratus"
     assert is_complete("tiny/real")
     monkeypatch.setattr(folders, "packed_weights", lambda _name: None)

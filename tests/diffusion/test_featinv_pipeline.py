@@ -29,6 +29,7 @@ from featinv_diffusion.backbones import wrap_model
 from featinv_diffusion.diffusion import featinv_pipeline
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
 from featinv_diffusion.images import center_square, read_image, to_pil, to_tensor, write_png
+from featinv_diffusion.inverters.diffusion import DiffusionInverter
 from tests import tiny
 
 # Kernels sum in another order at another batch size; measured 2e-6.
@@ -347,9 +348,13 @@ def test_features_equal_those_of_the_backbone(pipeline):
 
 
 def test_features_seen_through_a_smaller_size_equal_those_of_the_backbone(tmp_path):
-    model = tiny.make_backbone()
-    model.config.pretrained_cfg["through"] = 24
-    pipeline, backbone = tiny.make_pipeline(backbone=model), wrap_model(model, name="convnext")
+    pipeline = tiny.make_pipeline(through=24)
+    backbone = DiffusionInverter(pipeline).require_backbone()
+    own = wrap_model(pipeline.backbone, name="tiny/convnext")
+    given = DiffusionInverter(pipeline, backbone=own).require_backbone()
+    assert given.picture_size == (24, 24)
+    assert given.model is own.model
+    assert own.picture_size == (64, 64)
     assert backbone.picture_size == (24, 24)
     assert "through 24×24" in repr(backbone)
     for size in ((64, 64), (24, 24), (40, 70)):

@@ -331,8 +331,8 @@ def pack_member(config_path: Path, family: Path, name: str, *, replace_base: boo
     if Path(config.model.backbone).is_dir():
         backbone = load_component(TimmWrapperForImageClassification, config.model.backbone)
     else:
-        public = {"name": config.model.backbone, "through": config.data.size}
-        backbone: Any = make_timm_wrapper(config.model.backbone, through=config.data.size)
+        public = config.model.backbone
+        backbone: Any = make_timm_wrapper(public)
     pipeline = FeatInvPipeline(
         vae=load_component(AutoencoderKL, str(base / "vae")),
         text_encoder=load_component(CLIPTextModel, str(base / "text_encoder")),
@@ -347,6 +347,7 @@ def pack_member(config_path: Path, family: Path, name: str, *, replace_base: boo
         default_guidance=validation.guidance,
         best_refine=0 if name in NOT_REFINED else 4,
         best_refine_at="end" if name in NOT_REFINED else "steps",
+        through=config.data.size if public else None,
     )
     stages = {f"ControlNet ({config_path})": final.parent}
     if public is None:

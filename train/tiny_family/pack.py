@@ -55,7 +55,7 @@ def write_bundled(
     *,
     replace_base: bool = False,
     trunk: str | None = None,
-    public_backbone: dict[str, Any] | None = None,
+    public_backbone: str | None = None,
 ) -> Path:
     """Packs a trained pipeline as member `name` of a family folder and returns the member's folder.
 
@@ -68,8 +68,7 @@ def write_bundled(
         family: e.g. `featinv_diffusion/assets/tiny`.
         replace_base: write the base anew, which breaks members that were trained on another.
         trunk: a member whose ControlNet this one was trained from; what it has too is not stored.
-        public_backbone: fields of `folders._Public` in place of the backbone, whose weights come
-            from another package.
+        public_backbone: timm id of the backbone, whose weights come from another package.
 
     Raises:
         InputError: the base or the other member's backbone there is another one, a weight does
@@ -201,7 +200,7 @@ def _is_same_member(
     backbone: Path,
     member: Path,
     trunk: str | None,
-    public_backbone: dict[str, Any] | None,
+    public_backbone: str | None,
 ) -> bool:
     """Whether the statistics beside the member there hold for this pipeline."""
     if not any((member / file).is_file() for file in (SCOPE_FILE, CERTAINTY_FILE)):
