@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
+from pickle import UnpicklingError
 from typing import Annotated, Any, TypedDict, TypeVar
 
 import diffusers
@@ -629,6 +630,8 @@ def assemble(
             )
     except InputError:
         raise
+    except UnpicklingError:
+        raise InputError(f"The base {base} cannot be read: loading it failed. {PICKLED}") from None
     except UNREADABLE as error:
         raise InputError(
             f"The base {base} must be a Stable Diffusion folder or Hub repository, but loading it "
@@ -764,6 +767,7 @@ def _check_unet(pipeline: FeatInvPipeline, base: str) -> None:
 Network = TypeVar("Network", bound=ModelMixin)
 
 CONFIG = "config.json"
+PICKLED = "A pickle in it holds more than tensors, which is never run. Use a copy with .safetensors files."
 UNREADABLE = (
     OSError,
     ValueError,

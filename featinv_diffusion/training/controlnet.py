@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
@@ -31,7 +32,7 @@ from featinv_diffusion.data.crops import (
 from featinv_diffusion.data.streams import StreamedCrops
 from featinv_diffusion.diffusion.featinv_controlnet import FeatureControlNet
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
-from featinv_diffusion.diffusion.folders import check_reachable, feature_spec_of
+from featinv_diffusion.diffusion.folders import PICKLED, check_reachable, feature_spec_of
 from featinv_diffusion.diffusion.hub import load_pipeline
 from featinv_diffusion.diffusion.objective import (
     PUBLISHED_PROMPT,
@@ -336,6 +337,8 @@ def load_training_backbone(config: ControlNetModelConfig) -> Backbone:
 def _load_sub(component_class: Any, base: str, subfolder: str) -> Any:
     try:
         return component_class.from_pretrained(base, subfolder=subfolder)
+    except UnpicklingError:
+        raise InputError(f"{subfolder} of {base!r} could not be loaded. {PICKLED}") from None
     except (OSError, ValueError) as error:
         raise InputError(
             f"model.base must be a Stable Diffusion 1.x folder or Hub id in diffusers layout, but "

@@ -129,7 +129,8 @@ def test_bad_input_is_a_sentence(
 ) -> None:
     given = [word.format(own=own) for word in arguments]
     data = () if "--data" in given else ("--data", pictures)
-    done = featinv("new-backbone", *given, *data)
+    few = () if "--n-evaluated" in given else ("--n-evaluated", 2)
+    done = featinv("new-backbone", *given, *data, *few)
     assert done.code == 2
     assert done.err.startswith("Error: ")
     assert sentence in done.err
