@@ -767,7 +767,7 @@ def _check_unet(pipeline: FeatInvPipeline, base: str) -> None:
 Network = TypeVar("Network", bound=ModelMixin)
 
 CONFIG = "config.json"
-PICKLED = "A pickle in it holds more than tensors, which is never run. Use a copy with .safetensors files."
+PICKLED = "A pickle in it holds more than tensors, and is never run. Use a copy with safetensors."
 UNREADABLE = (
     OSError,
     ValueError,
