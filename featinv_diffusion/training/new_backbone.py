@@ -7,10 +7,12 @@ trunk's own by regression first, which needs no UNet, then trained with the diff
 from __future__ import annotations
 
 import json
+import logging
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from featinv_diffusion import schema
 from featinv_diffusion.backbones import Backbone
 from featinv_diffusion.backbones.names import resolve_backbone
 from featinv_diffusion.config import to_yaml
+from featinv_diffusion.data import crops
 from featinv_diffusion.data.crops import CropDataset, DataConfig, open_training_images
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
 from featinv_diffusion.diffusion.folders import (
@@ -166,26 +169,48 @@ def make_new_backbone(
     Raises:
         InputError: settings that cannot be met.
     """
-    config = make_config(name, settings, output)
-    parts = load_frozen_parts(config.model)
-    plan = _read_plan(output / PLAN, settings)
-    if plan is None:
-        costs = measure_costs(config, parts, settings.trunk)
-        n_images = len(open_training_images(config.data))
-        plan = Plan.of(settings.minutes, settings.batch_size, n_images, costs)
-        output.mkdir(parents=True, exist_ok=True)
-        write_text(output / PLAN, json.dumps(asdict(plan), indent=2) + "\n")
-    say(str(plan))
-    config = planned(config, plan, settings.trunk)
-    final = train_controlnet(config)
-    pipeline = assemble_new(name, config, final, settings.trunk)
-    figures = evaluate_new(pipeline, parts.backbone, config, settings)
-    write_text(output / FIGURES, json.dumps(figures, indent=2) + "\n")
-    say(describe(figures))
-    folder = output / PIPELINE
-    if not folder.exists():
-        export_pipeline(pipeline, folder, CardInfo(command or name, notes=_notes(config, figures)))
-    return Result(folder, plan, figures)
+    with _each_note_once():
+        config = make_config(name, settings, output)
+        parts = load_frozen_parts(config.model)
+        plan = _read_plan(output / PLAN, settings)
+        if plan is None:
+            costs = measure_costs(config, parts, settings.trunk)
+            n_images = len(open_training_images(config.data))
+            plan = Plan.of(settings.minutes, settings.batch_size, n_images, costs)
+            output.mkdir(parents=True, exist_ok=True)
+            write_text(output / PLAN, json.dumps(asdict(plan), indent=2) + "\n")
+        say(str(plan))
+        config = planned(config, plan, settings.trunk)
+        final = train_controlnet(config)
+        pipeline = assemble_new(name, config, final, settings.trunk)
+        figures = evaluate_new(pipeline, parts.backbone, config, settings)
+        write_text(output / FIGURES, json.dumps(figures, indent=2) + "\n")
+        say(describe(figures))
+        folder = output / PIPELINE
+        if not folder.exists():
+            export_pipeline(
+                pipeline, folder, CardInfo(command or name, notes=_notes(config, figures))
+            )
+        return Result(folder, plan, figures)
+
+
+@contextmanager
+def _each_note_once() -> Iterator[None]:
+    """Keeps what a data set has to say from being said each time that it is opened."""
+    said: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        new = text not in said
+        said.add(text)
+        return new
+
+    notes = logging.getLogger(crops.__name__)
+    notes.addFilter(is_new)
+    try:
+        yield
+    finally:
+        notes.removeFilter(is_new)
 
 
 def make_config(name: str, settings: NewBackboneSettings, output: Path) -> ControlNetConfig:
