@@ -34,7 +34,16 @@ from featinv_diffusion.training.config import RunConfig
 RUN_KEYS_THAT_MATTER = ("run.mixed_precision", "run.n_validation_images")
 FREE_KEYS = ("run.", "validation.", "data.num_workers", "data.in_memory", "model.attention")
 """Settings that decide no weight."""
-ADDED_KEYS = {"cache.features": False, "cache.features_dtype": "float16"}
+ADDED_KEYS: dict[str, Any] = {
+    "cache.features": False,
+    "cache.features_dtype": "float16",
+    "imitation.pipeline": None,
+    "imitation.n_images": 4096,
+    "imitation.epochs": 8,
+    "imitation.lr": 0.01,
+    "model.feature_projection_channels": None,
+    "model.trained": ["*"],
+}
 """Settings that earlier versions did not have, with the value that means what those did."""
 ELASTIC_KEYS = ("optim.batch_size", "optim.gradient_accumulation_steps")
 ENVIRONMENT, PROGRESS, AVERAGE = "environment.json", "progress.json", "average.bin"

@@ -21,9 +21,10 @@ from transformers import TimmWrapperForImageClassification
 
 from featinv_diffusion.backbones import wrap_model
 from featinv_diffusion.cli.export import choose_weights
-from featinv_diffusion.config import load_config
+from featinv_diffusion.config import load_config, to_yaml
 from featinv_diffusion.diffusion.featinv_controlnet import FeatureControlNet
 from featinv_diffusion.errors import InputError
+from featinv_diffusion.schema import parse_yaml
 from featinv_diffusion.seeds import derive_seed
 from featinv_diffusion.training import checkpoint, loop
 from featinv_diffusion.training.checkpoint import list_checkpoints
@@ -267,6 +268,13 @@ def test_only_named_parameters_are_trained(folder: Path, tmp_path: Path) -> None
     }
     with pytest.raises(InputError, match=r"model\.trained must match parameters, but 'head\.\*'"):
         train_controlnet(controlnet_config(folder, tmp_path / "no", 1, "model.trained=[head.*]"))
+
+
+def test_settings_that_were_added_mean_what_runs_did_before() -> None:
+    """Else an older checkpoint could not be resumed, or another thing would be trained."""
+    config = checkpoint._flatten(parse_yaml(to_yaml(ControlNetConfig()), "the defaults"))
+    assert checkpoint.ADDED_KEYS.items() <= config.items()
+    assert {key for key in config if key.startswith("imitation.")} <= checkpoint.ADDED_KEYS.keys()
 
 
 def test_a_feature_encoder_imitates_another(folder: Path, tmp_path: Path) -> None:
