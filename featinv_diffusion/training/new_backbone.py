@@ -267,7 +267,6 @@ def make_config(name: str, settings: NewBackboneSettings, output: Path) -> Contr
         run=RunConfig(
             output=str(output / "training"),
             channels_last=True,
-            checkpoint_every=50,
             n_validation_images=min(16, settings.n_evaluated),
         ),
     )
@@ -298,7 +297,11 @@ def planned(config: ControlNetConfig, plan: Plan, trunk: str) -> ControlNetConfi
     if plan.n_imitated:
         imitation = replace(imitation, pipeline=trunk, n_images=plan.n_imitated, epochs=plan.epochs)
     optim = replace(config.optim, max_steps=plan.n_steps, warmup_steps=min(50, plan.n_steps // 10))
-    run = replace(config.run, validate_every=max(1, plan.n_steps // 5))
+    run = replace(
+        config.run,
+        validate_every=max(1, plan.n_steps // 5),
+        checkpoint_every=max(1, min(50, plan.n_steps // 10)),
+    )
     return replace(config, imitation=imitation, optim=optim, run=run)
 
 
