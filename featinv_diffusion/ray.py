@@ -108,7 +108,9 @@ class Inverter:
                 if given is not None:
                     one = torch.as_tensor(np.asarray(value), dtype=torch.float32)[None]
                 else:
-                    square = center_square(_to_picture(value, names[row]), max(backbone.input_size))
+                    square = center_square(
+                        _to_picture(value, names[row]), max(backbone.picture_size)
+                    )
                     one = backbone.features(to_tensor(square).to(backbone.device))
                 self.inverter.spec.check_features(one)
                 found.append((row, one[0]))

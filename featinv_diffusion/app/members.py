@@ -6,7 +6,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from featinv_diffusion.diffusion.folders import ASSETS, list_bundled
+from featinv_diffusion.diffusion.folders import (
+    ASSETS,
+    BACKBONE,
+    DEFAULTS,
+    bundled_folder,
+    is_complete,
+    list_bundled,
+)
 from featinv_diffusion.errors import InputError, choices_hint
 from featinv_diffusion.inverters import modular, reconstructor
 from featinv_diffusion.inverters.base import Inverter
@@ -58,7 +65,7 @@ def list_members(pipelines: Sequence[str] = ()) -> list[Member]:
         if len(set(pipelines)) < len(pipelines):
             raise InputError(f"Each pipeline must be named once, got {', '.join(pipelines)}.")
         return [Member(name, name, "last") for name in pipelines]
-    members = [_bundled(name) for name in list_bundled()]
+    members = [_bundled(name) for name in filter(is_complete, list_bundled())]
     members.sort(key=lambda one: (one.family != "tiny/convnext", one.family, _depth(one.layer)))
     for name in modular.list_modular():
         index = ASSETS / BUNDLED / name / "inverter" / modular.INDEX
@@ -118,8 +125,9 @@ def has_places(spec: FeatureSpec) -> bool:
 
 
 def _bundled(name: str) -> Member:
-    family, _, layer = name.partition("-")
-    return Member(name, family, layer or "last")
+    owner = read_json(bundled_folder(name) / DEFAULTS, dict[str, Any]).get(BACKBONE)
+    family = f"{name.partition('/')[0]}/{owner}" if owner else name
+    return Member(name, family, name.removeprefix(family).removeprefix("-") or "last")
 
 
 def _depth(layer: str) -> tuple[int, str]:

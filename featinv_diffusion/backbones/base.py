@@ -39,12 +39,15 @@ class Preprocessing:
         mean: per channel, of RGB in [0, 1].
         std: per channel, of RGB in [0, 1].
         interpolation: `bilinear` or `bicubic`, both with antialiasing, as Pillow computes them.
+        through: (h, w) in pixels that images are brought to before `size`, so that a model for
+            large images sees no more of a picture than small ones show; None leaves them.
     """
 
     size: tuple[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     interpolation: str = "bicubic"
+    through: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.interpolation not in INTERPOLATIONS:
@@ -56,16 +59,21 @@ class Preprocessing:
     def __call__(self, images: Images) -> Float[Tensor, "b 3 h w"]:
         """Returns the model's input in float32; gradients flow to `images`."""
         _check_images(images)
-        resized = self._resize(images.float())
+        resized = self._resize(self._resize(images.float(), self.picture_size), self.size)
         mean = torch.tensor(self.mean, device=images.device)[:, None, None]
         std = torch.tensor(self.std, device=images.device)[:, None, None]
         return (resized - mean) / std
 
-    def _resize(self, images: Tensor) -> Tensor:
-        if tuple(images.shape[-2:]) == self.size:
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """(h, w) in pixels of all that is seen of a picture: `through`, else `size`."""
+        return self.through or self.size
+
+    def _resize(self, images: Tensor, size: tuple[int, int]) -> Tensor:
+        if tuple(images.shape[-2:]) == size:
             return images
         resized = F.interpolate(
-            images, self.size, mode=self.interpolation, align_corners=False, antialias=True
+            images, size, mode=self.interpolation, align_corners=False, antialias=True
         )
         return resized.clamp(0, 1)  # bicubic overshoots; Pillow clips to the range of its integers
 
@@ -136,7 +144,7 @@ class Backbone(nn.Module, ABC):
         """
         if isinstance(pictures, Tensor) and pictures.is_floating_point() and pictures.ndim == 4:
             return pictures, None
-        images, sources = read_batch(pictures, max(self.input_size))
+        images, sources = read_batch(pictures, max(self.picture_size))
         return images.to(self.device), sources
 
     @abstractmethod
@@ -231,6 +239,11 @@ class Backbone(nn.Module, ABC):
         """(h, w) in pixels of the model's input."""
         return self.preprocessing.size
 
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """(h, w) in pixels that pictures are read at: more of them is not seen."""
+        return self.preprocessing.picture_size
+
     @cached_property
     def labels(self) -> tuple[str, ...] | None:
         """The names of the classes; None where there are none or they are not known."""
@@ -287,7 +300,9 @@ class Backbone(nn.Module, ABC):
 
     def __repr__(self) -> str:
         size = "×".join(map(str, self.input_size))
-        return f"{type(self).__name__}({self.spec}, reads {size} pixels)"
+        through = self.preprocessing.through
+        way = f" through {'×'.join(map(str, through))}" if through else ""
+        return f"{type(self).__name__}({self.spec}, reads {size} pixels{way})"
 
 
 def _with_first_tensor(output: Any, edit: LayerEdit, path: str) -> Any:

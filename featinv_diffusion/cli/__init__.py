@@ -34,6 +34,7 @@ COMMANDS = {
     "analyze": "analyze",
     "layers": "layers",
     "paper": "paper",
+    "new-backbone": "new_backbone",
     "scope": "scope",
     "certainty": "certainty",
     "export": "export",
@@ -53,7 +54,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for _name, _module in COMMANDS.items():
-    app.command(_name)(getattr(import_module(f"featinv_diffusion.cli.{_module}"), _name))
+    _command = getattr(import_module(f"featinv_diffusion.cli.{_module}"), _name.replace("-", "_"))
+    app.command(_name)(_command)
 for _name in GROUPS:
     app.add_typer(getattr(import_module(f"featinv_diffusion.cli.{_name}"), _name), name=_name)
 

@@ -33,6 +33,8 @@ class FeatureEncoder(nn.Module):
         out_channels: channels of the UNet's first block.
         hidden_channels: width of the two inner convolutions (512 in the paper).
         pooled: average the map over space and repeat it (the paper's pooled variant).
+        projection_channels: channels that a 1×1 convolution on the map's own grid leaves for the
+            first 3×3 convolution, which then needs far fewer weights; None has none (published).
     """
 
     def __init__(
@@ -41,10 +43,15 @@ class FeatureEncoder(nn.Module):
         out_channels: int,
         hidden_channels: int = 512,
         pooled: bool = False,
+        projection_channels: int | None = None,
     ):
         super().__init__()
         self.pooled = pooled
-        self.conv1 = nn.Conv2d(feature_channels, hidden_channels, 3, padding=1)
+        read = projection_channels or feature_channels
+        self.project = None
+        if projection_channels:  # without a bias, so that a hidden condition stays zero
+            self.project = nn.Conv2d(feature_channels, read, 1, bias=False)
+        self.conv1 = nn.Conv2d(read, hidden_channels, 3, padding=1)
         self.conv2 = nn.Conv2d(hidden_channels, hidden_channels, 3, padding=1)
         self.conv3 = nn.Conv2d(hidden_channels, out_channels, 3, padding=1)
         nn.init.zeros_(self.conv3.weight)
@@ -70,6 +77,8 @@ class FeatureEncoder(nn.Module):
         hidden = self.standardise(features)
         if keep is not None:
             hidden = hidden * keep.to(hidden.dtype)[:, None, None, None]
+        if self.project is not None:
+            hidden = self.project(hidden)
         if self.pooled:
             hidden = hidden.mean(dim=(2, 3), keepdim=True).expand(-1, -1, *size)
         else:
@@ -90,6 +99,8 @@ class FeatureControlNet(ControlNetModel):
         feature_channels: channels of the feature map.
         feature_hidden_channels: width of the feature encoder.
         feature_pooled: condition on the average-pooled map.
+        feature_projection_channels: channels that the encoder's 1×1 convolution leaves; None has
+            no such convolution, as published.
         feature_spec: where the features come from, as a dict with the keys `backbone`, `layer`,
             `channels`, `grid` and `kind`; checked when a pipeline is wired.
         **kwargs: the arguments of `ControlNetModel`.
@@ -105,6 +116,7 @@ class FeatureControlNet(ControlNetModel):
         feature_hidden_channels: int = 512,
         feature_pooled: bool = False,
         feature_spec: dict[str, Any] | None = None,
+        feature_projection_channels: int | None = None,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -114,6 +126,7 @@ class FeatureControlNet(ControlNetModel):
             self.config["block_out_channels"][0],
             feature_hidden_channels,
             feature_pooled,
+            feature_projection_channels,
         )
 
     @staticmethod
@@ -131,6 +144,7 @@ class FeatureControlNet(ControlNetModel):
         feature_pooled: bool = False,
         feature_spec: dict[str, Any] | None = None,
         load_weights_from_unet: bool = True,
+        feature_projection_channels: int | None = None,
     ) -> FeatureControlNet:
         """Builds a ControlNet whose blocks are copies of the UNet's encoder and middle block."""
         base = ControlNetModel.from_unet(unet, load_weights_from_unet=load_weights_from_unet)
@@ -140,6 +154,7 @@ class FeatureControlNet(ControlNetModel):
             feature_hidden_channels=feature_hidden_channels,
             feature_pooled=feature_pooled,
             feature_spec=feature_spec,
+            feature_projection_channels=feature_projection_channels,
             **config,
         )
         missing, unexpected = model.load_state_dict(base.state_dict(), strict=False)

@@ -140,6 +140,8 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
             pipeline's judged that they help; 0 where none has judged. `best_refine_at` says where.
         feature_layer: dotted path of a module of the timm model, or `last` for the last spatial
             map before pooling; None takes the layer of the controlnet's `feature_spec`.
+        through: side in pixels that pictures are brought to before the size that the backbone
+            takes, because its maps of sharper ones were not seen in training; None leaves them.
     """
 
     model_cpu_offload_seq = "backbone->text_encoder->unet->vae"
@@ -162,6 +164,7 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
         best_refine: int = 0,
         best_refine_at: str = "end",
         feature_layer: str | None = None,
+        through: int | None = None,
     ):
         super().__init__()
         _check_choice("default_guidance", default_guidance, GUIDANCE)
@@ -196,6 +199,7 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
             best_refine=int(best_refine),
             best_refine_at=best_refine_at,
             feature_layer=feature_layer or trained_layer or "last",
+            through=None if through is None else int(through),
         )
         self.vae_scale_factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
@@ -333,14 +337,19 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
         strict = getattr(embedding, "strict_img_size", False)
         height, width = embedding.img_size if strict else config["input_size"][-2:]
         size = (int(height), int(width))
+        # All that is seen of a picture, where a backbone for large ones is shown small ones.
+        side = self.config["through"]
+        through = (int(side), int(side)) if side else size
         if isinstance(images, torch.Tensor):
-            pixels = _resize(_check_pixels(images), size, config["interpolation"])
+            pixels = _check_pixels(images)
         else:
             several = not isinstance(images, (PIL.Image.Image, str, Path))
             pictures = list(images) if several else [images]
             if not pictures:
                 raise ValueError("At least one image must be given, got an empty list.")
-            pixels = torch.cat([_to_pixels(picture, size) for picture in pictures])
+            pixels = torch.cat([_to_pixels(picture, through) for picture in pictures])
+        for wanted in (through, size):
+            pixels = _resize(pixels, wanted, config["interpolation"])
         mean = pixels.new_tensor(config["mean"])[:, None, None]
         std = pixels.new_tensor(config["std"])[:, None, None]
         return (pixels - mean) / std

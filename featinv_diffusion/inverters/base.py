@@ -93,7 +93,7 @@ class Inverter(ABC):
                 inverter without its backbone.
         """
         backbone = self.require_backbone()
-        images, sources = read_batch(pictures, max(backbone.input_size))
+        images, sources = read_batch(pictures, max(backbone.picture_size))
         seen = [
             backbone.features_and_logits(batch.to(backbone.device))
             for batch in images.split(batch_size)

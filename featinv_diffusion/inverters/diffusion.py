@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -51,7 +53,9 @@ class DiffusionInverter(RoundTrip, Inverter):
         default = pipeline.config
         self.pipeline = pipeline
         self.spec = declared_spec(pipeline)
-        self.backbone = backbone or _backbone_of(pipeline, self.spec)
+        self.backbone = _seen_through(
+            backbone or _backbone_of(pipeline, self.spec), pipeline.config["through"]
+        )
         if self.backbone is not None:
             self.spec.check_matches(self.backbone.spec)
         parts = pipeline.components.items()
@@ -164,6 +168,15 @@ def _backbone_of(pipeline: FeatInvPipeline, spec: FeatureSpec) -> Backbone | Non
     if pipeline.backbone is None:
         return None
     return wrap_model(pipeline.backbone, name=spec.backbone, layer=spec.layer)
+
+
+def _seen_through(backbone: Backbone | None, side: int | None) -> Backbone | None:
+    """Returns a backbone that sees pictures as the pipeline's training showed them."""
+    if backbone is None or side is None or backbone.picture_size == (side, side):
+        return backbone
+    shown = copy(backbone)  # shares its weights
+    shown.preprocessing = replace(backbone.preprocessing, through=(side, side))
+    return shown
 
 
 def _first(value: Any, default: Any) -> Any:

@@ -46,7 +46,7 @@ def measure_colourisation(request: Request) -> Finding:
     ids: list[str] = []
     for name in names:
         inverter = load_inverter(name, device=request.settings.device)
-        pictures = request.pictures(N_DEFAULT, max(inverter.require_backbone().input_size))
+        pictures = request.pictures(N_DEFAULT, max(inverter.require_backbone().picture_size))
         ids = pictures.ids
         halves = halve(inverter, pictures, make_operation("colourise"), size)
         edits = ways_to_colourise(halves, inverter.spec.channels)

@@ -42,7 +42,7 @@ N_CHANNELS, N_DEFAULT = 15, 200
 def measure_channels(request: Request) -> Finding:
     """Draws single channels, and measures how well the colours of the image explain each."""
     inverter, size = open_encoder(request), request.settings.batch_size
-    pictures = request.pictures(N_DEFAULT, max(inverter.require_backbone().input_size))
+    pictures = request.pictures(N_DEFAULT, max(inverter.require_backbone().picture_size))
     features = encode(inverter, pictures.images, size)
     grid = inverter.spec.grid
     small = F.interpolate(pictures.images, grid, mode="area")
@@ -111,7 +111,7 @@ def _draw_channels(
 def measure_conditions(request: Request) -> Finding:
     """Checks the two conditions: small distortions, and operators on images that are new."""
     inverter, size = open_encoder(request), request.settings.batch_size
-    pictures = request.pictures(N_DEFAULT, max(inverter.require_backbone().input_size))
+    pictures = request.pictures(N_DEFAULT, max(inverter.require_backbone().picture_size))
     halves = halve(inverter, pictures, make_operation("swap"), size)
     n = len(pictures) // 2
     ids = {"fit": set(pictures.ids[:n]), "held": set(pictures.ids[n:])}

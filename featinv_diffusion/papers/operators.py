@@ -162,7 +162,7 @@ NOTE = "Position: 0 is the picture of the true features, 1 is doing nothing. Chr
 def measure_swap(request: Request) -> Finding:
     """Fits the swap by every method, and reflections of few directions, with their eigenvalues."""
     inverter, size = open_encoder(request), request.settings.batch_size
-    pictures = request.pictures(N_DEFAULT, max(inverter.require_backbone().input_size))
+    pictures = request.pictures(N_DEFAULT, max(inverter.require_backbone().picture_size))
     halves = halve(inverter, pictures, make_operation("swap"), size)
     spec = inverter.spec
     moments = moments_of(halves, spec.channels)
@@ -257,7 +257,7 @@ def by_matrix(matrix: Float[Tensor, "c c"]) -> Edit:
 def measure_suppression(request: Request) -> Finding:
     """Fits the suppression of blue, and measures powers of it and their eigenvalues."""
     inverter, size = open_encoder(request), request.settings.batch_size
-    pictures = request.pictures(N_DEFAULT, max(inverter.require_backbone().input_size))
+    pictures = request.pictures(N_DEFAULT, max(inverter.require_backbone().picture_size))
     operation = make_operation("suppress")
     halves = halve(inverter, pictures, operation, size)
     spec = inverter.spec

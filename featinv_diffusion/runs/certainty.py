@@ -347,7 +347,7 @@ def _encoded(
 ) -> Iterator[tuple[Images, Features]]:
     backbone = inverter.require_backbone()
     for item in items:
-        square = to_tensor(center_square(images.read(item.index), max(backbone.input_size)))
+        square = to_tensor(center_square(images.read(item.index), max(backbone.picture_size)))
         maps = backbone.features(square.to(backbone.device)).cpu()
         backbone.spec.check_features(maps)
         yield square, maps

@@ -157,7 +157,7 @@ def _finish(manifest: Manifest, inverter: Inverter, output: Path, n_rows: int) -
         discard_run(output)
         raise InputError("\n".join(failure["error"] for failure in manifest.failures))
     folder = SampleFolder(output, manifest)
-    size = max(inverter.require_backbone().input_size)
+    size = max(inverter.require_backbone().picture_size)
     for job, entry in list(zip(jobs_of(manifest), manifest.images, strict=True))[:n_rows]:
         original = center_square(read_location(job.input), size)
         samples = [read_image(output / name) for name in job.outputs]

@@ -308,7 +308,7 @@ def reconstruct(
             its features or samples are not finite.
         score: of each image's features.
     """
-    readable = _read(jobs, max(inverter.require_backbone().input_size), on_failure)
+    readable = _read(jobs, max(inverter.require_backbone().picture_size), on_failure)
     encoded = _encode(inverter.require_backbone(), readable, on_failure)
     return _join(inverter, encoded, batch_size, on_failure, score)
 
@@ -369,7 +369,7 @@ def encode_jobs(backbone: Backbone, jobs: Iterable[Job]) -> FeatureMaps:
     def fail(job: Job, error: str) -> None:
         raise InputError(error)
 
-    found = list(_encode(backbone, _read(jobs, max(backbone.input_size), fail), fail))
+    found = list(_encode(backbone, _read(jobs, max(backbone.picture_size), fail), fail))
     sources = [replace(one.source, location=one.job.input) for one in found]
     return FeatureMaps.of(torch.stack([one.features for one in found]), sources)
 

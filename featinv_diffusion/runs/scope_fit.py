@@ -210,7 +210,7 @@ def _look(
 ) -> Iterator[tuple[list[int], Features]]:
     backbone = inverter.require_backbone()
     for chosen in batched(indices, size):
-        squares = [center_square(images.read(i), max(backbone.input_size)) for i in chosen]
+        squares = [center_square(images.read(i), max(backbone.picture_size)) for i in chosen]
         maps = backbone.features(to_tensor(squares).to(backbone.device))
         backbone.spec.check_features(maps)
         yield chosen, maps

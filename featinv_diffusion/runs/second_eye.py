@@ -73,7 +73,7 @@ class SecondEye:
     def __init__(self, own: Backbone):
         second = load_backbone(second_eye_of(own.name)).to(own.device)
         self.eyes = {"own": Eye(own), "second": Eye(second)}
-        self.size = max(own.input_size)
+        self.size = max(own.picture_size)
         photos = [center_square(read_image(builtin_photo(photo)), self.size) for photo in OTHERS]
         self.others = [to_tensor(photo) for photo in photos]
 

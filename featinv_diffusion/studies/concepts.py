@@ -302,7 +302,7 @@ def _encode(
 @torch.no_grad()
 def _encode_batch(backbone: Backbone, folder: Path | None, items: Mapping[int, Any]) -> Part:
     """Encodes the pictures, by their place in the list, that can be read."""
-    size = max(backbone.input_size)
+    size = max(backbone.picture_size)
     places, sources, images, squares, left_out = [], [], [], [], []
     for place, item in items.items():
         is_path = isinstance(item, str | Path)

@@ -414,7 +414,7 @@ def measure_encoders(
     device = encoders[0].backbone.device
     for scorer in scorers:
         scorer.backbone.to(device)
-    side = max(max(encoder.backbone.input_size) for encoder in encoders)
+    side = max(max(encoder.backbone.picture_size) for encoder in encoders)
 
     def measure(chunk: tuple[int, list[Item]]) -> Part:
         first, batch = chunk

@@ -185,7 +185,7 @@ def _with_outputs(jobs: Sequence[Job], powers: Sequence[int]) -> list[Job]:
 
 def _encode(inverter: Inverter, path: str, source: PixelMap) -> tuple[Image.Image, Features]:
     """Returns what the backbone sees of a picture, and its features."""
-    square = center_square(read_image(path), max(inverter.require_backbone().input_size))
+    square = center_square(read_image(path), max(inverter.require_backbone().picture_size))
     pixels = source(to_tensor(square))
     features = inverter.encode(pixels).as_subclass(Tensor)
     return (square if source is keep else to_pil(pixels)[0]), features

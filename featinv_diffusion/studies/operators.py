@@ -109,7 +109,7 @@ def fit_operator(
     if isinstance(data, list | tuple):
         n_images = min(n_images, len(images))
     _check_batch_size(batch_size)
-    drawn = draw_images(images, n_images, seed, max(backbone.input_size))
+    drawn = draw_images(images, n_images, seed, max(backbone.picture_size))
     with progress_bar(division.share(n_images), progress, "encoding", "images") as advance:
 
         def measure(chunk: list[Drawn]) -> Part:
@@ -372,7 +372,7 @@ def measure_operator(
     check_powers(powers)
     spectra = [measure_spectrum(operator, n) for n in powers]  # refuses powers before the work
     images = to_image_set(data, split, classes)
-    side, fitted_on = max(backbone.input_size), operator.record.image_digests
+    side, fitted_on = max(backbone.picture_size), operator.record.image_digests
     drawn = draw_images(images, n_images, seed, side, fitted_on)
     _check_batch_size(batch_size)
     with progress_bar(division.share(n_images), progress, "measuring", "images") as advance:

@@ -150,7 +150,7 @@ def _survey(
     inverter: Inverter, concepts: ConceptDictionary, images: ImageSet, batch_size: int
 ) -> _Survey:
     backbone = inverter.require_backbone()
-    size = max(backbone.input_size)
+    size = max(backbone.picture_size)
     maps, greatest = [], []
     active = torch.zeros(concepts.n_concepts, dtype=torch.float64)
     for chosen in batched(range(len(images)), batch_size):

@@ -34,9 +34,15 @@ from featinv_diffusion.training.config import RunConfig
 RUN_KEYS_THAT_MATTER = ("run.mixed_precision", "run.compile", "run.n_validation_images")
 FREE_KEYS = ("run.", "validation.", "data.num_workers", "data.in_memory", "model.attention")
 """Settings that decide no weight."""
-ADDED_KEYS = {
+ADDED_KEYS: dict[str, Any] = {
     "cache.features": False,
     "cache.features_dtype": "float16",
+    "imitation.pipeline": None,
+    "imitation.n_images": 4096,
+    "imitation.epochs": 8,
+    "imitation.lr": 0.01,
+    "model.feature_projection_channels": None,
+    "model.trained": ["*"],
     "run.compile": False,
 }
 """Settings that earlier versions did not have, with the value that means what those did."""

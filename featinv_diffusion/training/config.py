@@ -1,4 +1,4 @@
-"""What every training run is told, whichever network it trains."""
+"""What training runs are told: every one, and one for a new backbone in a given time."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from featinv_diffusion.settings import (
     PositiveOrInfinite,
     Size,
     check,
+    option,
 )
 
 
@@ -85,6 +86,39 @@ class RunConfig:
     compile: bool = False
     cpu: bool = False
     dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+# ---- A new backbone in a given time ----
+
+HEAD = ("feature_encoder.*",)
+ADAPTED = (*HEAD, "controlnet_*", "conv_in.*", "down_blocks.0.*", "*norm*")
+"""What is trained: the head; and of the trunk, what reads it first and what hands its work on."""
+TRAINED = {"frozen": HEAD, "adapted": ADAPTED, "thawed": ("*",)}
+
+
+@dataclass(frozen=True)
+class NewBackboneSettings:
+    """What is made, of what and in which time."""
+
+    data: str = option("", "Images: a folder, parquet file, tar files or a Hub data set.")
+    split: str = option("train", "Split of the images, or the folder below that holds the classes.")
+    layer: str = option("last", "Layer whose map is inverted: last, or a dotted path of a module.")
+    minutes: float = option(60.0, "Minutes that all of it may take.", least=0.01, most=100_000)
+    trunk: str = option("tiny/convnext", "Pipeline whose ControlNet is the trunk.")
+    trunk_is: str = option(
+        "adapted",
+        "What is trained beside the head: nothing, the trunk's first block and zero convolutions, "
+        "or all of it.",
+        choices=tuple(TRAINED),
+    )
+    batch_size: int = option(48, "Images per step.", least=1, most=4096)
+    n_evaluated: int = option(
+        64, "Images that are held back for the figures.", least=2, most=10_000
+    )
+    seed: int = option(0, "Seed of everything random.")
 
     def __post_init__(self) -> None:
         check(self)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import fnmatch
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
@@ -30,7 +32,8 @@ from featinv_diffusion.data.crops import (
 from featinv_diffusion.data.streams import StreamedCrops
 from featinv_diffusion.diffusion.featinv_controlnet import FeatureControlNet
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
-from featinv_diffusion.diffusion.folders import check_reachable
+from featinv_diffusion.diffusion.folders import PICKLED, check_reachable, feature_spec_of
+from featinv_diffusion.diffusion.hub import load_pipeline
 from featinv_diffusion.diffusion.objective import (
     PUBLISHED_PROMPT,
     draw_dropout,
@@ -39,6 +42,7 @@ from featinv_diffusion.diffusion.objective import (
     prediction_target,
 )
 from featinv_diffusion.errors import InputError
+from featinv_diffusion.inverters.diffusion import DiffusionInverter
 from featinv_diffusion.metrics.features import feature_cosine, shuffled_cosine, top_k_match
 from featinv_diffusion.seeds import derive_seed, make_generator
 from featinv_diffusion.settings import Depth, Finite, Pictures, Probability, Seed, Size, check
@@ -51,6 +55,7 @@ from featinv_diffusion.training.feature_cache import (
     fill_features,
 )
 from featinv_diffusion.training.group_norm import speed_up_group_norms
+from featinv_diffusion.training.imitation import ImitationConfig, Pairs, imitate, read_pairs
 from featinv_diffusion.training.latents import (
     CachedCropDataset,
     SampleNoise,
@@ -74,7 +79,11 @@ class ControlNetModelConfig:
             in the checkpoint; the paper feeds raw features.
         dropout: probability of hiding the condition; `joint` hides features and prompt together
             (published), `independent` each on its own.
+        feature_projection_channels: channels that a 1×1 convolution leaves of the map before the
+            feature encoder's 3×3 ones; None has none, as published.
         warm_start: folder of another backbone's ControlNet; all but the feature encoder is read.
+        trained: names of the parameters that are trained, as patterns; all others stay as
+            `warm_start` has them. `feature_encoder.*` trains a head on a frozen trunk.
     """
 
     base: str = "lambdalabs/miniSD-diffusers"
@@ -88,7 +97,9 @@ class ControlNetModelConfig:
     dropout: Probability = 0.15
     dropout_kind: Literal["joint", "independent"] = "joint"
     prompt: str = PUBLISHED_PROMPT
+    feature_projection_channels: Size | None = None
     warm_start: str | None = None
+    trained: tuple[str, ...] = ("*",)
     attention: Literal["native", "xformers"] = "native"
 
     def __post_init__(self) -> None:
@@ -117,6 +128,7 @@ class ControlNetConfig:
     seed: Seed = 0
     data: DataConfig = field(default_factory=lambda: DataConfig(held_back_per_class=1))
     model: ControlNetModelConfig = field(default_factory=ControlNetModelConfig)
+    imitation: ImitationConfig = field(default_factory=ImitationConfig)
     cache: ControlNetCacheConfig = field(default_factory=ControlNetCacheConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
@@ -327,6 +339,8 @@ def load_training_backbone(config: ControlNetModelConfig) -> Backbone:
 def _load_sub(component_class: Any, base: str, subfolder: str) -> Any:
     try:
         return component_class.from_pretrained(base, subfolder=subfolder)
+    except UnpicklingError:
+        raise InputError(f"{subfolder} of {base!r} could not be loaded. {PICKLED}") from None
     except (OSError, ValueError) as error:
         raise InputError(
             f"model.base must be a Stable Diffusion 1.x folder or Hub id in diffusers layout, but "
@@ -354,9 +368,11 @@ def make_controlnet(config: ControlNetModelConfig, parts: FrozenParts) -> Featur
         feature_hidden_channels=config.feature_hidden_channels,
         feature_pooled=config.pooled,
         feature_spec=asdict(spec),
+        feature_projection_channels=config.feature_projection_channels,
     ).float()
     if config.warm_start:
         begin_with(controlnet, load_component(FeatureControlNet, config.warm_start))
+    freeze_all_but(controlnet, config.trained)
     if config.attention == "xformers":
         _use_xformers(controlnet)
     return controlnet.train()
@@ -378,6 +394,23 @@ def begin_with(controlnet: FeatureControlNet, other: FeatureControlNet) -> None:
             "one given has other blocks. Use one that was trained on the same base."
         )
     controlnet.load_state_dict(weights, strict=False)
+
+
+def freeze_all_but(controlnet: FeatureControlNet, trained: Sequence[str]) -> None:
+    """Freezes the parameters whose names none of the patterns matches.
+
+    Raises:
+        InputError: a pattern that matches none.
+    """
+    parameters = dict(controlnet.named_parameters())
+    for pattern in trained:
+        if not fnmatch.filter(parameters, pattern):
+            raise InputError(
+                f"Each pattern of model.trained must match parameters, but {pattern!r} matches "
+                "none. Use feature_encoder.*, controlnet_* (the zero convolutions) or *."
+            )
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(any(fnmatch.fnmatchcase(name, p) for p in trained))
 
 
 @torch.no_grad()
@@ -405,13 +438,18 @@ def train_controlnet(config: ControlNetConfig) -> Path:
     accelerator = make_accelerator(config.optim, config.run)
     torch.manual_seed(derive_seed(config.seed, "initial weights"))
     parts = load_frozen_parts(config.model)
-    train, validation = _open_data(config)
+    train, validation = open_data(config)
     controlnet = make_controlnet(config.model, parts)
     fresh = not list_checkpoints(Path(config.run.output))  # a checkpoint holds the statistics
     if config.model.standardise and fresh and not config.run.dry_run:
         parts.backbone.to(accelerator.device)
-        images = _first_images(train, config.model.statistics_images)
+        images = first_images(train, config.model.statistics_images)
         set_feature_statistics(controlnet, parts.backbone, images)
+    if config.imitation.pipeline and fresh and not config.run.dry_run:
+        images = first_images(train, config.imitation.n_images)
+        left = imitate_pipeline(controlnet, parts, images, config.imitation)
+        what = f"imitation of {config.imitation.pipeline}"
+        accelerator.print(f"{what}: {left:.3f} of the variance left")
     if config.run.gradient_checkpointing:
         controlnet.enable_gradient_checkpointing()
         parts.unet.enable_gradient_checkpointing()
@@ -421,7 +459,31 @@ def train_controlnet(config: ControlNetConfig) -> Path:
     return fit(task, train, accelerator, config.optim, config.run, to_yaml(config))
 
 
-def _open_data(config: ControlNetConfig) -> tuple[CropDataset | StreamedCrops, Tensor]:
+def imitate_pipeline(
+    controlnet: FeatureControlNet, parts: FrozenParts, images: Tensor, config: ImitationConfig
+) -> float:
+    """Fits the feature encoder to that of another pipeline, see `imitation.imitate`."""
+    pairs = read_pipeline_pairs(parts, images, config)
+    controlnet.to(parts.backbone.device)  # pyright: ignore[reportArgumentType]
+    return imitate(controlnet, pairs, config)
+
+
+def read_pipeline_pairs(parts: FrozenParts, images: Tensor, config: ImitationConfig) -> Pairs:
+    """Returns maps of images, and the conditions that the imitated pipeline makes of its own."""
+    assert config.pipeline is not None
+    other = load_pipeline(config.pipeline)
+    spec, device = feature_spec_of(other.controlnet), parts.backbone.device
+    if spec is None or other.backbone is None:
+        raise InputError(
+            f"imitation.pipeline must hold its backbone and declare the features that it reads, "
+            f"but {config.pipeline} does not."
+        )
+    read = DiffusionInverter(other).require_backbone().to(device)
+    side = parts.unet.config["sample_size"]
+    return read_pairs(parts.backbone, other.controlnet.to(device), read, images, (side, side))
+
+
+def open_data(config: ControlNetConfig) -> tuple[CropDataset | StreamedCrops, Tensor]:
     n = config.run.n_validation_images
     if config.data.streaming:
         if config.cache.folder:
@@ -432,7 +494,7 @@ def _open_data(config: ControlNetConfig) -> tuple[CropDataset | StreamedCrops, T
     return train, stack_images(held, n)[0]
 
 
-def _first_images(dataset: CropDataset | StreamedCrops, n: int) -> Tensor:
+def first_images(dataset: CropDataset | StreamedCrops, n: int) -> Tensor:
     if isinstance(dataset, CropDataset):
         return stack_images(dataset, n)[0]
     return to_images(torch.stack([item["pixels"] for item in islice(dataset, n)]))

@@ -113,3 +113,27 @@ def test_what_is_no_batch_of_images_is_refused(images):
 def test_unknown_interpolation_is_refused():
     with pytest.raises(InputError, match="'hamming'"):
         Preprocessing((8, 8), MEAN, STD, "hamming")
+
+
+def test_pictures_are_seen_through_a_smaller_size():
+    """Two passes of Pillow, to 24 and on to 48; more of the picture does not come through."""
+    picture = make_picture(150, 211)
+    steps = [
+        transforms.Resize((side, side), transforms.InterpolationMode.BICUBIC) for side in (24, 48)
+    ]
+    expected = functional.to_tensor(transforms.Compose(steps)(picture))
+    preprocess = Preprocessing((48, 48), (0.0,) * 3, (1.0,) * 3, through=(24, 24))
+    assert preprocess.picture_size == (24, 24)
+    result = preprocess(functional.to_tensor(picture)[None])[0]
+    assert result.shape == (3, 48, 48)
+    assert (result - expected).abs().max() < 4 / 255  # each pass of Pillow rounds twice
+    direct = Preprocessing((48, 48), (0.0,) * 3, (1.0,) * 3)(functional.to_tensor(picture)[None])
+    assert (direct[0] - expected).abs().max() > 10 / 255
+
+
+def test_without_a_smaller_size_nothing_changes():
+    preprocess = Preprocessing((48, 40), MEAN, STD)
+    assert preprocess.picture_size == (48, 40)
+    same = Preprocessing((48, 40), MEAN, STD, through=(48, 40))
+    images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(preprocess(images), same(images))

@@ -40,7 +40,7 @@ def test_help_lists_every_command(featinv: Featinv):
         "evaluate",
         "merge",
     )
-    others = ("classemb", "analyze", "layers", "paper", "scope", "certainty")
+    others = ("classemb", "analyze", "layers", "paper", "new-backbone", "scope", "certainty")
     hub = ("export", "push", "convert")
     assert (*samples, *studies, *others, *hub) == tuple(cli.COMMANDS)
     for name in (*cli.COMMANDS, *cli.GROUPS):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import timm
 import torch
 from diffusers import DDIMScheduler
+from safetensors.torch import load_file
 from transformers import TimmWrapperForImageClassification
 
 from featinv_diffusion.diffusion import folders as assemble_module
@@ -17,6 +20,7 @@ from featinv_diffusion.diffusion.folders import (
 )
 from featinv_diffusion.diffusion.hub import export_pipeline, load_pipeline
 from featinv_diffusion.errors import InputError
+from featinv_diffusion.training.controlnet import ControlNetModelConfig, load_frozen_parts
 from tests import tiny
 from tests.diffusion.probe import sample
 
@@ -93,3 +97,56 @@ def test_timm_weights_go_into_a_stock_wrapper(monkeypatch, tmp_path, timm_id):
     assert loaded.config.pretrained_cfg["hf_hub_id"] == f"timm/{timm_id}"
     if timm_id.endswith("in1k"):
         assert loaded.config.id2label[1].startswith("goldfish")
+
+
+class Evil:
+    """Writes a file where it is unpickled by something that runs pickles."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.write_text, (self.path, "it ran")
+
+
+def to_pickles(base):
+    """Rewrites the networks of a folder as older repositories hold them, `miniSD-diffusers` too."""
+    for name, stem in PICKLED.items():
+        (stored,) = (base / name).glob("*.safetensors")
+        torch.save(load_file(stored), base / name / f"{stem}.bin")
+        stored.unlink()
+
+
+PICKLED = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"} | {
+    "text_encoder": "pytorch_model"
+}
+
+
+def test_a_base_of_pickled_tensors_is_read_and_exported_as_safetensors(
+    pipeline, base, backbone_name, tmp_path, expected
+):
+    pipeline.controlnet.save_pretrained(tmp_path / "net")
+    to_pickles(base)
+    made = assemble(tmp_path / "net", base, backbone_name)
+    assert torch.equal(sample(made), expected)
+    folder = export_pipeline(made, tmp_path / "out", INFO)
+    assert not list(folder.rglob("*.bin"))
+    assert torch.equal(sample(load_pipeline(folder)), expected)
+    parts = load_frozen_parts(ControlNetModelConfig(base=str(base), backbone=backbone_name))
+    weights = pipeline.unet.state_dict()
+    assert all(torch.equal(v, weights[k]) for k, v in parts.unet.state_dict().items())
+
+
+@pytest.mark.parametrize("name", list(PICKLED))
+def test_a_pickle_that_holds_more_than_tensors_never_runs(
+    pipeline, base, backbone_name, tmp_path, name
+):
+    pipeline.controlnet.save_pretrained(tmp_path / "net")
+    to_pickles(base)
+    ran = tmp_path / "ran"
+    torch.save({"conv_in.weight": Evil(ran)}, base / name / f"{PICKLED[name]}.bin")
+    with pytest.raises(InputError, match="loading it failed"):
+        assemble(tmp_path / "net", base, backbone_name)
+    with pytest.raises(InputError, match=rf"{name} of .* could not be loaded"):
+        load_frozen_parts(ControlNetModelConfig(base=str(base), backbone=backbone_name))
+    assert not ran.exists()

@@ -9,8 +9,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from featinv_diffusion.backbones.public_weights import packed_weights
+from featinv_diffusion.diffusion import folders
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
-from featinv_diffusion.diffusion.folders import SCOPE_FILE, CardInfo, list_bundled
+from featinv_diffusion.diffusion.folders import (
+    SCOPE_FILE,
+    CardInfo,
+    is_complete,
+    list_bundled,
+    make_timm_wrapper,
+)
 from featinv_diffusion.diffusion.hub import find_scope_file, load_pipeline
 from featinv_diffusion.errors import InputError
 from tests import tiny
@@ -18,6 +26,7 @@ from tests.diffusion.probe import sample
 from train.tiny_family import pack
 from train.tiny_family.pack import to_half, write_bundled, write_bundled_backbone
 
+PUBLIC = "tf_efficientnet_lite0"
 INFO = CardInfo(command="python -m train.tiny_family", license="apache-2.0")
 
 
@@ -92,6 +101,61 @@ def test_a_member_may_read_the_backbone_of_another(family, pipeline):
         write_bundled(other, family, "convnext-pooled", INFO)
 
 
+def test_a_member_on_a_trunk_stores_only_what_differs(family, pipeline):
+    trunk = write_bundled(pipeline, family, "convnext", INFO)
+    weights = pipeline.controlnet.state_dict()
+    controlnet = tiny.make_controlnet(feature_hidden_channels=8, feature_projection_channels=4)
+    own = {k: v for k, v in controlnet.state_dict().items() if k.startswith("feature_encoder.")}
+    changed = {"conv_in.bias": weights["conv_in.bias"] + 1}
+    controlnet.load_state_dict(weights_without_encoder(weights) | changed | own)
+    new = FeatInvPipeline(**pipeline.components | {"controlnet": controlnet})
+    member = write_bundled(new, family, "second", INFO, trunk="convnext")
+    stored = load_file(member / "controlnet/diffusion_pytorch_model.safetensors")
+    assert stored.keys() == own.keys() | changed.keys()
+    loaded = load_pipeline("tiny/second").controlnet.state_dict()
+    expected = controlnet.state_dict()
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(expected[k].half().float(), loaded[k]) for k in expected)
+    save_file({"a": torch.zeros(1)}, member / SCOPE_FILE)
+    write_bundled(new, family, "second", INFO, trunk="convnext")
+    assert (member / SCOPE_FILE).is_file()
+    save_file(
+        {k: v for k, v in stored.items() if k != "feature_encoder.conv1.bias"},
+        member / "controlnet/diffusion_pytorch_model.safetensors",
+    )
+    with pytest.raises(InputError, match=r"feature_encoder\.conv1\.bias is missing, left over"):
+        load_pipeline("tiny/second")
+    shutil.rmtree(trunk / "controlnet")
+    with pytest.raises(InputError, match="convnext/controlnet"):
+        load_pipeline("tiny/second")
+
+
+def weights_without_encoder(weights):
+    return {k: v for k, v in weights.items() if not k.startswith("feature_encoder.")}
+
+
+@pytest.mark.skipif(packed_weights(PUBLIC) is None, reason="needs the extra real")
+def test_a_member_may_read_public_weights(family, pipeline, monkeypatch):
+    model = make_timm_wrapper(PUBLIC)
+    spec = {"backbone": PUBLIC, "layer": "last", "channels": 1280, "grid": [7, 7], "kind": "map"}
+    controlnet = tiny.make_controlnet(feature_channels=1280, feature_spec=spec)
+    real = FeatInvPipeline(
+        **pipeline.components | {"controlnet": controlnet, "backbone": model}, through=32
+    )
+    member = write_bundled(real, family, "real", INFO, public_backbone=PUBLIC)
+    assert not (member / "backbone").exists()
+    loaded = load_pipeline("tiny/real")
+    images = tiny.make_images(1)
+    assert torch.equal(loaded.encode_features(images), real.encode_features(images))
+    assert loaded.config["through"] == 32
+    assert loaded.backbone.config.id2label[1] == "goldfish, Carassius auratus"
+    assert is_complete("tiny/real")
+    monkeypatch.setattr(folders, "packed_weights", lambda _name: None)
+    assert not is_complete("tiny/real")
+    with pytest.raises(InputError, match=r"pip install 'featinv-diffusion\[real\]'"):
+        load_pipeline("tiny/real")
+
+
 def test_statistics_of_natural_maps_stay_while_the_weights_do(family, pipeline):
     member = write_bundled(pipeline, family, "convnext", INFO)
     save_file({"a": torch.zeros(1)}, member / SCOPE_FILE)
@@ -160,7 +224,7 @@ def test_a_damaged_installation_is_named(family, pipeline):
 
 def test_what_ships_in_the_package_loads():
     """Each bundled pipeline of this checkout, whatever has been trained so far."""
-    for name in list_bundled():
+    for name in filter(is_complete, list_bundled()):
         pipeline = load_pipeline(name)
         images = tiny.make_images(1)
         features = pipeline.encode_features(images)

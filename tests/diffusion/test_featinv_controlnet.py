@@ -59,6 +59,30 @@ def test_encoder_follows_the_equation(controlnet):
     torch.testing.assert_close(controlnet.encode_condition(features, (16, 16)), expected)
 
 
+def test_a_projection_is_one_larger_convolution(unet, tmp_path):
+    """A 1×1 convolution, bilinear upsampling and a 3×3 one are linear: one 3×3 kernel has both."""
+    controlnet = tiny.make_controlnet(unet, feature_projection_channels=5)
+    projected, features = controlnet.feature_encoder, tiny.make_features()
+    assert projected.conv1.weight.shape == (16, 5, 3, 3)
+    whole = tiny.make_controlnet(unet).feature_encoder
+    kernel = torch.einsum(
+        "opij,pc->ocij", projected.conv1.weight, projected.project.weight[..., 0, 0]
+    )
+    weights = {k: v for k, v in projected.state_dict().items() if k != "project.weight"}
+    whole.load_state_dict(weights | {"conv1.weight": kernel})
+    expected = whole(features, (16, 16))
+    torch.testing.assert_close(controlnet.encode_condition(features, (16, 16)), expected)
+    hidden = torch.tensor([True, False])
+    torch.testing.assert_close(
+        projected(features, (16, 16), hidden), whole(features, (16, 16), hidden)
+    )
+    controlnet.save_pretrained(tmp_path)
+    loaded = FeatureControlNet.from_pretrained(tmp_path)
+    assert torch.equal(
+        loaded.encode_condition(features, (16, 16)), controlnet.encode_condition(features, (16, 16))
+    )
+
+
 def test_encoded_once_is_encoded_each_time(controlnet):
     inputs = make_inputs()
     expected = residuals(controlnet, **inputs)

@@ -28,7 +28,8 @@ from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 from featinv_diffusion.backbones import wrap_model
 from featinv_diffusion.diffusion import featinv_pipeline
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
-from featinv_diffusion.images import center_square, read_image, to_tensor
+from featinv_diffusion.images import center_square, read_image, to_pil, to_tensor, write_png
+from featinv_diffusion.inverters.diffusion import DiffusionInverter
 from tests import tiny
 
 # Kernels sum in another order at another batch size; measured 2e-6.
@@ -344,6 +345,32 @@ def test_features_equal_those_of_the_backbone(pipeline):
     for size in ((64, 64), (48, 48), (150, 150), (40, 70)):
         images = torch.nn.functional.interpolate(tiny.make_images(3), size=size)
         assert torch.equal(pipeline.encode_features(images), backbone.features(images))
+
+
+def test_features_seen_through_a_smaller_size_equal_those_of_the_backbone(tmp_path):
+    pipeline = tiny.make_pipeline(through=24)
+    backbone = DiffusionInverter(pipeline).require_backbone()
+    own = wrap_model(pipeline.backbone, name="tiny/convnext")
+    given = DiffusionInverter(pipeline, backbone=own).require_backbone()
+    assert given.picture_size == (24, 24)
+    assert given.model is own.model
+    assert own.picture_size == (64, 64)
+    assert backbone.picture_size == (24, 24)
+    assert "through 24×24" in repr(backbone)
+    for size in ((64, 64), (24, 24), (40, 70)):
+        images = torch.nn.functional.interpolate(tiny.make_images(3), size=size)
+        seen = pipeline.encode_features(images)
+        assert torch.equal(seen, backbone.features(images))
+        small = torch.nn.functional.interpolate(
+            images, (24, 24), mode="bicubic", antialias=True
+        ).clamp(0, 1)
+        torch.testing.assert_close(seen, pipeline.encode_features(small))
+    write_png(to_pil(tiny.make_images(1))[0].resize((90, 70)), tmp_path / "a.png")
+    path = tmp_path / "a.png"
+    assert torch.equal(pipeline.encode_features(path), backbone.features(path))
+    pipeline.save_pretrained(tmp_path / "saved")
+    again = FeatInvPipeline.from_pretrained(tmp_path / "saved")
+    assert torch.equal(again.encode_features(path), backbone.features(path))
 
 
 @pytest.mark.parametrize("layer", ["stages.1", "stages.2.blocks.0.conv_dw", "stages.3"])

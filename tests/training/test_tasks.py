@@ -8,6 +8,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from accelerate import Accelerator, DistributedType
 from PIL import Image
 from transformers import TimmWrapperForImageClassification
 
+from featinv_diffusion.backbones import wrap_model
 from featinv_diffusion.cli.export import choose_weights
-from featinv_diffusion.config import load_config
+from featinv_diffusion.config import load_config, to_yaml
 from featinv_diffusion.diffusion.featinv_controlnet import FeatureControlNet
 from featinv_diffusion.errors import InputError
+from featinv_diffusion.schema import parse_yaml
 from featinv_diffusion.seeds import derive_seed
 from featinv_diffusion.training import checkpoint, loop
 from featinv_diffusion.training.checkpoint import list_checkpoints
@@ -33,6 +36,7 @@ from featinv_diffusion.training.controlnet import (
     set_feature_statistics,
     train_controlnet,
 )
+from featinv_diffusion.training.imitation import ImitationConfig, imitate, read_pairs
 from featinv_diffusion.training.loop import find_tracker, make_accelerator
 from tests import tiny
 from train.tiny_family.autoencoder import AutoencoderConfig, train_autoencoder
@@ -244,6 +248,53 @@ def test_warm_start_takes_all_but_the_feature_encoder(folder: Path, tmp_path: Pa
         if not key.startswith("feature_encoder."):
             assert torch.equal(value, expected[key])
     assert not bool(controlnet.feature_encoder.conv3.weight.any())
+
+
+def test_only_named_parameters_are_trained(folder: Path, tmp_path: Path) -> None:
+    tiny.make_controlnet().save_pretrained(tmp_path / "other")
+    extra = (
+        f"model.warm_start={tmp_path / 'other'}",
+        "model.trained=[feature_encoder.*,controlnet_mid_block.*]",
+        "optim.ema_decay=0.5",
+        "optim.weight_decay=0.1",
+    )
+    final = train_controlnet(controlnet_config(folder, tmp_path / "run", 2, *extra))
+    before = FeatureControlNet.from_pretrained(tmp_path / "other").state_dict()
+    after = FeatureControlNet.from_pretrained(final / "controlnet").state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {name.partition(".")[0] for name in changed} == {
+        "feature_encoder",
+        "controlnet_mid_block",
+    }
+    with pytest.raises(InputError, match=r"model\.trained must match parameters, but 'head\.\*'"):
+        train_controlnet(controlnet_config(folder, tmp_path / "no", 1, "model.trained=[head.*]"))
+
+
+def test_settings_that_were_added_mean_what_runs_did_before() -> None:
+    """Else an older checkpoint could not be resumed, or another thing would be trained."""
+    config = checkpoint._flatten(parse_yaml(to_yaml(ControlNetConfig()), "the defaults"))
+    assert checkpoint.ADDED_KEYS.items() <= config.items()
+    assert {key for key in config if key.startswith("imitation.")} <= checkpoint.ADDED_KEYS.keys()
+
+
+def test_a_feature_encoder_imitates_another(folder: Path, tmp_path: Path) -> None:
+    """One that is given the other's own maps comes close to it; of constant maps it cannot."""
+    other = tiny.make_controlnet().requires_grad_(False)
+    backbone = wrap_model(tiny.make_backbone(), name="tiny/convnext")
+    images = torch.cat([tiny.make_images(24), tiny.make_images(24).flip(-1)])
+    pairs = read_pairs(backbone, other, backbone, images, (8, 8))
+    assert pairs.conditions.shape == (48, 16, 8, 8)
+    new = tiny.make_controlnet(zero=True, feature_projection_channels=24)
+    trunk = {k: v.clone() for k, v in new.state_dict().items() if "feature_encoder" not in k}
+    config = ImitationConfig(epochs=60, lr=0.02)
+    left = imitate(new, pairs, config)
+    assert left < 0.5
+    assert all(torch.equal(new.state_dict()[name], value) for name, value in trunk.items())
+    blind = replace(pairs, features=torch.zeros_like(pairs.features))
+    assert imitate(tiny.make_controlnet(zero=True), blind, config) > 2 * left
+    wide = replace(pairs, conditions=pairs.conditions.repeat(1, 2, 1, 1))
+    with pytest.raises(InputError, match="conditions of 16 channels, but has 32"):
+        imitate(new, wide, config)
 
 
 def test_feature_statistics_standardise_the_cells(folder: Path, tmp_path: Path) -> None:

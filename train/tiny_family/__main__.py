@@ -15,11 +15,13 @@ from featinv_diffusion.cli import exits
 from featinv_diffusion.config import read_setting
 from train.tiny_family.family import (
     CONFIGS,
+    MEMBERS,
     STAGES,
     fit_certainties,
     fit_operators,
     fit_scopes,
     pack_family,
+    pack_member,
 )
 
 
@@ -34,8 +36,16 @@ def main() -> None:
     parser.add_argument("--data", help="Tiny-ImageNet-200 folder; default: as in the configs")
     parser.add_argument("--output", default="featinv_diffusion/assets/tiny")
     parser.add_argument("--pack-only", action="store_true", help="pack the stages trained so far")
+    parser.add_argument(
+        "--member", choices=list(MEMBERS), help="pack this one alone, on the base that is there"
+    )
     parser.add_argument("overrides", nargs="*", help="settings for every stage: run.cpu=true")
     arguments = parser.parse_intermixed_args()
+    if arguments.member:
+        config = CONFIGS / MEMBERS[arguments.member]
+        family = Path(arguments.output)
+        print(pack_member(config, family, arguments.member, replace_base=False))
+        return
     overrides = [f"data.root={arguments.data}"] if arguments.data else []
     for script, name in () if arguments.pack_only else STAGES:
         config = CONFIGS / name

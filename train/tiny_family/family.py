@@ -33,6 +33,7 @@ from featinv_diffusion.diffusion.folders import (
     SCOPE_FILE,
     CardInfo,
     load_member,
+    make_timm_wrapper,
 )
 from featinv_diffusion.diffusion.objective import make_scheduler
 from featinv_diffusion.errors import InputError
@@ -225,6 +226,7 @@ MEMBERS = {
     "resnet": "controlnet-resnet.yaml",
     "swin": "controlnet-swin.yaml",
     "vit": "controlnet-vit.yaml",
+    "efficientnet-lite0": "controlnet-efficientnet-lite0.yaml",
 }
 """Member → config of its ControlNet; the first is packed with the base that all share."""
 TEXT_TO_IMAGE = "text_to_image.yaml"
@@ -243,13 +245,27 @@ STAGES = (
     *(("controlnet", name) for name in MEMBERS.values()),
 )
 """(program, config) in an order in which each finds what it needs."""
+WITHOUT_SCOPE = ("efficientnet-lite0",)
+"""Members whose statistics of natural maps, of so many channels, would be larger than they are."""
 N_SCOPE_IMAGES = 10_000
 """Training images whose maps the natural maps of a member are fitted on."""
 
 COMMAND = "python -m train.tiny_family --data TINY_IMAGENET_200"
 CURVES = """\
 Configs in `configs/tiny`; held-back training images: all 1,000 for the classifier, 250 for the
-autoencoder, one sample of each of 64 for the ControlNet.
+autoencoder, one sample of each of 64 for the ControlNet, where its config has no other number.
+"""
+LIMITS_OF_REAL = """\
+## Data
+
+Tiny-ImageNet-200's training split, all 200 classes, 64 × 64 pixels, without the last 10 images of
+each class. ImageNet's terms hold: non-commercial research.
+
+## Limits
+
+The backbone is a real one, with the public weights that the extra `real` installs; the pictures are
+those of a small demonstration at 64 pixels, through which the backbone sees every picture. What it
+reads of sharper ones is not inverted here.
 """
 LIMITS = """\
 ## Data
@@ -311,6 +327,12 @@ def pack_member(config_path: Path, family: Path, name: str, *, replace_base: boo
     scheduler: Any = DDIMScheduler.from_pretrained(base / "scheduler")
     if validation.scheduler:
         scheduler = make_scheduler(validation.scheduler, scheduler.config)
+    public = None
+    if Path(config.model.backbone).is_dir():
+        backbone = load_component(TimmWrapperForImageClassification, config.model.backbone)
+    else:
+        public = config.model.backbone
+        backbone: Any = make_timm_wrapper(public)
     pipeline = FeatInvPipeline(
         vae=load_component(AutoencoderKL, str(base / "vae")),
         text_encoder=load_component(CLIPTextModel, str(base / "text_encoder")),
@@ -318,26 +340,38 @@ def pack_member(config_path: Path, family: Path, name: str, *, replace_base: boo
         unet=load_component(UNet2DConditionModel, str(base / "unet")),
         controlnet=load_component(FeatureControlNet, str(final / "controlnet")),
         scheduler=scheduler,
-        backbone=load_component(TimmWrapperForImageClassification, config.model.backbone),
+        backbone=backbone,
         default_prompt=config.model.prompt,
         default_num_inference_steps=validation.num_inference_steps,
         default_guidance_scale=validation.guidance_scale,
         default_guidance=validation.guidance,
         best_refine=0 if name in NOT_REFINED else 4,
         best_refine_at="end" if name in NOT_REFINED else "steps",
+        through=config.data.size if public else None,
     )
-    stages = {
-        "classifier": Path(config.model.backbone).parents[1],
-        "autoencoder": Path(read_setting("model.vae", CONFIGS / TEXT_TO_IMAGE)).parents[1],
-        "text-to-image model": base.parent,
-        f"ControlNet ({config_path})": final.parent,
-    }
-    notes = f"{_curves(stages)}\n{LIMITS}"
+    stages = {f"ControlNet ({config_path})": final.parent}
+    if public is None:
+        stages = {
+            "classifier": Path(config.model.backbone).parents[1],
+            "autoencoder": Path(read_setting("model.vae", CONFIGS / TEXT_TO_IMAGE)).parents[1],
+            "text-to-image model": base.parent,
+            **stages,
+        }
+    notes = f"{_curves(stages)}\n{LIMITS if public is None else LIMITS_OF_REAL}"
     info = CardInfo(command=COMMAND, license="other", notes=notes)
-    return write_bundled(pipeline, family, name, info, replace_base=replace_base)
+    warm_start = Path(config.model.warm_start or "")
+    return write_bundled(
+        pipeline,
+        family,
+        name,
+        info,
+        replace_base=replace_base,
+        trunk=warm_start.parent.name if config.model.trained != ("*",) else None,
+        public_backbone=public,
+    )
 
 
-NOT_REFINED = ("resnet",)
+NOT_REFINED = ("resnet", "efficientnet-lite0")
 """Members of whose refinement the outside eye sees nothing, see docs/quality.md."""
 
 
@@ -354,7 +388,7 @@ def fit_scopes(family: Path, data: str | None = None) -> Iterator[Path]:
     """
     for name, config_name in MEMBERS.items():
         path = family / name / SCOPE_FILE
-        if not path.parent.is_dir():
+        if not path.parent.is_dir() or name in WITHOUT_SCOPE:
             continue
         with without_progress_bars():
             pipeline = load_member(path.parent)

@@ -12,19 +12,27 @@ from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
+from safetensors.torch import save_file
 from torch import nn
 from transformers import TimmWrapperForImageClassification
 
 from featinv_diffusion.backbones.base import without_progress_bars
+from featinv_diffusion.diffusion.featinv_controlnet import FeatureControlNet
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline, tidy_saved_folder
 from featinv_diffusion.diffusion.folders import (
     BACKBONE,
     BASE,
     BASE_MODELS,
     CERTAINTY_FILE,
+    CONTROLNET,
     DEFAULTS,
+    ENCODER,
+    PUBLIC_BACKBONE,
     SCOPE_FILE,
+    TRUNK,
     CardInfo,
+    load_on_trunk,
+    read_json,
     write_model_card,
 )
 from featinv_diffusion.errors import InputError
@@ -46,6 +54,8 @@ def write_bundled(
     info: CardInfo,
     *,
     replace_base: bool = False,
+    trunk: str | None = None,
+    public_backbone: str | None = None,
 ) -> Path:
     """Packs a trained pipeline as member `name` of a family folder and returns the member's folder.
 
@@ -57,6 +67,8 @@ def write_bundled(
     Args:
         family: e.g. `featinv_diffusion/assets/tiny`.
         replace_base: write the base anew, which breaks members that were trained on another.
+        trunk: a member whose ControlNet this one was trained from; what it has too is not stored.
+        public_backbone: timm id of the backbone, whose weights come from another package.
 
     Raises:
         InputError: the base or the other member's backbone there is another one, a weight does
@@ -76,17 +88,23 @@ def write_bundled(
         _check_same_base(pipeline, base)
 
     def write(folder: Path) -> None:
-        to_half(pipeline.controlnet).save_pretrained(
-            folder / "controlnet", max_shard_size=SHARD_SIZE
-        )
+        controlnet = to_half(pipeline.controlnet)
+        if trunk is None:
+            controlnet.save_pretrained(folder / CONTROLNET, max_shard_size=SHARD_SIZE)
+        else:
+            write_on_trunk(controlnet, folder / CONTROLNET, family / trunk / CONTROLNET)
         defaults = {k: v for k, v in pipeline.parameters.items() if v is not None}
-        if owner == name:
+        if trunk is not None:
+            defaults[TRUNK] = trunk
+        if public_backbone is not None:
+            defaults[PUBLIC_BACKBONE] = public_backbone
+        elif owner == name:
             to_half(pipeline.backbone).save_pretrained(folder / BACKBONE, max_shard_size=SHARD_SIZE)
         else:
             defaults[BACKBONE] = owner
         write_text(folder / DEFAULTS, json.dumps(defaults, indent=2, sort_keys=True) + "\n")
         where = NOTE.format(name=f"{family.name}/{name}", folder=f"{family.name}-{name}")
-        if _is_same_member(pipeline, family / owner / BACKBONE, member):
+        if _is_same_member(pipeline, family / owner / BACKBONE, member, trunk, public_backbone):
             for file in (SCOPE_FILE, CERTAINTY_FILE):
                 if (member / file).is_file():
                     shutil.copyfile(member / file, folder / file)
@@ -95,6 +113,18 @@ def write_bundled(
 
     replace_folder(member, write)
     return member
+
+
+def write_on_trunk(controlnet: Any, folder: Path, trunk: Path) -> None:
+    """Writes the config of a float16 ControlNet, and the weights that its trunk does not hold."""
+    whole = to_half(FeatureControlNet.from_pretrained(trunk)).state_dict()
+    own = {
+        name: value.contiguous()
+        for name, value in controlnet.state_dict().items()
+        if name.startswith(ENCODER) or not torch.equal(value, whole[name])
+    }
+    controlnet.save_config(folder)
+    save_file(own, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
 
 
 def write_bundled_backbone(
@@ -165,19 +195,33 @@ def _backbone_owner(pipeline: FeatInvPipeline, family: Path, name: str) -> str:
     return owner
 
 
-def _is_same_member(pipeline: FeatInvPipeline, backbone: Path, member: Path) -> bool:
+def _is_same_member(
+    pipeline: FeatInvPipeline,
+    backbone: Path,
+    member: Path,
+    trunk: str | None,
+    public_backbone: str | None,
+) -> bool:
     """Whether the statistics beside the member there hold for this pipeline."""
-    return (
-        any((member / file).is_file() for file in (SCOPE_FILE, CERTAINTY_FILE))
-        and _holds(member / "controlnet", pipeline.controlnet)
-        and _holds(backbone, pipeline.backbone)
-    )
+    if not any((member / file).is_file() for file in (SCOPE_FILE, CERTAINTY_FILE)):
+        return False
+    if trunk is None:
+        same = _holds(member / CONTROLNET, pipeline.controlnet)
+    else:
+        stored = load_on_trunk(member / CONTROLNET, member.parent / trunk / CONTROLNET)
+        same = _equal(to_half(pipeline.controlnet), stored.half())
+    if public_backbone is None:
+        return same and _holds(backbone, pipeline.backbone)
+    return same and read_json(member / DEFAULTS).get(PUBLIC_BACKBONE) == public_backbone
 
 
 def _holds(folder: Path, model: Any) -> bool:
     """Whether the folder stores this model, up to float16."""
-    wanted = to_half(model).state_dict()
-    stored = type(model).from_pretrained(folder).half().state_dict()
+    return _equal(to_half(model), type(model).from_pretrained(folder).half())
+
+
+def _equal(one: nn.Module, other: nn.Module) -> bool:
+    wanted, stored = one.state_dict(), other.state_dict()
     return wanted.keys() == stored.keys() and all(
         torch.equal(wanted[key], stored[key]) for key in wanted
     )

@@ -38,6 +38,7 @@ PIPELINE_SETTINGS = (
     "default_guidance",
     "best_refine",
     "best_refine_at",
+    "through",
 )
 
 # What the original constructors allow and diffusers' SD1.x models cannot express.

@@ -491,6 +491,11 @@ def _check_expressible(pipeline: Any, config: OriginalConfig) -> None:
             "The original layout has no standardisation of the features, but this ControlNet has "
             "feature_mean and feature_std. It cannot be written to the original layout."
         )
+    if encoder.project is not None:
+        raise InputError(
+            "The original layout has no 1×1 convolution before the hint block, but this ControlNet "
+            "has feature_projection_channels. It cannot be written to the original layout."
+        )
     there = parse_original_config(to_original_config(config))
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(there.unet)

@@ -1,0 +1,150 @@
+"""`featinv new-backbone`: what the time buys, a run that goes on, and a pipeline that samples."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from featinv_diffusion.backbones.public_weights import packed_weights
+from featinv_diffusion.diffusion.featinv_controlnet import FeatureControlNet
+from featinv_diffusion.diffusion.hub import load_pipeline
+from featinv_diffusion.training import new_backbone
+from featinv_diffusion.training.new_backbone import Costs, Plan, describe
+from tests.cli.conftest import Featinv
+
+FACTORY = """
+import torch
+from featinv_diffusion import wrap_module
+
+def make():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 12, 8, 8), torch.nn.Tanh())
+    return wrap_module(net, input_size=64, preprocess=((.5,) * 3, (.5,) * 3))
+"""
+QUICK = ("--minutes", 0.01, "--batch-size", 2, "--n-evaluated", 2)
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> str:
+    (tmp_path / "own.py").write_text(FACTORY)
+    return f"{tmp_path / 'own.py'}:make"
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Noise of two classes, six pictures each."""
+    random = np.random.default_rng(0)
+    for label in ("a", "b"):
+        (tmp_path / "pictures" / label).mkdir(parents=True)
+        for i in range(6):
+            pixels = random.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / f"pictures/{label}/{i}.png")
+    return tmp_path / "pictures"
+
+
+def test_a_plan_divides_the_time() -> None:
+    """60 min, a tenth kept: 3240 s. A quarter of it for the regression at .03 + 6 · .5 / 48 s."""
+    plan = Plan.of(60, 48, 100_000, Costs(3.0, 0.03, 0.5, 2**30))
+    assert plan.n_imitated == 8192
+    assert plan.n_steps == int((3240 - 8192 * 0.0925) / 3)
+    assert "60 minutes buy a regression of the head on 8,192 images (12.6 min), then" in str(plan)
+    assert f"{plan.n_steps * 48:,} images" in str(plan)
+    assert "1.0 GiB" in str(plan)
+    small = Plan.of(1, 48, 100_000, Costs(3.0, 0.03, 0.5, 2**30))
+    assert small.n_imitated == int(0.25 * 54 / 0.0925)
+    assert Plan.of(60, 48, 40, small.costs).n_imitated == 0
+    assert "regression" not in str(Plan.of(60, 48, 40, small.costs))
+
+
+def test_figures_below_their_null_are_called_none() -> None:
+    keys = ("cosine", "cosine_of_another_image", "cosine_of_shuffled_cells", "centred_cosine")
+    figures = dict.fromkeys((*keys, "centred_cosine_of_another_image"), 0.25) | {"n_images": 8.0}
+    assert "below its null" in describe(figures)
+    assert "below its null" not in describe(figures | {"cosine": 0.5})
+
+
+def test_a_backbone_of_ones_own_in_little_time(
+    featinv: Featinv, own: str, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(new_backbone, "BATCH", 4)  # a regression on so few images
+    done = featinv("new-backbone", own, "--data", pictures, *QUICK, "--trunk-is", "frozen")
+    assert done.code == 0, done.err
+    assert "0.01 minutes buy" in done.out
+    assert "10 steps on 20 images" in done.out
+    output = Path("outputs/new-backbone")
+    figures = json.loads((output / "figures.json").read_text())
+    assert figures["n_images"] == 2
+    assert describe(figures) in done.out
+    pipeline = load_pipeline(output / "pipeline")
+    assert pipeline.backbone is None
+    assert pipeline.config["through"] == 64
+    trunk = load_pipeline("tiny/convnext").controlnet.state_dict()
+    for name, weight in pipeline.controlnet.state_dict().items():
+        if not name.startswith("feature_encoder."):
+            assert torch.equal(weight, trunk[name]), name
+    assert bool(pipeline.controlnet.feature_encoder.conv3.weight.any())
+    card = (output / "pipeline/README.md").read_text()
+    assert describe(figures) in card
+    assert str(pictures.parent) not in card
+    plan = (output / "plan.json").read_text()
+    monkeypatch.setattr(new_backbone, "measure_costs", None)  # a second call measures nothing
+    again = featinv("new-backbone", own, "--data", pictures, *QUICK, "--trunk-is", "frozen")
+    assert again.code == 0, again.err
+    assert (output / "plan.json").read_text() == plan
+    assert json.loads((output / "figures.json").read_text()) == figures
+    sampled = featinv(
+        "sample",
+        pictures / "a/0.png",
+        "--pipeline",
+        output / "pipeline",
+        "--backbone",
+        own,
+        "-o",
+        "out",
+    )
+    assert sampled.code == 0, sampled.err
+    other = featinv("new-backbone", own, "--data", pictures, *QUICK[2:], "--minutes", 5)
+    assert other.code == 2
+    assert "holds a run of 0.01 minutes in batches of 2" in other.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["resnett50"], "No backbone is named 'resnett50'"),
+        (["{own}", "--trunk", "tiny/none"], "The trunk must be a bundled pipeline"),
+        (["{own}", "--trunk-is", "warm"], "No trunk_is is named 'warm'"),
+        (["{own}", "--minutes", "0"], "minutes must be"),
+        (["{own}", "--n-evaluated", "12"], "Images to train on must be left"),
+        (["{own}", "--data", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_input_is_a_sentence(
+    featinv: Featinv, own: str, pictures: Path, arguments: list[str], sentence: str
+) -> None:
+    given = [word.format(own=own) for word in arguments]
+    data = () if "--data" in given else ("--data", pictures)
+    few = () if "--n-evaluated" in given else ("--n-evaluated", 2)
+    done = featinv("new-backbone", *given, *data, *few)
+    assert done.code == 2
+    assert done.err.startswith("Error: ")
+    assert sentence in done.err
+    assert not Path("outputs").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(packed_weights("tf_efficientnet_lite0") is None, reason="needs the extra real")
+def test_a_timm_model_travels_with_the_pipeline(featinv: Featinv, pictures: Path) -> None:
+    name = "tf_efficientnet_lite0"
+    done = featinv("new-backbone", name, "--data", pictures, *QUICK, "-o", "new")
+    assert done.code == 0, done.err
+    pipeline = load_pipeline("new/pipeline")
+    assert pipeline.backbone is not None
+    assert isinstance(pipeline.controlnet, FeatureControlNet)
+    done = featinv("sample", pictures / "a/0.png", "--pipeline", "new/pipeline", "-o", "out")
+    assert done.code == 0, done.err
