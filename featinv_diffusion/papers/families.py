@@ -68,7 +68,7 @@ def measure_families(request: Request) -> Finding:
         stages = inverter.inverses.stages
         measured, drawn = _measure(request, inverter, stages, held, short(name))
         found |= measured
-        columns |= {f"{short(name)}: original": held, **drawn}
+        columns |= drawn
         last.append(f"{short(name)}: {stages[-1]}")
     _, held, ids = _split(request, max(open_modular(DETR).path.input_size))
     found |= _measure(request, open_modular(DETR), [DETR_STAGE], held, DETR)[0]
@@ -160,7 +160,7 @@ def _measure(
     seed, size = request.settings.seed, request.settings.batch_size
     changes = make_changes(held, torch.ones(len(held), *held.shape[2:], dtype=torch.bool), seed)
     average = bootstrap_mean(stage_mse({}, held)[AVERAGE])
-    found, drawn = {}, {}
+    found, drawn = {}, {f"{name}: input": changes.turned}
     for stage, one in compare_stages(inverter, stages, held, changes, seed, size).items():
         measured, drawn[f"{name}: {stage}"] = one
         found[f"{name}: {stage}"] = _Stage(
