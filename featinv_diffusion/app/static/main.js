@@ -16,6 +16,7 @@ let second = null;
 let running = null; // what makes the pictures in full, or reads tokens
 let drafting = false;
 let again = false;
+let settlings = 0; // how many were begun: a draft from before one is late
 let timer = null;
 
 const concepts = new Concepts(get("concepts"), changed);
@@ -102,6 +103,8 @@ async function run(doing) {
 
 function settle() {
   clearTimeout(timer);
+  settlings += 1;
+  again = false;
   const state = toState();
   remember(state);
   return run(async (options) => {
@@ -121,9 +124,9 @@ async function draft() {
   try {
     const state = toState();
     const quick = { ...state, members: state.members.slice(0, 1), quality: "draft", n_samples: 1 };
-    const began = performance.now();
+    const [began, before] = [performance.now(), settlings];
     const [found] = await work("/api/render", quick);
-    if (!running) {
+    if (!running && settlings === before) {  // never over pictures that are settled
       showDraft(get("results"), found, nameOf(state.picture));
       get("peek").src = found.pictures[0];
       say(`Draft after ${((performance.now() - began) / 1000).toFixed(2)} s.`);
