@@ -67,7 +67,7 @@ def make_resnet() -> nn.Module:
 def test_resnet_of_torchvision_gives_its_own_map_and_scores():
     model = make_resnet()
     backbone = wrap_module(model, "layer3", input_size=64, preprocess=HALF, classify=True)
-    pixels = (backbone.preprocessing._resize(images()) - 0.5) / 0.25
+    pixels = (backbone.preprocessing._resize(images(), backbone.input_size) - 0.5) / 0.25
     x = model.maxpool(model.relu(model.bn1(model.conv1(pixels))))
     expected = model.layer3(model.layer2(model.layer1(x)))
     features, logits = backbone.features_and_logits(images())
@@ -90,7 +90,8 @@ def test_own_preprocessing_and_own_classes():
         name="mine",
     )
     torch.testing.assert_close(
-        backbone.preprocess(images()), backbone.preprocessing._resize(images()) * 4
+        backbone.preprocess(images()),
+        backbone.preprocessing._resize(images(), backbone.input_size) * 4,
     )
     assert backbone.classify(images()).shape == (2, 5)
     assert str(backbone.spec) == "map of mine at layer 'stem', 6×8×8"
