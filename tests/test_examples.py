@@ -46,8 +46,11 @@ def test_a_notebook_was_run_from_top_to_bottom(path: Path) -> None:
     outputs = [output for cell in cells for output in cell["outputs"]]
     assert any("image/png" in output.get("data", {}) for output in outputs)
     assert not any(output["output_type"] == "error" for output in outputs)
+    for output in outputs:
+        output.get("data", {}).pop("image/png", None)  # base64 has slashes of its own
+    text = json.dumps(cells, ensure_ascii=False)
     for folder in (ROOT, Path.home(), Path(tempfile.gettempdir())):
-        assert f"{folder}/" not in path.read_text()
+        assert f"{folder}/" not in text
 
 
 @pytest.mark.slow
