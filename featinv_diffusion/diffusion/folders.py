@@ -501,7 +501,8 @@ def load_member(member: Path, torch_dtype: torch.dtype = torch.float32) -> FeatI
         check_component(folder, "transformers")
         backbone: Any = load_component(TimmWrapperForImageClassification, folder, torch_dtype)
     else:
-        backbone = _load_public(shared.public_backbone, member).to(torch_dtype)
+        backbone = _load_public(shared.public_backbone, member)
+        backbone.to(dtype=torch_dtype)
     pipeline = FeatInvPipeline.from_pretrained(
         str(base),
         controlnet=controlnet,

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from diffusers import DDIMScheduler
 from jaxtyping import Float
 from matplotlib.figure import Figure
 from torch import Tensor, nn
@@ -107,7 +109,7 @@ def _train(
     inverter: DiffusionInverter,
     source: FeatureControlNet | None,
     images: Images,
-    held: tuple[Images, Sequence[int]],
+    held: tuple[Tensor, Sequence[int]],
     points: Sequence[int],
     batch_size: int,
 ) -> _Curve:
@@ -121,7 +123,7 @@ def _train(
         backbone,
         pipeline.vae,
         pipeline.unet,
-        pipeline.scheduler,
+        DDIMScheduler.from_config(pipeline.scheduler.config),
         pipeline.encode_prompt([pipeline.config["default_prompt"], ""]),
     )
     config = pipeline.controlnet.config
@@ -132,7 +134,8 @@ def _train(
     state = torch.get_rng_state()
     torch.manual_seed(derive_seed(seed, "initial weights"))
     try:
-        controlnet = make_controlnet(model, parts).to(inverter.pipeline.device)
+        controlnet: Any = make_controlnet(model, parts)
+        controlnet.to(inverter.pipeline.device)
     finally:
         torch.set_rng_state(state)
     if source is not None:
@@ -160,9 +163,8 @@ def _train(
         optimizer.step()
         if step + 1 in points:
             found.append(_reached(inverter, controlnet, wanted, held[1], batch_size))
-    return _Curve(
-        *(torch.stack(x) for x in zip(*(f[:2] for f in found), strict=True)), found[-1][2]
-    )
+    own, another = (torch.stack(x) for x in zip(*(f[:2] for f in found), strict=True))
+    return _Curve(own, another, found[-1][2])
 
 
 @torch.no_grad()
