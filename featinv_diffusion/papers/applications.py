@@ -224,7 +224,7 @@ def measure_concepts(request: Request) -> Finding:
     return Finding(answers, tables, drawn, metrics, ids)
 
 
-def _one_class(request: Request) -> tuple[Images, Images, list[str], str]:
+def _one_class(request: Request) -> tuple[Tensor, Images, list[str], str]:
     """Returns pictures of one class to find concepts on, others to show them in, and its name.
 
     Raises:
