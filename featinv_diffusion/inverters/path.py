@@ -149,8 +149,14 @@ class ClassifierPath(ForwardPath):
         preprocessing: Preprocessing,
         labels: tuple[str, ...] | None = None,
     ):
+        self.check_model(model, name)
         self.labels = labels
         super().__init__(model, name=name, preprocessing=preprocessing)
+
+    @staticmethod
+    @abstractmethod
+    def check_model(model: nn.Module, name: str) -> None:
+        """Raises `InputError` where a model is not of this family."""
 
     @property
     def has_head(self) -> bool:

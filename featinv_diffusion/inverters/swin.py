@@ -15,7 +15,6 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from featinv_diffusion.backbones.base import Preprocessing
 from featinv_diffusion.backbones.traced import Layout
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.inverters.blocks import InverseModule
@@ -45,20 +44,14 @@ class SwinPath(ClassifierPath):
     family: ClassVar[str] = "swin"
     sequence_kind: ClassVar[Literal["tokens", "queries"]] = "tokens"
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        name: str,
-        preprocessing: Preprocessing,
-        labels: tuple[str, ...] | None = None,
-    ):
+    @staticmethod
+    def check_model(model: nn.Module, name: str) -> None:
+        """Raises `InputError` where a model is no Swin of timm."""
         if not is_swin(model):
             raise InputError(
                 f"{name!r} must be a timm SwinTransformer or SwinTransformerV2, got a "
                 f"{type(model).__name__}. Choose one such as swin_tiny_patch4_window7_224."
             )
-        super().__init__(model, name=name, preprocessing=preprocessing, labels=labels)
 
     def logits(self, encoder: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
         """Returns the class scores of the map of stage `encoder`."""

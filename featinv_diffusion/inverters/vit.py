@@ -13,7 +13,6 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from featinv_diffusion.backbones.base import Preprocessing
 from featinv_diffusion.backbones.traced import Layout
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.inverters.blocks import InverseModule
@@ -43,14 +42,9 @@ class VitPath(ClassifierPath):
     family: ClassVar[str] = "vit"
     sequence_kind: ClassVar[Literal["tokens", "queries"]] = "tokens"
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        name: str,
-        preprocessing: Preprocessing,
-        labels: tuple[str, ...] | None = None,
-    ):
+    @staticmethod
+    def check_model(model: nn.Module, name: str) -> None:
+        """Raises `InputError` where a model is no ViT of timm with pre-norm blocks."""
         plain = isinstance(model, VisionTransformer) and all(
             type(block) is Block for block in model.blocks
         )
@@ -59,7 +53,6 @@ class VitPath(ClassifierPath):
                 f"{name!r} must be a timm VisionTransformer with pre-norm blocks, got a "
                 f"{type(model).__name__}. Choose one such as vit_base_patch16_224."
             )
-        super().__init__(model, name=name, preprocessing=preprocessing, labels=labels)
 
     @property
     def n_prefix(self) -> int:

@@ -92,7 +92,7 @@ def imitate(controlnet: FeatureControlNet, pairs: Pairs, config: ImitationConfig
             f"channels, but has {wanted}."
         )
     parameters = list(encoder.parameters())
-    frozen = [p.requires_grad for p in parameters]
+    was_trained = [p.requires_grad for p in parameters]
     for parameter in parameters:
         parameter.requires_grad_(True)
     conditions = pairs.conditions.float()
@@ -121,7 +121,7 @@ def imitate(controlnet: FeatureControlNet, pairs: Pairs, config: ImitationConfig
             optimizer.step()
             total += error.item() * len(rows)
             step += 1
-    for parameter, before in zip(parameters, frozen, strict=True):
+    for parameter, before in zip(parameters, was_trained, strict=True):
         parameter.requires_grad_(before)
         parameter.grad = None
     return total / n / float(variance)
