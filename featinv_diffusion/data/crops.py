@@ -23,7 +23,7 @@ from featinv_diffusion.data.sets import ImageSet, open_images
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.images import without_notes
 from featinv_diffusion.seeds import derive_seed, make_generator
-from featinv_diffusion.settings import Number, Pictures, Probability, Size, Workers, check
+from featinv_diffusion.settings import Count, Number, Pictures, Probability, Size, Workers, check
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +46,7 @@ class DataConfig:
         classes: text file with one class folder or class name per line: only these, in this
             order; None takes all, sorted.
         held_back_per_class: the last k images of each class are the validation set.
+        train_per_class: the first k others of each class are trained on; None takes all.
         size: side of the square crop in pixels.
         crop: `random_resized` (area `scale`, aspect 3/4 to 4/3), `shift` (by up to `shift`
             pixels, edges reflected), `center`, or `squash` (the whole image, whatever its aspect).
@@ -62,6 +63,7 @@ class DataConfig:
     split: str = "train"
     classes: str | None = None
     held_back_per_class: Number = 0
+    train_per_class: Count | None = None
     size: Size = 288
     crop: Literal["random_resized", "shift", "center", "squash"] = "random_resized"
     scale: tuple[Probability, Probability] = (0.08, 1.0)
@@ -76,6 +78,11 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        if self.streaming and self.train_per_class is not None:
+            raise InputError(
+                "data.train_per_class counts images before they are read, but data.streaming is "
+                "true. Unset one of the two."
+            )
         if not 0 < self.scale[0] <= self.scale[1]:
             raise InputError(
                 "data.scale must be the smallest and the largest share of the area, more than 0 "
@@ -142,16 +149,20 @@ def _from_memory(pixels: np.ndarray | None, reasons: Mapping[int, str], index: i
     return Image.fromarray(pixels[index])
 
 
-def split_held_back(labels: Sequence[int], per_class: int) -> tuple[list[int], list[int]]:
-    """Returns (training, held-back) indices; the last `per_class` of each class are held back."""
+def split_held_back(
+    labels: Sequence[int], per_class: int, train_per_class: int | None = None
+) -> tuple[list[int], list[int]]:
+    """Returns (training, held-back) indices: of each class the last `per_class` are held back, and
+    of the others all, or the first `train_per_class`, are for training."""
     by_class: dict[int, list[int]] = {}
     for index, label in enumerate(labels):
         by_class.setdefault(label, []).append(index)
-    held = sorted(
-        i for group in by_class.values() for i in (group[-per_class:] if per_class else [])
-    )
-    kept = set(held)
-    return [i for i in range(len(labels)) if i not in kept], held
+    kept, held = [], []
+    for group in by_class.values():
+        end = max(len(group) - per_class, 0)
+        kept += group[:end][:train_per_class]
+        held += group[end:]
+    return sorted(kept), sorted(held)
 
 
 @dataclass(frozen=True)

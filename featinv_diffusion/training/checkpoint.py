@@ -37,6 +37,7 @@ FREE_KEYS = ("run.", "validation.", "data.num_workers", "data.in_memory", "model
 ADDED_KEYS: dict[str, Any] = {
     "cache.features": False,
     "cache.features_dtype": "float16",
+    "data.train_per_class": None,
     "imitation.pipeline": None,
     "imitation.n_images": 4096,
     "imitation.epochs": 8,

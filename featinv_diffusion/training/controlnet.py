@@ -298,8 +298,12 @@ class ControlNetTask:
         module.load_state_dict(loaded.state_dict())
 
 
-def load_frozen_parts(config: ControlNetModelConfig) -> FrozenParts:
-    """Loads backbone, VAE, UNet and scheduler, and encodes the two prompts once."""
+def load_frozen_parts(config: ControlNetModelConfig, channels_last: bool = False) -> FrozenParts:
+    """Loads backbone, VAE, UNet and scheduler, and encodes the two prompts once.
+
+    Args:
+        channels_last: memory format of the backbone, which computes before the others are moved.
+    """
     check_reachable(config.base)
     tokenizer = _load_sub(CLIPTokenizer, config.base, "tokenizer")
     text_encoder = _load_sub(CLIPTextModel, config.base, "text_encoder").float()
@@ -315,11 +319,14 @@ def load_frozen_parts(config: ControlNetModelConfig) -> FrozenParts:
     ).input_ids
     with torch.no_grad():
         prompt_embeds = text_encoder(ids)[0]
+    backbone = load_training_backbone(config)
+    if channels_last:
+        backbone.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     unet = _load_sub(UNet2DConditionModel, config.base, "unet").eval().requires_grad_(False)
     if config.attention == "xformers":
         _use_xformers(unet)
     return FrozenParts(
-        backbone=load_training_backbone(config),
+        backbone=backbone,
         vae=_load_sub(AutoencoderKL, config.base, "vae").eval().requires_grad_(False),
         unet=unet,
         scheduler=_load_sub(DDIMScheduler, config.base, "scheduler"),
@@ -437,7 +444,7 @@ def train_controlnet(config: ControlNetConfig) -> Path:
     """Trains to the end and returns the folder that holds `controlnet/`."""
     accelerator = make_accelerator(config.optim, config.run)
     torch.manual_seed(derive_seed(config.seed, "initial weights"))
-    parts = load_frozen_parts(config.model)
+    parts = load_frozen_parts(config.model, config.run.channels_last)
     train, validation = open_data(config)
     controlnet = make_controlnet(config.model, parts)
     fresh = not list_checkpoints(Path(config.run.output))  # a checkpoint holds the statistics

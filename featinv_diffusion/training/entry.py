@@ -21,7 +21,9 @@ def make_datasets(
     images: ImageSet, config: DataConfig, seed: int
 ) -> tuple[CropDataset, CropDataset]:
     """Returns random crops for training and central crops of the held-back images."""
-    train, held = split_held_back(images.labels or [], config.held_back_per_class)
+    train, held = split_held_back(
+        images.labels or [], config.held_back_per_class, config.train_per_class
+    )
     central = replace(config, crop="center")
     return CropDataset(images, train, config, seed), CropDataset(images, held, central, seed)
 

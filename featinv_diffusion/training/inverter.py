@@ -591,7 +591,9 @@ def split_images(images: ImageSet, config: DataConfig) -> tuple[list[int], list[
     Raises:
         InputError: one side has none.
     """
-    kept, held = split_held_back(images.labels or [], config.held_back_per_class)
+    kept, held = split_held_back(
+        images.labels or [], config.held_back_per_class, config.train_per_class
+    )
     if not held:
         raise InputError("Validation images are needed: set data.held_back_per_class to 1 or more.")
     if not kept:

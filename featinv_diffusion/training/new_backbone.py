@@ -171,7 +171,7 @@ def make_new_backbone(
     """
     with _each_note_once():
         config = make_config(name, settings, output)
-        parts = load_frozen_parts(config.model)
+        parts = load_frozen_parts(config.model, config.run.channels_last)
         plan = _read_plan(output / PLAN, settings)
         if plan is None:
             costs = measure_costs(config, parts, settings.trunk)

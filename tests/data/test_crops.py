@@ -90,6 +90,9 @@ def test_in_memory_is_the_same_pixels_and_refuses_mixed_sizes(tmp_path: Path) ->
 def test_split_holds_back_the_last_of_each_class() -> None:
     assert split_held_back([0, 1, 0, 1, 0, 1], 1) == ([0, 1, 2, 3], [4, 5])
     assert split_held_back([0, 1], 0) == ([0, 1], [])
+    assert split_held_back([0, 0, 0, 1, 1, 0], 1, train_per_class=2) == ([0, 1, 3], [4, 5])
+    with pytest.raises(InputError, match="train_per_class"):
+        DataConfig(streaming=True, train_per_class=2)
 
 
 def test_crops_depend_on_seed_epoch_and_index_alone(tmp_path: Path) -> None:
