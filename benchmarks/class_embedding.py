@@ -46,6 +46,10 @@ from featinv_diffusion.evaluation.report import to_cell
 from featinv_diffusion.figures.board import write_figure
 
 PAGE, FIGURES = Path("docs/class-embedding.md"), Path("docs/figures")
+LEAD = (
+    "How near each token is to its picture's class, after each block: 1 is nearest, chance is .5. "
+    "The class token gets there first."
+)
 RAW = Path("outputs/class-embedding/metrics.json")
 PARITY_TABLE = Path("outputs/class-embedding/parity.md")
 PUBLISHED = (
@@ -181,7 +185,6 @@ def identifiability_section(m: dict[str, Any], n_classes: int) -> list[str]:
         "Of random weights, image tokens after the last block: "
         f"{null['identifiability_by_block'][-1]:.3f}; chance is "
         f"{chance_identifiability(n_classes):.3f}.",
-        "![Identifiability by token and block](figures/class-embedding-tokens.png)",
         "What the blocks say of one picture: [gallery.md](gallery.md#class-embedding).",
     ]
 
@@ -380,6 +383,8 @@ def write_page(m: dict[str, Any], arguments: argparse.Namespace) -> None:
     )
     parts = [
         "# What the tokens of the tiny ViT say",
+        "![Identifiability by token and block](figures/class-embedding-tokens.png)",
+        LEAD,
         f"Measured {m['date']} by `{command}` on {arguments.machine}, on {m['n_images']} "
         f"validation images of Tiny-ImageNet's 100 classes that {m['backbone']} was not trained "
         "on. In brackets: 95 % bootstrap intervals over images. Measures: Vilas et al. 2023; "

@@ -42,6 +42,10 @@ from featinv_diffusion.settings import SampleSettings, Selection
 
 ROOT = Path("outputs/tiny-results")
 PAGE, FIGURES = Path("docs/tiny-results.md"), Path("docs/figures")
+LEAD = """\
+![One sample per backbone](figures/tiny-family.png)
+
+Two photos and two details of them, and one sample of the map that each bundled backbone makes of it."""
 MEMBERS = ("convnext", "convnext-pooled", "resnet", "swin", "convnext-stages.1", "vit")
 BACKBONES = ("resnet", "convnext", "swin", "vit")
 SAMPLERS = (
@@ -376,8 +380,7 @@ def write_page(arguments: argparse.Namespace) -> None:
         f"One sample per image at the shipped defaults: {s['steps']} steps of {s['scheduler']}, "
         f"guidance {s['guidance']} {s['guidance_scale']:g}. In brackets: 95 % intervals over "
         "images. Each row repeats with `featinv evaluate`.",
-        "What comes back": f"{members_table()}\n\n{headline(run)} There: {outside_span(run)}.\n\n"
-        "![One sample per backbone](figures/tiny-family.png)",
+        "What comes back": f"{members_table()}\n\n{headline(run)} There: {outside_span(run)}.",
         "What needs no trained inverter": f"{baselines_table()}\n\n{BASELINES}",
         "Pooled and unpooled (the paper's Table 1)": f"{matches_table()}\n\n{pooled_gap()}\n\n"
         "Normalised: (cosine − other image) / (that of the autoencoder's round trip − other "
@@ -398,7 +401,7 @@ def write_page(arguments: argparse.Namespace) -> None:
         f"## {title}\n\n{text}" if title else text
         for title, text in [*parts.items(), ("Commands", last)]
     )
-    PAGE.write_text(f"# What the tiny family reaches\n\n{text}\n")
+    PAGE.write_text(f"# What the tiny family reaches\n\n{LEAD}\n\n{text}\n")
     print(f"Wrote {PAGE}")
 
 

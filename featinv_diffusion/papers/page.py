@@ -10,6 +10,10 @@ from featinv_diffusion.papers.items import STATES, TEXTS, Item
 HEAD = """\
 # Every figure, table and claim of the five texts
 
+![Bars: items of each text that are reproduced, are not, or need real weights](figures/papers.png)
+
+How many items of each text are reproduced here, on the tiny family.
+
 Written by `python benchmarks/papers.py --page` from `featinv paper list`; a test holds the two
 together. Titles are our own words. `featinv paper NAME [--model …] [--data …]` runs an item and
 writes our figure and table beside what is published, with a manifest, into one folder. Without
