@@ -45,7 +45,8 @@ PAGE, FIGURES = Path("docs/tiny-results.md"), Path("docs/figures")
 LEAD = """\
 ![One sample per backbone](figures/tiny-family.png)
 
-Two photos and two details of them, and one sample of the map that each bundled backbone makes of it."""
+Two photos and two details of them, and one sample of the map that each bundled backbone makes of
+it."""
 MEMBERS = ("convnext", "convnext-pooled", "resnet", "swin", "convnext-stages.1", "vit")
 BACKBONES = ("resnet", "convnext", "swin", "vit")
 SAMPLERS = (
