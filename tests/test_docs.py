@@ -53,6 +53,16 @@ def test_linked_files_exist(page: str) -> None:
         assert (ROOT / page).parent.joinpath(target).exists(), target
 
 
+SHOWN = [page for page in PAGES if len(Path(page).parts) == 2]
+"""Pages of the site but for decisions, the generated reference and the notebooks' list."""
+
+
+@pytest.mark.parametrize("page", ["README.md", *SHOWN])
+def test_a_page_begins_with_a_picture(page: str) -> None:
+    head = (ROOT / page).read_text().splitlines()[:10]
+    assert any(line.startswith("![") for line in head), "no picture in the first ten lines"
+
+
 def commands(text: str) -> Iterator[list[str]]:
     """Yields the words of each `featinv …` in the blocks of a page, without comments."""
     for block in re.findall(r"```(?:sh|console)\n(.*?)```", text, re.DOTALL):

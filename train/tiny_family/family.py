@@ -245,8 +245,6 @@ STAGES = (
     *(("controlnet", name) for name in MEMBERS.values()),
 )
 """(program, config) in an order in which each finds what it needs."""
-WITHOUT_SCOPE = ("efficientnet-lite0",)
-"""Members whose statistics of natural maps, of so many channels, would be larger than they are."""
 N_SCOPE_IMAGES = 10_000
 """Training images whose maps the natural maps of a member are fitted on."""
 
@@ -258,8 +256,8 @@ autoencoder, one sample of each of 64 for the ControlNet, where its config has n
 LIMITS_OF_REAL = """\
 ## Data
 
-Tiny-ImageNet-200's training split, all 200 classes, 64 × 64 pixels, without the last 10 images of
-each class. ImageNet's terms hold: non-commercial research.
+Tiny-ImageNet-200's training split, the first 160 images of each of all 200 classes, 64 × 64 pixels.
+ImageNet's terms hold: non-commercial research.
 
 ## Limits
 
@@ -388,7 +386,7 @@ def fit_scopes(family: Path, data: str | None = None) -> Iterator[Path]:
     """
     for name, config_name in MEMBERS.items():
         path = family / name / SCOPE_FILE
-        if not path.parent.is_dir() or name in WITHOUT_SCOPE:
+        if not path.parent.is_dir():
             continue
         with without_progress_bars():
             pipeline = load_member(path.parent)
