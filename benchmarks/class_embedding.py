@@ -491,7 +491,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", required=True)
     parser.add_argument("--backbone", default="tiny/vit")
-    parser.add_argument("--machine", required=True, help="its kind, for the page")
+    parser.add_argument(
+        "--machine", default="a machine of unnamed kind", help="its kind, for the page"
+    )
     parser.add_argument("--n-images", type=int, default=1000)
     parser.add_argument("--n-probe", type=int, default=10, help="of each class")
     parser.add_argument("--n-perturbed", type=int, default=200)

@@ -177,7 +177,8 @@ def flat_fields(kind: type) -> dict[str, dataclasses.Field[Any]]:
     hints = get_type_hints(kind)
     for field in dataclasses.fields(kind):
         inner = hints[field.name]
-        parts = flat_fields(inner) if dataclasses.is_dataclass(inner) else {field.name: field}
+        is_group = isinstance(inner, type) and dataclasses.is_dataclass(inner)
+        parts = flat_fields(inner) if is_group else {field.name: field}
         if twice := found.keys() & parts.keys():
             raise TypeError(f"{kind.__name__} holds two fields named {', '.join(twice)}.")
         found |= parts  # pyright: ignore[reportOperatorIssue]

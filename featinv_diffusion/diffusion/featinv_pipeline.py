@@ -632,10 +632,10 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
         for name in tensor_inputs:
             _check_choice("a callback's tensor input", name, self._callback_tensor_inputs)
 
-    def _strengths(self, scale: Number | Sequence[float]) -> list[float]:
+    def _strengths(self, scale: Any) -> list[float]:
         n_residuals = len(self.controlnet.controlnet_down_blocks) + 1
         if np.ndim(scale) == 0:  # a number of Python, NumPy or torch
-            return [float(scale)] * n_residuals  # pyright: ignore[reportArgumentType]
+            return [float(scale)] * n_residuals
         if len(scale) != n_residuals:
             raise ValueError(
                 "controlnet_conditioning_scale must be one number or one for each of the "
@@ -1090,7 +1090,7 @@ def _declared_features(controlnet: Any) -> dict[str, Any]:
     fits = isinstance(spec, dict) and all(isinstance(spec.get(k), str) for k in _NAMED)
     grid = spec.get("grid") if fits else None
     fits = isinstance(grid, (list, tuple)) and len(grid) == 2
-    if not fits or not all(type(n) is int and n > 0 for n in (*grid, spec.get("channels"))):
+    if not fits or not all(type(n) is int and n > 0 for n in (*(grid or ()), spec.get("channels"))):
         raise ValueError(
             "The feature_spec of the controlnet must hold backbone, layer, channels and grid, got "
             f"{str(spec)[:200]}."

@@ -120,7 +120,7 @@ def _read_rows(unit: Unit[Item]) -> pa.Table:
     """Reads the rows of a unit; the other columns are figures."""
     path = unit.folder / ROWS
     try:
-        table = pq.read_table(path, partitioning=None)
+        table = pq.read_table(path, partitioning=None)  # pyright: ignore[reportArgumentType]
     except (OSError, pa.ArrowException) as error:
         raise _damaged(path, unit, str(error)) from None
     for field in table.schema:

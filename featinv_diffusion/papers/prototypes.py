@@ -169,7 +169,7 @@ def _vectors(
             if x.ndim == 3:
                 parts[state].append(x.mean(1).cpu())
                 continue
-            weights = F.adaptive_avg_pool2d(inside[:, None].to(x), tuple(x.shape[2:]))
+            weights = F.adaptive_avg_pool2d(inside[:, None].to(x), (x.shape[2], x.shape[3]))
             total = weights.sum(dim=(2, 3)).clamp_min(1e-9)
             parts[state].append(((x * weights).sum(dim=(2, 3)) / total).cpu())
     return {state: torch.cat(one).double() for state, one in parts.items()}

@@ -119,11 +119,12 @@ def _train(
     """
     seed, pipeline = request.settings.seed, inverter.pipeline
     backbone = inverter.require_backbone()
+    scheduler: Any = DDIMScheduler.from_config(pipeline.scheduler.config)
     parts = FrozenParts(
         backbone,
         pipeline.vae,
         pipeline.unet,
-        DDIMScheduler.from_config(pipeline.scheduler.config),
+        scheduler,
         pipeline.encode_prompt([pipeline.config["default_prompt"], ""]),
     )
     config = pipeline.controlnet.config

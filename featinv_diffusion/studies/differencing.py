@@ -91,7 +91,7 @@ def compare_models(
             + (f" beside {split} for the ridge map." if split else ".")
             + " Give more pictures."
         )
-    fit_a = a[:split] if fit_on is None else inverter.encode(fit_on)
+    fit_a: Any = a[:split] if fit_on is None else inverter.encode(fit_on)
     kept = slice(split, None)
     seeds = [derive_seed(seed, name or str(j), 0) for j, name in enumerate(names[kept])]
     logits = [source.logits for source in a.sources[kept]]

@@ -223,7 +223,7 @@ def _numbers(kind: str, text: str, n: int | None = None) -> list[float]:
     if not found or not all(map(math.isfinite, found)) or (n is not None and len(found) != n):
         want = "a finite number" if n == 1 else "finite numbers with commas between"
         raise InputError(f"{kind} takes {want}, got {text!r}.")
-    return found
+    return found  # pyright: ignore[reportReturnType]
 
 
 def _ablate_channels(text: str) -> FeatureEdit:
@@ -411,6 +411,12 @@ def _class_of(backbone: Backbone, source: Source, before: SampleBatch) -> int | 
     return None if before.logits is None else int(before.logits.mean(0).argmax())
 
 
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Returns None where one of the values is not known."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if len(known) == len(values) else None
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Edited(Result):
     """Samples of a map before and after an edit, and what edits of the same size do.
@@ -455,10 +461,7 @@ class Edited(Result):
             "size": self.size,
             "class_name": self.class_name,
             "effect": found,
-            "null": {
-                name: None if None in values else sum(values) / len(values)  # pyright: ignore[reportArgumentType]
-                for name, values in nulls.items()
-            },
+            "null": {name: _mean(values) for name, values in nulls.items()},
             "n_null_above": {
                 name: self.n_null_above(name) for name in found if found[name] is not None
             },
