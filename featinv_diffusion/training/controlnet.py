@@ -454,7 +454,7 @@ def train_controlnet(config: ControlNetConfig) -> Path:
         set_feature_statistics(controlnet, parts.backbone, images)
     if config.imitation.pipeline and fresh and not config.run.dry_run:
         images = first_images(train, config.imitation.n_images)
-        left = imitate_pipeline(controlnet, parts, images, config.imitation)
+        left = imitate_pipeline(controlnet, parts, images, config.imitation, config.seed)
         what = f"imitation of {config.imitation.pipeline}"
         accelerator.print(f"{what}: {left:.3f} of the variance left")
     if config.run.gradient_checkpointing:
@@ -467,12 +467,16 @@ def train_controlnet(config: ControlNetConfig) -> Path:
 
 
 def imitate_pipeline(
-    controlnet: FeatureControlNet, parts: FrozenParts, images: Tensor, config: ImitationConfig
+    controlnet: FeatureControlNet,
+    parts: FrozenParts,
+    images: Tensor,
+    config: ImitationConfig,
+    seed: int = 0,
 ) -> float:
     """Fits the feature encoder to that of another pipeline, see `imitation.imitate`."""
     pairs = read_pipeline_pairs(parts, images, config)
     controlnet.to(parts.backbone.device)  # pyright: ignore[reportArgumentType]
-    return imitate(controlnet, pairs, config)
+    return imitate(controlnet, pairs, config, seed)
 
 
 def read_pipeline_pairs(parts: FrozenParts, images: Tensor, config: ImitationConfig) -> Pairs:

@@ -78,8 +78,13 @@ def read_pairs(
     return Pairs(torch.cat(features), torch.cat(conditions))
 
 
-def imitate(controlnet: FeatureControlNet, pairs: Pairs, config: ImitationConfig) -> float:
+def imitate(
+    controlnet: FeatureControlNet, pairs: Pairs, config: ImitationConfig, seed: int = 0
+) -> float:
     """Fits the feature encoder; returns the last epoch's mean-square error by the variance.
+
+    Args:
+        seed: of the order of the images.
 
     Raises:
         InputError: conditions of another width than the encoder's.
@@ -109,7 +114,7 @@ def imitate(controlnet: FeatureControlNet, pairs: Pairs, config: ImitationConfig
     total, step = 0.0, 0
     for epoch in range(config.epochs):
         total = 0.0
-        order = torch.randperm(n, generator=make_generator(0, "imitation", epoch))
+        order = torch.randperm(n, generator=make_generator(seed, "imitation", epoch))
         for rows in order.split(BATCH):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(settings, step, n_steps)
