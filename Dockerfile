@@ -3,7 +3,7 @@ FROM python:3.12-slim
 
 RUN pip install --no-cache-dir torch torchvision --index-url https://download.pytorch.org/whl/cpu
 COPY . /src
-RUN pip install --no-cache-dir "/src[data,evaluate]" && rm -r /src
+RUN pip install --no-cache-dir "/src[data,evaluate]" /src/packages/tiny && rm -r /src
 
 RUN useradd --create-home featinv
 USER featinv

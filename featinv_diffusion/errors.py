@@ -13,7 +13,29 @@ def choices_hint(name: str, choices: list[str]) -> str:
     from difflib import get_close_matches
 
     near = get_close_matches(name, choices, n=1)
-    return (f"did you mean {near[0]!r}? " if near else "") + f"Choices: {', '.join(choices)}."
+    hint = elsewhere_hint(name) or (f"did you mean {near[0]!r}? " if near else "")
+    return f"{hint}Choices: {', '.join(choices)}."
+
+
+IN_OTHER_PACKAGE = (
+    "convnext-pooled",
+    "convnext-stages.1",
+    "detr",
+    "efficientnet-lite0",
+    "siglip",
+    "siglip2",
+    "swin",
+)
+"""Members of the tiny family that the package featinv-diffusion-tiny brings; see docs/adr/0019."""
+
+
+def elsewhere_hint(name: str) -> str:
+    """Returns how to get a member of the tiny family that is not installed, else nothing."""
+    member = name.removeprefix("tiny/").partition("/")[0]
+    folder = Path(__file__).with_name("assets") / "tiny" / member
+    if member not in IN_OTHER_PACKAGE or folder.is_dir():
+        return ""
+    return f"tiny/{member} is installed by pip install featinv-diffusion-tiny. "
 
 
 UNREACHABLE = "The Hugging Face Hub cannot be reached. Check the network and HF_HUB_OFFLINE"

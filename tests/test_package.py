@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 import featinv_diffusion
+from featinv_diffusion import errors
 from featinv_diffusion.config import CONFIGS, list_configs
+from featinv_diffusion.errors import IN_OTHER_PACKAGE, choices_hint, elsewhere_hint
 
 PYPROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
 
@@ -36,6 +38,38 @@ def test_the_wheel_holds_every_package_and_every_named_config() -> None:
     patterns = setuptools["package-data"]["featinv_diffusion.configs"]
     packed = {path.relative_to(CONFIGS) for pattern in patterns for path in CONFIGS.glob(pattern)}
     assert {path.with_suffix("").as_posix() for path in packed} == set(list_configs())
+
+
+def test_each_asset_is_in_one_of_the_two_wheels_and_the_first_is_small() -> None:
+    root = Path(__file__).parents[1]
+    other = tomllib.loads((root / "packages/tiny/pyproject.toml").read_text())
+    assert other["project"]["version"] == PYPROJECT["project"]["version"]
+    package = Path(featinv_diffusion.__file__).parent
+    first, second = (
+        {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+        for folder, patterns in (
+            (package, PYPROJECT["tool"]["setuptools"]["package-data"]["featinv_diffusion"]),
+            (package / "assets/tiny", *other["tool"]["setuptools"]["package-data"].values()),
+        )
+    )
+    assets = {path for path in (package / "assets").rglob("*") if path.is_file()}
+    assert not first & second
+    assert {path for path in first if path in assets} | second == assets
+    assert sum(path.stat().st_size for path in first) <= 60e6
+    members = {path.relative_to(package / "assets/tiny").parts[0] for path in second}
+    assert members == set(IN_OTHER_PACKAGE)
+    licence = root / "packages/tiny/LICENSE-WEIGHTS"
+    assert licence.read_text() == (package / "assets/LICENSE-WEIGHTS").read_text()
+
+
+def test_a_member_that_is_not_installed_is_named_with_its_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert elsewhere_hint("tiny/swin") == ""  # a checkout has all members
+    monkeypatch.setattr(errors, "__file__", str(tmp_path / "errors.py"))
+    assert "featinv-diffusion-tiny" in elsewhere_hint("tiny/swin")
+    assert "featinv-diffusion-tiny" in choices_hint("siglip2/swap", ["tiny/convnext"])
+    assert elsewhere_hint("tiny/convnext") == elsewhere_hint("somebody/swin") == ""
 
 
 def test_the_licence_of_the_bundled_weights_is_named() -> None:

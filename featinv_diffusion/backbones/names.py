@@ -14,7 +14,7 @@ from typing import Any, Literal
 import timm
 
 from featinv_diffusion import schema
-from featinv_diffusion.errors import InputError
+from featinv_diffusion.errors import InputError, elsewhere_hint
 from featinv_diffusion.files import expand_path
 from featinv_diffusion.trust import FACTORY
 from featinv_diffusion.types import FeatureSpec
@@ -151,6 +151,7 @@ def _check_timm_id(name: str) -> None:
     if "/" in name and not name.startswith(FAMILY):
         near = [f"hf/{name}"]
     hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+    hint = elsewhere_hint(name) or hint
     raise InputError(
         f"No backbone is named {name!r}; {hint}A backbone is one of {', '.join(bundled)}, a timm "
         "id, or hf/ followed by a folder or Hub repository of transformers."

@@ -32,7 +32,7 @@ from featinv_diffusion.data.crops import (
 from featinv_diffusion.data.streams import StreamedCrops
 from featinv_diffusion.diffusion.featinv_controlnet import FeatureControlNet
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
-from featinv_diffusion.diffusion.folders import PICKLED, check_reachable, feature_spec_of
+from featinv_diffusion.diffusion.folders import ENCODER, PICKLED, check_reachable, feature_spec_of
 from featinv_diffusion.diffusion.hub import load_pipeline
 from featinv_diffusion.diffusion.objective import (
     PUBLISHED_PROMPT,
@@ -81,7 +81,8 @@ class ControlNetModelConfig:
             (published), `independent` each on its own.
         feature_projection_channels: channels that a 1×1 convolution leaves of the map before the
             feature encoder's 3×3 ones; None has none, as published.
-        warm_start: folder of another backbone's ControlNet; all but the feature encoder is read.
+        warm_start: folder of another ControlNet; of another backbone's, all but the feature encoder
+            is read.
         trained: names of the parameters that are trained, as patterns; all others stay as
             `warm_start` has them. `feature_encoder.*` trains a head on a frozen trunk.
     """
@@ -386,13 +387,19 @@ def make_controlnet(config: ControlNetModelConfig, parts: FrozenParts) -> Featur
 
 
 def begin_with(controlnet: FeatureControlNet, other: FeatureControlNet) -> None:
-    """Copies the weights of another backbone's ControlNet, all but the feature encoder's.
+    """Copies the weights of another ControlNet; the feature encoder's only where it is for the same
+    features.
 
     Raises:
         InputError: one of another base.
     """
+    keys = ("feature_projection_channels", "feature_hidden_channels", "feature_pooled")
+    mine_is, other_is = (
+        (feature_spec_of(one), *(one.config[key] for key in keys)) for one in (controlnet, other)
+    )
+    is_same = mine_is[0] is not None and mine_is == other_is
     weights, mine = (
-        {k: v for k, v in one.state_dict().items() if not k.startswith("feature_encoder.")}
+        {k: v for k, v in one.state_dict().items() if is_same or not k.startswith(ENCODER)}
         for one in (other, controlnet)
     )
     if weights.keys() != mine.keys() or any(weights[k].shape != mine[k].shape for k in mine):
