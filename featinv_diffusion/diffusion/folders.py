@@ -550,7 +550,8 @@ def load_on_trunk(
             "Install the package again."
         )
     network.load_state_dict(weights)
-    return network.to(torch_dtype).eval()
+    nn.Module.to(network, torch_dtype)  # diffusers' own warns of modules that are not there
+    return network.eval()
 
 
 def _load_public(timm_id: str, member: Path) -> PreTrainedModel:

@@ -179,7 +179,7 @@ class ControlNetTask:
         vae: Any = self.parts.vae
         unet: Any = self.parts.unet
         vae.to(device)
-        unet.to(device, dtype)
+        nn.Module.to(unet, device, dtype)  # diffusers' own warns of modules that are not there
         if self.config.run.channels_last:  # as the ControlNet: no copies between the two
             unet.to(memory_format=torch.channels_last)
             vae.to(memory_format=torch.channels_last)
