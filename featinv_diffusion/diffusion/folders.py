@@ -550,7 +550,7 @@ def load_on_trunk(
             "Install the package again."
         )
     network.load_state_dict(weights)
-    nn.Module.to(network, torch_dtype)  # diffusers' own warns of modules that are not there
+    torch.nn.Module.to(network, torch_dtype)  # diffusers' own warns of modules that are not there
     return network.eval()
 
 
