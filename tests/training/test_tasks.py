@@ -250,6 +250,20 @@ def test_warm_start_takes_all_but_the_feature_encoder(folder: Path, tmp_path: Pa
     assert not bool(controlnet.feature_encoder.conv3.weight.any())
 
 
+def test_warm_start_for_the_same_features_takes_the_feature_encoder_too(
+    folder: Path, tmp_path: Path
+) -> None:
+    plain = controlnet_config(folder, tmp_path, 1)
+    parts = load_frozen_parts(plain.model)
+    other = make_controlnet(plain.model, parts)
+    torch.nn.init.normal_(other.feature_encoder.conv3.weight)
+    other.save_pretrained(tmp_path / "other")
+    config = controlnet_config(folder, tmp_path, 1, f"model.warm_start={tmp_path / 'other'}")
+    expected = other.state_dict()
+    for key, value in make_controlnet(config.model, parts).state_dict().items():
+        assert torch.equal(value, expected[key])
+
+
 def test_only_named_parameters_are_trained(folder: Path, tmp_path: Path) -> None:
     tiny.make_controlnet().save_pretrained(tmp_path / "other")
     extra = (
