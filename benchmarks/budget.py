@@ -90,7 +90,7 @@ def configure(
         data=replace(config.data, hflip=False, num_workers=0, train_per_class=options.n_per_class),
         model=replace(config.model, warm_start=warm, statistics_images=256),
         imitation=ImitationConfig(TRUNK if start.imitates else None, n_imitated, EPOCHS),
-        cache=ControlNetCacheConfig(folder=str(options.output / "cache"), features=True),
+        cache=ControlNetCacheConfig(folder=str(options.output / f"latents-{seed}"), features=True),
         optim=replace(config.optim, max_steps=n_steps, warmup_steps=n_steps // 10),
         run=replace(
             config.run,
