@@ -223,7 +223,7 @@ def _numbers(kind: str, text: str, n: int | None = None) -> list[float]:
     if not found or not all(map(math.isfinite, found)) or (n is not None and len(found) != n):
         want = "a finite number" if n == 1 else "finite numbers with commas between"
         raise InputError(f"{kind} takes {want}, got {text!r}.")
-    return found  # pyright: ignore[reportReturnType]
+    return found
 
 
 def _ablate_channels(text: str) -> FeatureEdit:
@@ -292,7 +292,7 @@ def _load_function(text: str) -> FeatureEdit:
         raise InputError(f"{path} fails: {type(error).__name__}: {error}") from error
     if not callable(found):
         raise InputError(f"{path} must define a function {name!r}, but does not.")
-    return found
+    return found  # pyright: ignore[reportReturnType]
 
 
 # ---- At an earlier layer -------------------------------------------------------------------------
