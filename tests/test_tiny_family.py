@@ -11,7 +11,13 @@ from safetensors import safe_open
 
 from featinv_diffusion import load_backbone
 from featinv_diffusion.backbones.base import weights_sha256
-from featinv_diffusion.diffusion.folders import ASSETS, CERTAINTY_FILE, SCOPE_FILE, list_bundled
+from featinv_diffusion.diffusion.folders import (
+    ASSETS,
+    CERTAINTY_FILE,
+    SCOPE_FILE,
+    is_complete,
+    list_bundled,
+)
 from featinv_diffusion.features.operators import open_operator
 from featinv_diffusion.features.pixel_operations import make_operation
 from featinv_diffusion.images import builtin_photo, center_square, read_image, to_tensor
@@ -31,7 +37,10 @@ MEMBERS = {
     "resnet": (256, (8, 8)),
     "swin": (128, (8, 8)),
     "vit": (192, (8, 8)),
+    "efficientnet-lite0": (1280, (7, 7)),
 }
+WEAK = ("convnext-pooled", "efficientnet-lite0")
+"""Members whose samples need not beat shuffled cells by much."""
 
 
 def load_photos() -> torch.Tensor:
@@ -81,6 +90,8 @@ def test_the_backbone_knows_its_hundred_classes() -> None:
 
 @pytest.mark.parametrize("name", MEMBERS)
 def test_reconstructions_beat_the_shuffled_null(name: str) -> None:
+    if not is_complete(f"tiny/{name}"):
+        pytest.skip("the extra `real` is not installed")
     inverter = open_inverter(SampleSettings(pipeline=f"tiny/{name}"))
     backbone = inverter.backbone
     assert backbone is not None
@@ -93,7 +104,7 @@ def test_reconstructions_beat_the_shuffled_null(name: str) -> None:
     null = shuffled_cosine(features, again, torch.Generator().manual_seed(0)).mean()
     swapped = feature_cosine(features, again.flip(0)).mean()
     assert float(found - swapped) > 0.05
-    assert float(found - null) > (0.0 if name.endswith("pooled") else 0.1)
+    assert float(found - null) > (0.0 if name in WEAK else 0.1)
 
 
 DETERMINISTIC = {"detr": 9.0, "vit": 17.0, "siglip": 17.0, "siglip2": 18.0}
