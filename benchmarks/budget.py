@@ -163,7 +163,7 @@ def main() -> None:
     parser.add_argument("--n-imitated", type=int, default=720)
     parser.add_argument("--n-evaluated", type=int, default=64)
     parser.add_argument("--output", type=Path, default=Path("outputs/budget"))
-    parser.add_argument("--figure", type=Path, default=Path("docs/figures/budget.png"))
+    parser.add_argument("--figure", type=Path, default=Path("outputs/budget/budget.png"))
     options = parser.parse_args()
     found: dict[tuple[str, int], list[dict[str, float]]] = defaultdict(list)
     for seed in range(options.seeds):
