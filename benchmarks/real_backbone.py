@@ -16,7 +16,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pages import crops, interval, run, table
+from pages import interval, run, table
+
+from featinv_diffusion.images import builtin_photo
 
 PIPELINE = "tiny/efficientnet-lite0"
 FIGURE = Path("docs/figures/real-backbone.png")
@@ -64,12 +66,9 @@ def main() -> None:
         print(f"\n{metrics['n_images']} images: {name}\n")
         head = "measure|samples|another image|cells permuted|autoencoder"
         print(table(head, rows_of(metrics)), flush=True)
-    pictures = options.output / "pictures"
-    pictures.mkdir(parents=True, exist_ok=True)
-    for name, crop in crops(2):
-        crop.save(pictures / f"{name}.png")
     sampled = options.output / "sample"
-    command = [sys.executable, "-m", "featinv_diffusion", "sample", str(pictures)]
+    photos = [str(builtin_photo(name)) for name in ("flower.jpg", "china.jpg")]
+    command = [sys.executable, "-m", "featinv_diffusion", "sample", *photos]
     if not sampled.exists():
         subprocess.run([*command, "--pipeline", PIPELINE, "-o", str(sampled)], check=True)
     shutil.copy(sampled / "grid.png", FIGURE)
