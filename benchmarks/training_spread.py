@@ -25,7 +25,7 @@ from featinv_diffusion.images import center_square, to_tensor
 from featinv_diffusion.inverters import DiffusionInverter
 from featinv_diffusion.settings import Selection
 
-SHOWN = {"own": 3, OUTSIDE: 3, "top-5": 3, "PSNR": 2, "edges": 3}
+SHOWN = {"own": 3, OUTSIDE: 3, f"{OUTSIDE} top-5": 3, "PSNR": 2, "edges": 3}
 
 
 def main() -> None:
