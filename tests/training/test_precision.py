@@ -159,7 +159,12 @@ def fresh_accelerate() -> Iterator[None]:
 
 @pytest.mark.usefixtures("fresh_accelerate")
 @pytest.mark.parametrize(
-    ("name", "precision"), [("convnext", "fp32"), ("convnext", "bf16"), ("resnet", "bf16")]
+    ("name", "precision"),
+    [
+        ("convnext", "fp32"),
+        ("convnext", "bf16"),
+        pytest.param("resnet", "bf16", marks=pytest.mark.slow),
+    ],
 )
 def test_a_controlnet_trains_on_a_bundled_backbone(
     folder: Path, tmp_path: Path, name: str, precision: str
