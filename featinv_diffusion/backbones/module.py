@@ -137,7 +137,7 @@ def make_by_factory(name: str, layer: str, *, trust_code: bool) -> Backbone:
 
 def _to_preprocessing(size: tuple[int, int], given: Any) -> Preprocessing:
     if callable(given):
-        return _OwnPreprocessing(size, (0.0,) * 3, (1.0,) * 3, function=given)
+        return _OwnPreprocessing(size, (0.0,) * 3, (1.0,) * 3, function=given)  # pyright: ignore[reportArgumentType]
     try:
         mean, std = (tuple(float(value) for value in values) for values in given)
     except (TypeError, ValueError):

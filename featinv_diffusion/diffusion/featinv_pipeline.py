@@ -535,7 +535,7 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
         num_images_per_prompt = _to_int("num_images_per_prompt", num_images_per_prompt)
         if isinstance(features, np.ndarray):
             features = torch.from_numpy(np.ascontiguousarray(features, dtype=np.float32))
-        steps, scale, guidance = self._defaults(num_inference_steps, guidance_scale, guidance)
+        steps, scale, guidance = self._defaults(num_inference_steps, guidance_scale, guidance)  # pyright: ignore[reportArgumentType]
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self._check_call(
@@ -604,8 +604,8 @@ class FeatInvPipeline(DiffusionPipeline, StableDiffusionMixin):
         scale: float | np.floating | None,
         guidance: str | None,
     ) -> tuple[int, float, str]:
-        n_steps: int = self.config["default_num_inference_steps"] if steps is None else steps
-        s: float = self.config["default_guidance_scale"] if scale is None else scale
+        n_steps: int = self.config["default_num_inference_steps"] if steps is None else steps  # pyright: ignore[reportAssignmentType]
+        s: float = self.config["default_guidance_scale"] if scale is None else scale  # pyright: ignore[reportAssignmentType]
         kind: str = self.config["default_guidance"] if guidance is None else guidance
         n_steps = _to_int("num_inference_steps", n_steps)
         if n_steps < 1:
