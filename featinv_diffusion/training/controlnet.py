@@ -393,13 +393,9 @@ def begin_with(controlnet: FeatureControlNet, other: FeatureControlNet) -> None:
     Raises:
         InputError: one of another base.
     """
-    keys = ("feature_projection_channels", "feature_hidden_channels", "feature_pooled")
-    mine_is, other_is = (
-        (feature_spec_of(one), *(one.config[key] for key in keys)) for one in (controlnet, other)
-    )
-    is_same = mine_is[0] is not None and mine_is == other_is
+    with_head = _reads_the_same(controlnet, other)
     weights, mine = (
-        {k: v for k, v in one.state_dict().items() if is_same or not k.startswith(ENCODER)}
+        {k: v for k, v in one.state_dict().items() if with_head or not k.startswith(ENCODER)}
         for one in (other, controlnet)
     )
     if weights.keys() != mine.keys() or any(weights[k].shape != mine[k].shape for k in mine):
@@ -408,6 +404,14 @@ def begin_with(controlnet: FeatureControlNet, other: FeatureControlNet) -> None:
             "one given has other blocks. Use one that was trained on the same base."
         )
     controlnet.load_state_dict(weights, strict=False)
+
+
+def _reads_the_same(one: FeatureControlNet, other: FeatureControlNet) -> bool:
+    """Whether two feature encoders are of one shape and for the same declared features."""
+    if feature_spec_of(one) is None or feature_spec_of(one) != feature_spec_of(other):
+        return False
+    shape = ("feature_projection_channels", "feature_hidden_channels", "feature_pooled")
+    return all(one.config[key] == other.config[key] for key in shape)
 
 
 def freeze_all_but(controlnet: FeatureControlNet, trained: Sequence[str]) -> None:
