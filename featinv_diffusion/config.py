@@ -6,7 +6,7 @@ Unknown keys and wrong types are refused.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -72,7 +72,23 @@ def load_config(cls: type[T], name: str | Path | None = None, overrides: Sequenc
         update = _read_override(override)
         _check_keys(cls, update, f"override {override!r}")
         content = _merge(content, update)
+    content = _merge(_set_for_parts(cls), content)
     return convert(_fitted(cls, content), cls, "the settings")
+
+
+def _set_for_parts(cls: type) -> dict[str, Any]:
+    """Returns what the defaults of `cls` give a part otherwise than the part's own class does.
+
+    They stay where other settings of that part are named.
+    """
+    found: dict[str, Any] = {}
+    for part in fields(cls):  # pyright: ignore[reportArgumentType]
+        made = part.default_factory() if part.default_factory is not MISSING else None
+        if is_dataclass(made) and not isinstance(made, type):
+            plain = {field.name: field.default for field in fields(made)}
+            differ = {k: v for k, v in vars(made).items() if plain[k] not in (MISSING, v)}
+            found |= {part.name: differ} if differ else {}
+    return found
 
 
 def load_flat(cls: type[T], name: str | Path | None, values: Mapping[str, Any]) -> T:

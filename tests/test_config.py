@@ -15,6 +15,7 @@ from featinv_diffusion.config import (
     read_setting,
     to_yaml,
 )
+from featinv_diffusion.data.crops import DataConfig
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.evaluation.settings import EvaluationSettings
 from featinv_diffusion.settings import ConceptSettings
@@ -53,6 +54,12 @@ def test_overrides_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) 
     path.write_text("name: file\ninner:\n  lr: 1.0e-3\n  kind: b\n")
     config = load_config(Outer, path, ["inner.lr=1e-4", "inner.scale=[0.5,1]"])
     assert config == Outer(Inner(1e-4, "b", (0.5, 1.0)), "file")
+
+
+def test_what_a_default_gives_its_part_stays_where_another_setting_of_it_is_named() -> None:
+    config = load_config(ControlNetConfig, None, ["data.root=pictures"])
+    assert config.data.held_back_per_class == ControlNetConfig().data.held_back_per_class == 1
+    assert load_config(ControlNetConfig, None, ["data.held_back_per_class=0"]).data == DataConfig()
 
 
 @pytest.mark.parametrize(

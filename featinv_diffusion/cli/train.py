@@ -56,6 +56,20 @@ def controlnet(
         run_training(ControlNetConfig, train_controlnet, config, overrides, dry_run)
 
 
+@train.command(name="shared-trunk")
+def shared_trunk(
+    overrides: Overrides = None, config: ConfigName = None, dry_run: DryRun = False
+) -> None:
+    """Train one trunk for the ControlNets of several pipelines, each with a head of its own.
+
+    The setting model.pipelines names them. Runs on any number of processes as `accelerate launch -m
+    featinv_diffusion train shared-trunk …`; the same command again resumes an interrupted run.
+    """
+    from featinv_diffusion.training.shared_trunk import SharedTrunkConfig, train_shared_trunk
+
+    run_training(SharedTrunkConfig, train_shared_trunk, config, overrides, dry_run)
+
+
 @train.command()
 def inverter(
     overrides: Overrides = None, config: ConfigName = None, dry_run: DryRun = False

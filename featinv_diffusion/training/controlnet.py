@@ -160,17 +160,18 @@ class ControlNetTask:
     """ε-prediction through the frozen UNet with the ControlNet's residuals added.
 
     Args:
+        controlnet: called as a `FeatureControlNet` is.
         validation: images `[n, 3, h, w]` in [0, 1] that are reconstructed again and again.
     """
 
     def __init__(
         self,
-        controlnet: FeatureControlNet,
+        controlnet: nn.Module,
         parts: FrozenParts,
         config: ControlNetConfig,
         validation: Tensor,
     ):
-        self.module: nn.Module = controlnet
+        self.module = controlnet
         self.parts, self.config, self.validation = parts, config, validation
         self.noise_scheduler = make_noise_scheduler(parts.scheduler)
 
@@ -207,7 +208,7 @@ class ControlNetTask:
         target = prediction_target(self.noise_scheduler, latents, noise, timesteps)
         return F.mse_loss(predicted.float(), target), {}
 
-    def _features(self, batch: Mapping[str, Any]) -> Tensor:
+    def _features(self, batch: Mapping[str, Any]) -> Tensor | Sequence[Tensor]:
         if "features" in batch:
             return batch["features"].float()
         with torch.no_grad():
@@ -225,7 +226,7 @@ class ControlNetTask:
         noisy: Tensor,
         timesteps: Tensor,
         prompt: Tensor,
-        features: Tensor,
+        features: Tensor | Sequence[Tensor],
         keep: Tensor,
     ) -> Tensor:
         dtype = self.parts.unet.dtype
