@@ -394,6 +394,7 @@ def test_two_processes_write_the_same(table, saved_pipeline, whole: Path, tmp_pa
     assert (tmp_path / "two" / name).read_bytes() == (whole / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_finished_by_the_same_command(
     table, saved_pipeline, whole: Path, tmp_path: Path
 ):

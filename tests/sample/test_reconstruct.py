@@ -115,6 +115,7 @@ def test_the_manifest_covers_every_image_in_order(whole: Path):
     assert read_image(whole / "grid.png").height > N_IMAGES * 192
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_same_bits(arguments, whole: Path, tmp_path: Path):
     said = launch(arguments, tmp_path / "two", n_processes=2)
     assert "Processes: 2." in said

@@ -130,7 +130,7 @@ def streamed(base: Path, folder: Path) -> list[str]:
     [
         pytest.param(1, "adamw", False, marks=pytest.mark.slow),
         (2, "adamw", False),
-        (1, "muon", False),
+        pytest.param(1, "muon", False, marks=pytest.mark.slow),
         pytest.param(2, "adamw", True, marks=pytest.mark.slow),
     ],
 )

@@ -62,6 +62,7 @@ def config(folder: Path, output: Path, *extra: str) -> SharedTrunkConfig:
         "data.num_workers=0",
         f"model.pipelines=[{folder / 'one'},{folder / 'two'}]",
         "optim.batch_size=5",
+        "optim.optimizer=muon",
         "optim.lr=1e-3",
         "optim.max_steps=3",
         f"run.output={output}",
