@@ -235,6 +235,7 @@ class Interpolation(Result):
                 "One row per sample; below each picture: cosine of its features to the mixed map.",
                 *scope_notes(self.scope_basis),
             ],
+            after_first=0.15,
             headers="first",
             extra=_CURVE + 0.5,
         )

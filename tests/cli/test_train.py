@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from featinv_diffusion.training import controlnet, inverter, reconstructor
+from featinv_diffusion.training import controlnet, inverter, reconstructor, shared_trunk
 from featinv_diffusion.training.controlnet import ControlNetConfig
 from featinv_diffusion.training.inverter import InverterConfig
 from featinv_diffusion.training.reconstructor import ReconstructorConfig
+from featinv_diffusion.training.shared_trunk import SharedTrunkConfig
 from tests.cli.conftest import Featinv
 
 SCRIPTS = Path(__file__).parents[2] / "train"
@@ -23,6 +24,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     monkeypatch.setattr(controlnet, "train_controlnet", asked.append)
     monkeypatch.setattr(inverter, "train_inverter", asked.append)
     monkeypatch.setattr(reconstructor, "train_reconstructor", asked.append)
+    monkeypatch.setattr(shared_trunk, "train_shared_trunk", asked.append)
     return asked
 
 
@@ -43,6 +45,17 @@ def test_the_family_chooses_config_and_training(featinv: Featinv, trained: list[
     assert trained[0] == ReconstructorConfig(seed=3)
     assert [type(config) for config in trained[1:]] == [InverterConfig, InverterConfig]
     assert [config.model.family for config in trained[1:]] == ["vit", "detr"]
+
+
+def test_a_shared_trunk_is_of_the_pipelines_that_are_named(
+    featinv: Featinv, trained: list[object]
+) -> None:
+    pipelines = "model.pipelines=[tiny/swin,mine]"
+    assert featinv("train", "shared-trunk", pipelines, "data.root=pictures").code == 0
+    (config,) = trained
+    assert isinstance(config, SharedTrunkConfig)
+    assert config.model.pipelines == ("tiny/swin", "mine")
+    assert config.data.held_back_per_class == 1
 
 
 @pytest.mark.parametrize(
