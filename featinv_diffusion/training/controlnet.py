@@ -45,7 +45,17 @@ from featinv_diffusion.errors import InputError
 from featinv_diffusion.inverters.diffusion import DiffusionInverter
 from featinv_diffusion.metrics.features import feature_cosine, shuffled_cosine, top_k_match
 from featinv_diffusion.seeds import derive_seed, make_generator
-from featinv_diffusion.settings import Depth, Finite, Pictures, Probability, Seed, Size, check
+from featinv_diffusion.settings import (
+    SCHEDULERS,
+    Depth,
+    Finite,
+    Pictures,
+    Probability,
+    Seed,
+    Size,
+    check,
+    option,
+)
 from featinv_diffusion.training.checkpoint import list_checkpoints
 from featinv_diffusion.training.config import OptimConfig, RunConfig
 from featinv_diffusion.training.entry import load_component, make_datasets, stack_images
@@ -112,10 +122,10 @@ class ValidationConfig:
     """How the fixed validation images are sampled while training.
 
     Args:
-        scheduler: a name of `schedulers.SCHEDULERS`; None is the scheduler of the base.
+        scheduler: a name of `settings.SCHEDULERS`; None is the scheduler of the base.
     """
 
-    scheduler: str | None = None
+    scheduler: str | None = option(None, "Scheduler of the samples.", choices=SCHEDULERS)
     num_inference_steps: Depth = 20
     guidance_scale: Finite = 1.75
     guidance: Literal["text", "features"] = "text"

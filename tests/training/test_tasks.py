@@ -417,6 +417,7 @@ def test_dry_run_writes_nothing_and_names_the_shapes(
     [
         ("model.base=absent", "Stable Diffusion"),
         ("model.base=x y", "x y"),
+        ("validation.scheduler=unipcc", "did you mean 'unipc'"),
         ("data.held_back_per_class=0", "held_back_per_class"),
         ("optim.batch_size=64", "got 16 images"),
         ("model.attention=xformers", "needs a CUDA device and the package xformers"),
