@@ -53,7 +53,6 @@ def test_a_notebook_was_run_from_top_to_bottom(path: Path) -> None:
         assert f"{folder}/" not in text
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nbformat = pytest.importorskip("nbformat", reason="the extra docs is not installed")
