@@ -75,6 +75,7 @@ def main() -> None:
     mean = mean_of_trunks(trunks)
     rows, kept = [], {}
     for name, pipeline in pipelines.items():
+        pipeline.set_progress_bar_config(disable=True)
         own: Any = pipeline.controlnet
         eye = load_backbone(SECOND if "efficientnet" in name else OUTSIDE)
         on_mean: Any = FeatureControlNet.from_config(own.config)
