@@ -33,12 +33,12 @@ CLASSES = "configs/tiny/classes.txt"
 BOXED = ("stages", "recolouring", "prototypes", "grey", "shape", "other domains")
 """Studies that need boxes, or classes that nothing was trained on."""
 N_IMAGES = {
-    "reconstruction": 60,
-    "settings": 16,
-    "other domains": 24,
-    "mixtures": 30,
-    "spread": 6,
-    "concepts": 30,
+    "reconstruction": 200,
+    "settings": 32,
+    "other domains": 60,
+    "mixtures": 100,
+    "spread": 24,
+    "concepts": 60,
     "warm start": 504,
     "tokens": 150,
     "probes": 1000,
