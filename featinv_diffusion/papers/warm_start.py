@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler
 from jaxtyping import Float
 from matplotlib.figure import Figure
 from torch import Tensor, nn
@@ -119,14 +118,7 @@ def _train(
     """
     seed, pipeline = request.settings.seed, inverter.pipeline
     backbone = inverter.require_backbone()
-    scheduler: Any = DDIMScheduler.from_config(pipeline.scheduler.config)
-    parts = FrozenParts(
-        backbone,
-        pipeline.vae,
-        pipeline.unet,
-        scheduler,
-        pipeline.encode_prompt([pipeline.config["default_prompt"], ""]),
-    )
+    parts = FrozenParts.of(inverter)
     config = pipeline.controlnet.config
     model = ControlNetModelConfig(
         feature_hidden_channels=config["feature_hidden_channels"],

@@ -159,6 +159,24 @@ class FrozenParts:
     scheduler: DDIMScheduler
     prompt_embeds: Tensor
 
+    @classmethod
+    def of(cls, inverter: DiffusionInverter) -> FrozenParts:
+        """Takes those of a pipeline, with its own prompt.
+
+        Raises:
+            InputError: a pipeline without a backbone.
+        """
+        pipeline = inverter.pipeline
+        prompts = [pipeline.config["default_prompt"], ""]
+        scheduler: Any = DDIMScheduler.from_config(pipeline.scheduler.config)
+        return cls(
+            backbone=inverter.require_backbone(),
+            vae=pipeline.vae.eval().requires_grad_(False),
+            unet=pipeline.unet.eval().requires_grad_(False),
+            scheduler=scheduler,
+            prompt_embeds=pipeline.encode_prompt(prompts),
+        )
+
     @property
     def image_size(self) -> int:
         """Side of the images the latents stand for, 256 for MiniSD."""

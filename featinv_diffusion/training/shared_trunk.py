@@ -220,17 +220,18 @@ def train_shared_trunk(config: SharedTrunkConfig) -> Path:
             f"Each of the {len(names)} pipelines must get an image of every batch, but "
             f"optim.batch_size is {config.optim.batch_size}. Set it to {len(names)} or more."
         )
-    accelerator = make_accelerator(config.optim, config.run)
-    torch.manual_seed(derive_seed(config.seed, "initial weights"))
-    loaded = [load_pipeline(one) for one in pipelines]
-    _check_same_base(dict(zip(pipelines, loaded, strict=True)))
-    backbones = [DiffusionInverter(one).require_backbone() for one in loaded]
-    controlnets: list[Any] = [one.controlnet for one in loaded]
     begin_with = config.model.begin_with or pipelines
     if unknown := set(begin_with) - set(pipelines):
         raise InputError(
             f"model.begin_with must name some of model.pipelines, but {min(unknown)} is not one."
         )
+    accelerator = make_accelerator(config.optim, config.run)
+    torch.manual_seed(derive_seed(config.seed, "initial weights"))
+    loaded = [load_pipeline(one) for one in pipelines]
+    _check_same_base(dict(zip(pipelines, loaded, strict=True)))
+    inverters = [DiffusionInverter(one) for one in loaded]
+    backbones = [one.require_backbone() for one in inverters]
+    controlnets: list[Any] = [one.controlnet for one in loaded]
     trunks = [one for one, name in zip(controlnets, pipelines, strict=True) if name in begin_with]
     module = SharedTrunk(controlnets, mean_of_trunks(trunks)).requires_grad_(True)
     if config.run.channels_last:
@@ -248,9 +249,8 @@ def train_shared_trunk(config: SharedTrunkConfig) -> Path:
         run=config.run,
     )
     train, validation = open_data(as_one)
-    task = SharedTrunkTask(
-        module, parts_of(loaded[0], backbones[0]), as_one, validation, backbones, names
-    )
+    parts = FrozenParts.of(inverters[0])
+    task = SharedTrunkTask(module, parts, as_one, validation, backbones, names)
     return fit(task, train, accelerator, config.optim, config.run, to_yaml(config))
 
 
@@ -268,16 +268,3 @@ def _check_same_base(pipelines: Mapping[str, FeatInvPipeline]) -> None:
                     f"All of model.pipelines must have the same base, but the {part} of {name} is "
                     f"not that of {first}. Name pipelines that were trained on the same base."
                 )
-
-
-def parts_of(pipeline: FeatInvPipeline, backbone: Backbone) -> FrozenParts:
-    """Returns the frozen parts of a pipeline, with its prompt and the empty one encoded."""
-    prompts = [pipeline.config["default_prompt"], ""]
-    ids = pipeline.tokenizer(
-        prompts, padding="max_length", truncation=True, return_tensors="pt"
-    ).input_ids
-    with torch.no_grad():
-        embeds = pipeline.text_encoder(ids)[0]
-    for part in (pipeline.unet, pipeline.vae):
-        part.eval().requires_grad_(False)
-    return FrozenParts(backbone, pipeline.vae, pipeline.unet, pipeline.scheduler, embeds)
