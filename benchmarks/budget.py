@@ -35,9 +35,14 @@ from featinv_diffusion.training.controlnet import (
     train_controlnet,
 )
 from featinv_diffusion.training.imitation import ImitationConfig
-from featinv_diffusion.training.new_backbone import assemble_new, evaluate_new, make_config
+from featinv_diffusion.training.new_backbone import (
+    EPOCHS,
+    assemble_new,
+    evaluate_new,
+    make_config,
+)
 
-TRUNK, EPOCHS = "tiny/convnext", 4
+TRUNK = "tiny/convnext"
 SHOWN = {
     "cosine": "cosine",
     "cosine_of_another_image": "another image",
@@ -84,14 +89,23 @@ def configure(
     )
     config = make_config(options.backbone, settings, folder)
     warm = config.model.warm_start if start.warm else None
-    n_imitated = min(options.n_imitated, 12 * n_steps)  # a short run has no long regression
+    n_imitated = min(options.n_imitated, options.n_imitated_per_step * n_steps)
+    batch_size = options.batch_size or config.optim.batch_size
     return replace(
         config,
         data=replace(config.data, hflip=False, num_workers=0, train_per_class=options.n_per_class),
         model=replace(config.model, warm_start=warm, statistics_images=256),
-        imitation=ImitationConfig(TRUNK if start.imitates else None, n_imitated, EPOCHS),
+        imitation=ImitationConfig(
+            TRUNK if start.imitates else None, n_imitated, options.imitation_epochs
+        ),
         cache=ControlNetCacheConfig(folder=str(options.output / f"latents-{seed}"), features=True),
-        optim=replace(config.optim, max_steps=n_steps, warmup_steps=n_steps // 10),
+        optim=replace(
+            config.optim,
+            lr=options.lr or config.optim.lr,
+            batch_size=batch_size,
+            max_steps=n_steps,
+            warmup_steps=n_steps // 10,
+        ),
         run=replace(
             config.run,
             n_validation_images=2,
@@ -160,7 +174,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[15, 60])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--n-per-class", type=int, default=12)
-    parser.add_argument("--n-imitated", type=int, default=720)
+    parser.add_argument("--n-imitated", type=int, default=2400)
+    parser.add_argument("--n-imitated-per-step", type=int, default=10**6)
+    parser.add_argument("--imitation-epochs", type=int, default=EPOCHS)
+    parser.add_argument("--lr", type=float, help="that of new-backbone where it is not given")
+    parser.add_argument("--batch-size", type=int, help="likewise")
+    parser.add_argument("--starts", nargs="+", default=[start.name for start in STARTS])
     parser.add_argument("--n-evaluated", type=int, default=64)
     parser.add_argument("--output", type=Path, default=Path("outputs/budget"))
     parser.add_argument("--figure", type=Path, default=Path("outputs/budget/budget.png"))
@@ -172,7 +191,7 @@ def main() -> None:
             configure(options, STARTS[0], 1, seed, options.output / f"cache-of-{seed}")
         )
         for n_steps in options.steps:
-            for start in STARTS:
+            for start in (one for one in STARTS if one.name in options.starts):
                 found[start.name, n_steps].append(train_once(options, start, n_steps, seed))
         rows = [
             [name, str(n), spread(runs, "minutes", 1)] + [spread(runs, key, 3) for key in SHOWN]

@@ -114,7 +114,7 @@ class NewBackboneSettings:
         "or all of it.",
         choices=tuple(TRAINED),
     )
-    batch_size: int = option(48, "Images per step.", least=1, most=4096)
+    batch_size: int = option(24, "Images per step.", least=1, most=4096)
     n_evaluated: int = option(
         64, "Images that are held back for the figures.", least=2, most=10_000
     )

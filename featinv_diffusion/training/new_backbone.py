@@ -69,9 +69,10 @@ from featinv_diffusion.trust import FACTORY
 from featinv_diffusion.types import Features
 
 PLAN, FIGURES, PIPELINE = "plan.json", "figures.json", "pipeline"
-IMITATION_SHARE, REST_SHARE = 0.25, 0.1
+IMITATION_SHARE, REST_SHARE = 0.5, 0.1
 """Shares of the time: of the regression, and of validation, evaluation and packing."""
-MAX_IMITATED, EPOCHS = 8192, 6
+IMITATED_BYTES, EPOCHS = 4 * 2**30, 5
+"""Memory that the maps and conditions of the regression may take, and passes over them."""
 MIN_STEPS = 10
 N_TIMED = 2
 
@@ -85,12 +86,14 @@ class Costs:
         read: per image, of what the regression reads.
         regression: of one step of the regression.
         memory: bytes, of the GPU where there is one, else of the process.
+        pair: bytes per image that the regression keeps.
     """
 
     step: float
     read: float
     regression: float
     memory: int
+    pair: int = 2**19
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,8 @@ class Plan:
         """Divides the time; a regression on fewer images than a batch is left out."""
         seconds = 60 * minutes * (1 - REST_SHARE)
         per_image = costs.read + EPOCHS * costs.regression / BATCH
-        n = int(min(MAX_IMITATED, n_images, IMITATION_SHARE * seconds / per_image))
+        fitting = IMITATED_BYTES // costs.pair
+        n = int(min(fitting, n_images, IMITATION_SHARE * seconds / per_image))
         n = n if n >= BATCH else 0
         n_steps = max(MIN_STEPS, int((seconds - n * per_image) / costs.step))
         return cls(minutes, batch_size, n, EPOCHS, n_steps, costs)
@@ -256,7 +260,7 @@ def make_config(name: str, settings: NewBackboneSettings, output: Path) -> Contr
         imitation=ImitationConfig(epochs=EPOCHS),
         optim=OptimConfig(
             optimizer="muon",
-            lr=0.01,
+            lr=0.002,
             weight_decay=0.0,
             batch_size=settings.batch_size,
             epochs=100_000,
@@ -344,7 +348,8 @@ def measure_costs(config: ControlNetConfig, parts: FrozenParts, trunk: str) -> C
     else:  # kilobytes, but on macOS bytes
         unit = 1 if sys.platform == "darwin" else 1024
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return Costs(per_step, read, regression, memory)
+    pair = (pairs.features.nbytes + pairs.conditions.nbytes) // len(few)
+    return Costs(per_step, read, regression, memory, pair)
 
 
 def _seconds(step: Callable[[], None], device: torch.device) -> float:

@@ -48,17 +48,18 @@ def pictures(tmp_path: Path) -> Path:
 
 
 def test_a_plan_divides_the_time() -> None:
-    """60 min, a tenth kept: 3240 s. A quarter of it for the regression at .03 + 6 · .5 / 48 s."""
-    plan = Plan.of(60, 48, 100_000, Costs(3.0, 0.03, 0.5, 2**30))
-    assert plan.n_imitated == 8192
-    assert plan.n_steps == int((3240 - 8192 * 0.0925) / 3)
-    assert "60 minutes buy a regression of the head on 8,192 images (12.6 min), then" in str(plan)
-    assert f"{plan.n_steps * 48:,} images" in str(plan)
+    """60 min, a tenth kept: 3240 s. Half of it for the regression at .03 + 5 · .48 / 48 s."""
+    costs = Costs(3.0, 0.03, 0.48, 2**30, pair=2**18)
+    plan = Plan.of(60, 24, 100_000, costs)
+    assert plan.n_imitated == 16_384  # 4 GiB of pairs
+    assert plan.n_steps == int((3240 - 16_384 * 0.08) / 3)
+    assert "60 minutes buy a regression of the head on 16,384 images (21.8 min), then" in str(plan)
+    assert f"{plan.n_steps * 24:,} images" in str(plan)
     assert "1.0 GiB" in str(plan)
-    small = Plan.of(1, 48, 100_000, Costs(3.0, 0.03, 0.5, 2**30))
-    assert small.n_imitated == int(0.25 * 54 / 0.0925)
-    assert Plan.of(60, 48, 40, small.costs).n_imitated == 0
-    assert "regression" not in str(Plan.of(60, 48, 40, small.costs))
+    small = Plan.of(1, 24, 100_000, costs)
+    assert small.n_imitated == int(0.5 * 54 / 0.08)
+    assert Plan.of(60, 24, 40, costs).n_imitated == 0
+    assert "regression" not in str(Plan.of(60, 24, 40, costs))
 
 
 def test_figures_below_their_null_are_called_none() -> None:
