@@ -175,7 +175,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--n-per-class", type=int, default=12)
     parser.add_argument("--n-imitated", type=int, default=2400)
-    parser.add_argument("--n-imitated-per-step", type=int, default=10**6)
+    parser.add_argument(
+        "--n-imitated-per-step",
+        type=int,
+        default=10**6,
+        help="fits the head of a short run to fewer images, so many for each step",
+    )
     parser.add_argument("--imitation-epochs", type=int, default=EPOCHS)
     parser.add_argument("--lr", type=float, help="that of new-backbone where it is not given")
     parser.add_argument("--batch-size", type=int, help="likewise")
