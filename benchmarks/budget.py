@@ -89,8 +89,9 @@ def configure(
     )
     config = make_config(options.backbone, settings, folder)
     warm = config.model.warm_start if start.warm else None
-    n_imitated = min(options.n_imitated, options.n_imitated_per_step * n_steps)
-    batch_size = options.batch_size or config.optim.batch_size
+    n_imitated = options.n_imitated
+    if options.n_imitated_per_step:
+        n_imitated = min(n_imitated, options.n_imitated_per_step * n_steps)
     return replace(
         config,
         data=replace(config.data, hflip=False, num_workers=0, train_per_class=options.n_per_class),
@@ -102,7 +103,7 @@ def configure(
         optim=replace(
             config.optim,
             lr=options.lr or config.optim.lr,
-            batch_size=batch_size,
+            batch_size=options.batch_size or config.optim.batch_size,
             max_steps=n_steps,
             warmup_steps=n_steps // 10,
         ),
@@ -178,13 +179,17 @@ def main() -> None:
     parser.add_argument(
         "--n-imitated-per-step",
         type=int,
-        default=10**6,
         help="fits the head of a short run to fewer images, so many for each step",
     )
     parser.add_argument("--imitation-epochs", type=int, default=EPOCHS)
-    parser.add_argument("--lr", type=float, help="that of new-backbone where it is not given")
-    parser.add_argument("--batch-size", type=int, help="likewise")
-    parser.add_argument("--starts", nargs="+", default=[start.name for start in STARTS])
+    parser.add_argument(
+        "--lr", type=float, help="learning rate; that of new-backbone where none is given"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, help="images per step; that of new-backbone where none is given"
+    )
+    names = [start.name for start in STARTS]
+    parser.add_argument("--starts", nargs="+", choices=names, default=names)
     parser.add_argument("--n-evaluated", type=int, default=64)
     parser.add_argument("--output", type=Path, default=Path("outputs/budget"))
     parser.add_argument("--figure", type=Path, default=Path("outputs/budget/budget.png"))

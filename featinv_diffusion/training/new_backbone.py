@@ -93,7 +93,7 @@ class Costs:
     read: float
     regression: float
     memory: int
-    pair: int = 2**19
+    pair: int
 
 
 @dataclass(frozen=True)
