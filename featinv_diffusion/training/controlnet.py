@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -16,6 +16,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import default_collate
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 from transformers import CLIPTextModel, CLIPTokenizer, TimmWrapperForImageClassification
@@ -44,6 +45,7 @@ from featinv_diffusion.diffusion.objective import (
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.inverters.diffusion import DiffusionInverter
 from featinv_diffusion.metrics.features import feature_cosine, shuffled_cosine, top_k_match
+from featinv_diffusion.runs.sampling import batched
 from featinv_diffusion.seeds import derive_seed, make_generator
 from featinv_diffusion.settings import (
     SCHEDULERS,
@@ -58,14 +60,25 @@ from featinv_diffusion.settings import (
 )
 from featinv_diffusion.training.checkpoint import list_checkpoints
 from featinv_diffusion.training.config import OptimConfig, RunConfig
-from featinv_diffusion.training.entry import load_component, make_datasets, stack_images
+from featinv_diffusion.training.entry import (
+    load_component,
+    make_datasets,
+    read_items,
+    stack_images,
+)
 from featinv_diffusion.training.feature_cache import (
     ControlNetCacheConfig,
     FeatureCache,
     fill_features,
 )
 from featinv_diffusion.training.group_norm import speed_up_group_norms
-from featinv_diffusion.training.imitation import ImitationConfig, Pairs, imitate, read_pairs
+from featinv_diffusion.training.imitation import (
+    BATCH,
+    ImitationConfig,
+    Pairs,
+    imitate,
+    read_pairs,
+)
 from featinv_diffusion.training.latents import (
     CachedCropDataset,
     SampleNoise,
@@ -492,34 +505,35 @@ def train_controlnet(config: ControlNetConfig) -> Path:
         parts.backbone.to(accelerator.device)
         images = first_images(train, config.model.statistics_images)
         set_feature_statistics(controlnet, parts.backbone, images)
+    if isinstance(train, CropDataset) and config.cache.folder:
+        train = _cached(config, parts, train, config.cache.folder, accelerator)
     if config.imitation.pipeline and fresh and not config.run.dry_run:
-        images = first_images(train, config.imitation.n_images)
-        left = imitate_pipeline(controlnet, parts, images, config.imitation, config.seed)
+        left = imitate_pipeline(controlnet, parts, train, config.imitation, config.seed)
         what = f"imitation of {config.imitation.pipeline}"
         accelerator.print(f"{what}: {left:.3f} of the variance left")
     if config.run.gradient_checkpointing:
         controlnet.enable_gradient_checkpointing()
         parts.unet.enable_gradient_checkpointing()
     task = ControlNetTask(controlnet, parts, config, validation)
-    if isinstance(train, CropDataset) and config.cache.folder:
-        train = _cached(config, parts, train, config.cache.folder, accelerator)
     return fit(task, train, accelerator, config.optim, config.run, to_yaml(config))
 
 
 def imitate_pipeline(
     controlnet: FeatureControlNet,
     parts: FrozenParts,
-    images: Tensor,
+    dataset: CropDataset | StreamedCrops,
     config: ImitationConfig,
     seed: int = 0,
 ) -> float:
     """Fits the feature encoder to that of another pipeline, see `imitation.imitate`."""
-    pairs = read_pipeline_pairs(parts, images, config)
+    pairs = read_pipeline_pairs(parts, dataset, config)
     controlnet.to(parts.backbone.device)  # pyright: ignore[reportArgumentType]
     return imitate(controlnet, pairs, config, seed)
 
 
-def read_pipeline_pairs(parts: FrozenParts, images: Tensor, config: ImitationConfig) -> Pairs:
+def read_pipeline_pairs(
+    parts: FrozenParts, dataset: CropDataset | StreamedCrops, config: ImitationConfig
+) -> Pairs:
     """Returns maps of images, and the conditions that the imitated pipeline makes of its own."""
     assert config.pipeline is not None
     other = load_pipeline(config.pipeline)
@@ -531,7 +545,26 @@ def read_pipeline_pairs(parts: FrozenParts, images: Tensor, config: ImitationCon
         )
     read = DiffusionInverter(other).require_backbone().to(device)
     side = parts.unet.config["sample_size"]
-    return read_pairs(parts.backbone, other.controlnet.to(device), read, images, (side, side))
+    n = config.n_images
+    if isinstance(dataset, CropDataset):
+        n = min(n, len(dataset))
+    batches = first_batches(dataset, n)
+    return read_pairs(parts.backbone, other.controlnet.to(device), read, batches, n, (side, side))
+
+
+def first_batches(
+    dataset: CropDataset | StreamedCrops, n: int
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Yields images, and their maps where a cache holds them; never all at once."""
+    if not isinstance(dataset, CropDataset):
+        items = islice(iter(dataset), n)
+    else:
+        if isinstance(dataset, CachedCropDataset):
+            dataset = dataset.with_its_pixels()
+        items = read_items(dataset, n)
+    for some in batched(items, BATCH):
+        joined = default_collate(some)
+        yield to_images(joined["pixels"]), joined.get("features")
 
 
 def open_data(config: ControlNetConfig) -> tuple[CropDataset | StreamedCrops, Tensor]:

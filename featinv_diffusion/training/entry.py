@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -28,21 +29,27 @@ def make_datasets(
     return CropDataset(images, train, config, seed), CropDataset(images, held, central, seed)
 
 
+def read_items(dataset: CropDataset, n: int) -> Iterator[dict[str, Any]]:
+    """Yields n items, or all, that are spread evenly over a data set; notes those replaced."""
+    n = min(n, len(dataset))
+    replaced = []
+    for i in torch.linspace(0, len(dataset) - 1, n).round().long().tolist():
+        item = dataset[i]
+        replaced += dataset.unreadable(item["index"], item["n_unreadable"])
+        yield item
+    for location in dict.fromkeys(replaced):
+        logger.warning("%s cannot be read and is replaced.", location)
+
+
 def stack_items(dataset: CropDataset, n: int | None = None) -> dict[str, Tensor]:
-    """Stacks n items, or all, that are spread evenly over a data set; notes those replaced.
+    """Stacks n items, or all, that are spread evenly over a data set.
 
     Raises:
         InputError: the data set is empty.
     """
     if not len(dataset):
         raise InputError("Validation images are needed: set data.held_back_per_class to 1 or more.")
-    n = min(n or len(dataset), len(dataset))
-    positions = torch.linspace(0, len(dataset) - 1, n).round().long().tolist()
-    items = [dataset[i] for i in positions]
-    replaced = [x for i in items for x in dataset.unreadable(i["index"], i["n_unreadable"])]
-    for location in dict.fromkeys(replaced):
-        logger.warning("%s cannot be read and is replaced.", location)
-    return default_collate(items)
+    return default_collate(list(read_items(dataset, n or len(dataset))))
 
 
 def stack_images(dataset: CropDataset, n: int | None = None) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ regression, without the UNet and without noise, before the diffusion loss takes 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,6 @@ from featinv_diffusion.seeds import make_generator
 from featinv_diffusion.settings import Depth, Pictures, Positive, check
 from featinv_diffusion.training.config import OptimConfig
 from featinv_diffusion.training.loop import learning_rate, make_optimizer
-from featinv_diffusion.types import Images
 
 BATCH = 48
 
@@ -60,22 +60,32 @@ def read_pairs(
     backbone: Backbone,
     other: FeatureControlNet,
     other_backbone: Backbone,
-    images: Images,
+    batches: Iterable[tuple[Tensor, Tensor | None]],
+    n: int,
     size: tuple[int, int],
 ) -> Pairs:
     """Computes, in float16, what is fitted.
 
     Args:
         other: the ControlNet that is imitated, on the features of `other_backbone`.
+        batches: images `[b, 3, height, width]`, and the maps of `backbone`, `[b, c, h, w]`, where
+            they are known already.
+        n: images of all batches.
         size: (h0, w0) of the latents.
     """
-    features, conditions = [], []
-    for batch in images.split(BATCH):
-        batch = batch.to(backbone.device)
-        features.append(backbone.features(batch).half().cpu())
-        condition = other.encode_condition(other_backbone.features(batch), size)
-        conditions.append(condition.half().cpu())
-    return Pairs(torch.cat(features), torch.cat(conditions))
+    spec, done = backbone.spec, 0
+    features = torch.empty(n, spec.channels, *spec.grid, dtype=torch.float16)
+    conditions = torch.empty(0)
+    for images, maps in batches:
+        images = images.to(backbone.device)
+        rows = slice(done, done + len(images))
+        condition = other.encode_condition(other_backbone.features(images), size)
+        if not done:
+            conditions = torch.empty(n, *condition.shape[1:], dtype=torch.float16)
+        features[rows] = backbone.features(images).cpu() if maps is None else maps
+        conditions[rows] = condition.cpu()
+        done += len(images)
+    return Pairs(features, conditions)
 
 
 def imitate(
@@ -100,10 +110,11 @@ def imitate(
     was_trained = [p.requires_grad for p in parameters]
     for parameter in parameters:
         parameter.requires_grad_(True)
-    conditions = pairs.conditions.float()
     with torch.no_grad():  # the best that a head knows before it has read anything
+        conditions = pairs.conditions.float()
         encoder.conv3.bias.copy_(conditions.mean(dim=(0, 2, 3)))
-    variance = conditions.var(0, correction=0).mean()
+        variance = conditions.var(0, correction=0).mean()
+        del conditions
     n = len(pairs.features)
     n_steps = config.epochs * -(-n // BATCH)
     settings = OptimConfig(
@@ -120,7 +131,7 @@ def imitate(
                 group["lr"] = learning_rate(settings, step, n_steps)
             device = encoder.conv1.weight.device
             given = encoder(pairs.features[rows].to(device).float(), size)
-            error = (given - conditions[rows].to(device)).square().mean()
+            error = (given - pairs.conditions[rows].to(device).float()).square().mean()
             optimizer.zero_grad()
             error.backward()
             optimizer.step()

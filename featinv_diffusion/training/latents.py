@@ -115,6 +115,10 @@ class CachedCropDataset(CropDataset):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "rows": None, "feature_rows": None}  # each worker maps its own
 
+    def with_its_pixels(self) -> CachedCropDataset:
+        """Returns the same crops, whose items hold the pixels too."""
+        return CachedCropDataset(self, self.cache, features=self.feature_cache)
+
     def _rows(self) -> Rows:
         self.rows = self.rows or Rows(self.cache)
         return self.rows

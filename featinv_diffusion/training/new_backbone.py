@@ -334,10 +334,10 @@ def measure_costs(config: ControlNetConfig, parts: FrozenParts, trunk: str) -> C
     per_step = _seconds(step, device)
     few = stack_images(train, min(16, len(train)))[0]
     set_feature_statistics(controlnet, parts.backbone, few)
-    imitation = replace(config.imitation, pipeline=trunk, epochs=1)
-    pairs = read_pipeline_pairs(parts, few[:2], imitation)  # loads the pipeline, not counted
+    imitation = replace(config.imitation, pipeline=trunk, epochs=1, n_images=len(few))
+    read_pipeline_pairs(parts, train, replace(imitation, n_images=2))  # loads it, not counted
     start = time.perf_counter()
-    pairs = read_pipeline_pairs(parts, few, imitation)
+    pairs = read_pipeline_pairs(parts, train, imitation)
     read = (time.perf_counter() - start) / len(few)
     n = min(BATCH, len(few))
     start = time.perf_counter()

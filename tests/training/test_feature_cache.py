@@ -13,7 +13,11 @@ from featinv_diffusion.backbones import Backbone, wrap_model
 from featinv_diffusion.data.crops import CropDataset, open_training_images, to_images
 from featinv_diffusion.errors import InputError
 from featinv_diffusion.training import feature_cache, latents, shards
-from featinv_diffusion.training.controlnet import ControlNetTask, train_controlnet
+from featinv_diffusion.training.controlnet import (
+    ControlNetTask,
+    first_batches,
+    train_controlnet,
+)
 from featinv_diffusion.training.entry import make_datasets
 from featinv_diffusion.training.feature_cache import (
     ControlNetCacheConfig,
@@ -68,6 +72,19 @@ def test_features_are_those_of_the_very_pixels(
             torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
             crops.add((position, item["pixels"].sum().item()))
     assert len(crops) > 3  # both crops of an image were drawn
+
+
+def test_a_regression_takes_the_maps_of_the_cache(dataset: CropDataset, tmp_path: Path) -> None:
+    cached, backbone = fill(dataset, tmp_path / "cache"), make_backbone()
+    assert cached.feature_cache is not None
+    few = CachedCropDataset(dataset, cached.cache, with_pixels=False, features=cached.feature_cache)
+    batches = list(first_batches(few, 5))
+    images, maps = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    with torch.no_grad():
+        torch.testing.assert_close(maps, backbone.features(images), rtol=1e-5, atol=1e-5)
+    plain = list(first_batches(dataset, 5))
+    assert [len(images) for images, _ in plain] == [5]
+    assert plain[0][1] is None
 
 
 def test_training_with_kept_features_reads_neither_pixels_nor_the_backbone_and_ends_alike(
