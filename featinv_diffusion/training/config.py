@@ -115,6 +115,12 @@ class NewBackboneSettings:
         choices=tuple(TRAINED),
     )
     batch_size: int = option(24, "Images per step.", least=1, most=4096)
+    mixed_precision: str = option(
+        "fp32",
+        "Number format of training. With bf16 newer GPUs, and CPUs that have units for it, are "
+        "faster.",
+        choices=("fp32", "bf16", "fp16"),
+    )
     n_evaluated: int = option(
         64, "Images that are held back for the figures.", least=2, most=10_000
     )

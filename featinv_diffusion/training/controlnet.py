@@ -505,7 +505,7 @@ def train_controlnet(config: ControlNetConfig) -> Path:
         parts.backbone.to(accelerator.device)
         images = first_images(train, config.model.statistics_images)
         set_feature_statistics(controlnet, parts.backbone, images)
-    if isinstance(train, CropDataset) and config.cache.folder:
+    if isinstance(train, CropDataset) and config.cache.folder and not _is_done(config):
         train = _cached(config, parts, train, config.cache.folder, accelerator)
     if config.imitation.pipeline and fresh and not config.run.dry_run:
         left = imitate_pipeline(controlnet, parts, train, config.imitation, config.seed)
@@ -516,6 +516,13 @@ def train_controlnet(config: ControlNetConfig) -> Path:
         parts.unet.enable_gradient_checkpointing()
     task = ControlNetTask(controlnet, parts, config, validation)
     return fit(task, train, accelerator, config.optim, config.run, to_yaml(config))
+
+
+def _is_done(config: ControlNetConfig) -> bool:
+    """Whether a run has all its steps, so that no cache need be filled again."""
+    checkpoints = list_checkpoints(Path(config.run.output))
+    n_steps = config.optim.max_steps
+    return bool(checkpoints and n_steps) and checkpoints[-1].name == f"step-{n_steps:08d}"
 
 
 def imitate_pipeline(

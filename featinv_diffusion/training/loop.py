@@ -184,7 +184,7 @@ class _Run:
         self.tracker = find_tracker(run)
         self.config_text, self.output, self.progress = config_text, Path(run.output), Progress()
         self.accelerator = accelerator
-        task.to(self.accelerator.device, _frozen_dtype(run))
+        task.to(self.accelerator.device, frozen_dtype(run))
         if run.channels_last:
             task.module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
             speed_up_group_norms(task.module)
@@ -535,7 +535,8 @@ def _trainable(module: nn.Module) -> list[nn.Parameter]:
     return [p for p in module.parameters() if p.requires_grad]
 
 
-def _frozen_dtype(run: RunConfig) -> torch.dtype:
+def frozen_dtype(run: RunConfig) -> torch.dtype:
+    """Returns the number format of what is not trained."""
     table = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     return table[run.mixed_precision]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,15 +19,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.data import default_collate
 
 from featinv_diffusion import schema
 from featinv_diffusion.backbones import Backbone
 from featinv_diffusion.backbones.names import resolve_backbone
 from featinv_diffusion.config import to_yaml
 from featinv_diffusion.data import crops
-from featinv_diffusion.data.crops import CropDataset, DataConfig, open_training_images
+from featinv_diffusion.data.crops import (
+    CropDataset,
+    DataConfig,
+    open_training_images,
+    to_images,
+)
 from featinv_diffusion.diffusion.featinv_pipeline import FeatInvPipeline
 from featinv_diffusion.diffusion.folders import (
     BASE,
@@ -62,17 +66,21 @@ from featinv_diffusion.training.controlnet import (
     set_feature_statistics,
     train_controlnet,
 )
-from featinv_diffusion.training.entry import make_datasets, stack_images
+from featinv_diffusion.training.entry import make_datasets, stack_images, stack_items
+from featinv_diffusion.training.feature_cache import ControlNetCacheConfig
 from featinv_diffusion.training.imitation import BATCH, ImitationConfig, imitate
-from featinv_diffusion.training.loop import make_optimizer
+from featinv_diffusion.training.latents import encode_posterior
+from featinv_diffusion.training.loop import frozen_dtype, make_optimizer
 from featinv_diffusion.trust import FACTORY
 from featinv_diffusion.types import Features
 
-PLAN, FIGURES, PIPELINE = "plan.json", "figures.json", "pipeline"
+PLAN, FIGURES, PIPELINE, CACHE = "plan.json", "figures.json", "pipeline", "cache"
 IMITATION_SHARE, REST_SHARE = 0.5, 0.1
-"""Shares of the time: of the regression, and of validation, evaluation and packing."""
+"""Shares of the time: of reading and the regression, and of validation, evaluation and packing."""
 IMITATED_BYTES, EPOCHS = 4 * 2**30, 5
 """Memory that the maps and conditions of the regression may take, and passes over them."""
+DISK_SHARE = 0.5
+"""Of the free disk, what the maps and latents of the images may take."""
 MIN_STEPS = 10
 N_TIMED = 2
 
@@ -82,11 +90,12 @@ class Costs:
     """Seconds on this machine, and the memory that a step took.
 
     Args:
-        step: of one step of training, with reading its images.
-        read: per image, of what the regression reads.
+        step: of one step of training.
+        read: per image, of its latent, its map and the condition to be given of it.
         regression: of one step of the regression.
         memory: bytes, of the GPU where there is one, else of the process.
-        pair: bytes per image that the regression keeps.
+        pair: bytes of memory per image of the regression.
+        row: bytes of disk per image.
     """
 
     step: float
@@ -94,6 +103,7 @@ class Costs:
     regression: float
     memory: int
     pair: int
+    row: int
 
 
 @dataclass(frozen=True)
@@ -101,12 +111,14 @@ class Plan:
     """What a time buys; kept in the output folder, so that a resumed run has the same.
 
     Args:
+        n_images: read once; the regression and the training have no others.
         n_imitated, epochs: of the regression.
         n_steps: of training.
     """
 
     minutes: float
     batch_size: int
+    n_images: int
     n_imitated: int
     epochs: int
     n_steps: int
@@ -114,29 +126,39 @@ class Plan:
 
     @classmethod
     def of(cls, minutes: float, batch_size: int, n_images: int, costs: Costs) -> Plan:
-        """Divides the time; a regression on fewer images than a batch is left out."""
+        """Divides the time; a regression on fewer images than a batch is left out.
+
+        Args:
+            n_images: that there are, and room for.
+        """
         seconds = 60 * minutes * (1 - REST_SHARE)
-        per_image = costs.read + EPOCHS * costs.regression / BATCH
+        first, regression = IMITATION_SHARE * seconds, EPOCHS * costs.regression / BATCH
         fitting = IMITATED_BYTES // costs.pair
-        n = int(min(fitting, n_images, IMITATION_SHARE * seconds / per_image))
-        n = n if n >= BATCH else 0
-        n_steps = max(MIN_STEPS, int((seconds - n * per_image) / costs.step))
-        return cls(minutes, batch_size, n, EPOCHS, n_steps, costs)
+        n = first / (costs.read + regression)
+        if n > fitting:
+            n = max(fitting, (first - fitting * regression) / costs.read)
+        n = max(min(int(n), n_images), min(batch_size, n_images))
+        n_imitated = min(n, fitting) if n >= BATCH else 0
+        rest = seconds - n * costs.read - n_imitated * regression
+        n_steps = max(MIN_STEPS, int(rest / costs.step))
+        return cls(minutes, batch_size, n, n_imitated, EPOCHS, n_steps, costs)
 
     def __str__(self) -> str:
-        costs, n_images = self.costs, self.n_steps * self.batch_size
-        regression = self.n_imitated * (costs.read + self.epochs * costs.regression / BATCH) / 60
-        steps = self.n_steps * costs.step / 60
-        first = (
-            f"a regression of the head on {self.n_imitated:,} images ({regression:.1f} min), then "
+        costs, n_trained = self.costs, self.n_steps * self.batch_size
+        regression = self.n_imitated * self.epochs * costs.regression / BATCH / 60
+        reading = self.n_images * costs.read / 60
+        fitted = (
+            f"a regression of the head on {self.n_imitated:,} of them ({regression:.1f} min), "
             if self.n_imitated
             else ""
         )
         return (
             f"A step of {self.batch_size} images takes {costs.step:.2f} s here and "
-            f"{costs.memory / 2**30:.1f} GiB of memory. {self.minutes:g} minutes buy {first}"
-            f"{self.n_steps:,} steps on {n_images:,} images ({steps:.1f} min); the rest is for "
-            "validation and figures."
+            f"{costs.memory / 2**30:.1f} GiB of memory. {self.minutes:g} minutes buy "
+            f"about {self.n_images:,} images, whose maps take {reading:.1f} min "
+            f"and {self.n_images * costs.row / 2**30:.1f} GiB of disk until the end, {fitted}and "
+            f"{self.n_steps:,} steps, {n_trained / self.n_images:.1f} times through them "
+            f"({self.n_steps * costs.step / 60:.1f} min); the rest is for validation and figures."
         )
 
 
@@ -166,7 +188,8 @@ def make_new_backbone(
 
     Args:
         name: for `load_backbone`.
-        output: gets `training/`, `plan.json`, `figures.json` and the pipeline as `pipeline/`.
+        output: gets `training/`, `plan.json`, `figures.json` and the pipeline as `pipeline/`; and
+            `cache/` while it runs.
         command: the command that the pipeline's card names.
         say: is told what the time buys, and what is done.
 
@@ -179,9 +202,10 @@ def make_new_backbone(
         plan = _read_plan(output / PLAN, settings)
         if plan is None:
             costs = measure_costs(config, parts, settings.trunk)
-            n_images = len(open_training_images(config.data))
-            plan = Plan.of(settings.minutes, settings.batch_size, n_images, costs)
+            n_images = len(open_data(config)[0])  # pyright: ignore[reportArgumentType]
             output.mkdir(parents=True, exist_ok=True)
+            room = int(DISK_SHARE * shutil.disk_usage(output).free) // costs.row
+            plan = Plan.of(settings.minutes, settings.batch_size, min(n_images, room), costs)
             write_text(output / PLAN, json.dumps(asdict(plan), indent=2) + "\n")
         say(str(plan))
         config = planned(config, plan, settings.trunk)
@@ -195,6 +219,7 @@ def make_new_backbone(
             export_pipeline(
                 pipeline, folder, CardInfo(command or name, notes=_notes(config, figures))
             )
+        shutil.rmtree(output / CACHE, ignore_errors=True)
         return Result(folder, plan, figures)
 
 
@@ -237,6 +262,7 @@ def make_config(name: str, settings: NewBackboneSettings, output: Path) -> Contr
     pipeline = load_pipeline(settings.trunk)
     width = trunk.config["feature_hidden_channels"]
     size = pipeline.unet.config["sample_size"] * pipeline.vae_scale_factor
+    precision: Any = settings.mixed_precision  # one of the choices
     validation = ValidationConfig(
         num_inference_steps=pipeline.config["default_num_inference_steps"],
         guidance_scale=pipeline.config["default_guidance_scale"],
@@ -258,6 +284,7 @@ def make_config(name: str, settings: NewBackboneSettings, output: Path) -> Contr
             prompt=pipeline.config["default_prompt"],
         ),
         imitation=ImitationConfig(epochs=EPOCHS),
+        cache=ControlNetCacheConfig(folder=str(output / CACHE), n_crops=1, features=True),
         optim=OptimConfig(
             optimizer="muon",
             lr=0.002,
@@ -270,6 +297,7 @@ def make_config(name: str, settings: NewBackboneSettings, output: Path) -> Contr
         validation=validation,
         run=RunConfig(
             output=str(output / "training"),
+            mixed_precision=precision,
             channels_last=True,
             n_validation_images=min(16, settings.n_evaluated),
         ),
@@ -296,7 +324,9 @@ def _find_trunk(name: str) -> tuple[str, str]:
 
 
 def planned(config: ControlNetConfig, plan: Plan, trunk: str) -> ControlNetConfig:
-    """Returns the config with the lengths of a plan."""
+    """Returns the config with the lengths of a plan, and of each class as many images."""
+    n_classes = len(set(open_training_images(config.data).labels or [0]))
+    data = replace(config.data, train_per_class=-(-plan.n_images // n_classes))
     imitation = config.imitation
     if plan.n_imitated:
         imitation = replace(imitation, pipeline=trunk, n_images=plan.n_imitated, epochs=plan.epochs)
@@ -306,7 +336,7 @@ def planned(config: ControlNetConfig, plan: Plan, trunk: str) -> ControlNetConfi
         validate_every=max(1, plan.n_steps // 5),
         checkpoint_every=max(1, min(50, plan.n_steps // 10)),
     )
-    return replace(config, imitation=imitation, optim=optim, run=run)
+    return replace(config, data=data, imitation=imitation, optim=optim, run=run)
 
 
 def measure_costs(config: ControlNetConfig, parts: FrozenParts, trunk: str) -> Costs:
@@ -317,39 +347,50 @@ def measure_costs(config: ControlNetConfig, parts: FrozenParts, trunk: str) -> C
     assert isinstance(train, CropDataset)
     controlnet: Any = make_controlnet(config.model, parts)
     task = ControlNetTask(controlnet, parts, config, validation)
-    task.to(device, torch.float32)
+    dtype = frozen_dtype(config.run)
+    task.to(device, dtype)
     controlnet.to(device)
     if config.run.channels_last:
         controlnet.to(memory_format=torch.channels_last)
     trained = [p for p in controlnet.parameters() if p.requires_grad]
     optimizer = make_optimizer(trained, config.optim)
 
-    def step() -> None:
-        batch = default_collate([train[i % len(train)] for i in range(config.optim.batch_size)])
-        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        optimizer.zero_grad()
-        task.loss(controlnet, moved)[0].backward()
-        optimizer.step()
-
-    per_step = _seconds(step, device)
-    few = stack_images(train, min(16, len(train)))[0]
-    set_feature_statistics(controlnet, parts.backbone, few)
-    imitation = replace(config.imitation, pipeline=trunk, epochs=1, n_images=len(few))
+    few = stack_items(train, min(16, len(train)))
+    images, n = to_images(few["pixels"]).to(device), len(few["pixels"])
+    set_feature_statistics(controlnet, parts.backbone, images)
+    imitation = replace(config.imitation, pipeline=trunk, epochs=1, n_images=n)
     read_pipeline_pairs(parts, train, replace(imitation, n_images=2))  # loads it, not counted
     start = time.perf_counter()
     pairs = read_pipeline_pairs(parts, train, imitation)
-    read = (time.perf_counter() - start) / len(few)
-    n = min(BATCH, len(few))
+    mean, std = encode_posterior(parts.vae, images, parts.image_size)
+    read = (time.perf_counter() - start) / n
     start = time.perf_counter()
     imitate(controlnet, pairs, imitation)
-    regression = (time.perf_counter() - start) * BATCH / n
+    regression = (time.perf_counter() - start) * BATCH / min(BATCH, n)
+    rows = torch.arange(config.optim.batch_size) % n
+    batch = {
+        "features": pairs.features[rows].to(device),
+        "latent_mean": mean[rows],
+        "latent_std": std[rows],
+        "seed": few["seed"][rows].to(device),
+    }
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss = task.loss(controlnet, batch)[0]
+        loss.backward()
+        optimizer.step()
+
+    per_step = _seconds(step, device)
     if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(device)
     else:  # kilobytes, but on macOS bytes
         unit = 1 if sys.platform == "darwin" else 1024
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    pair = (pairs.features.nbytes + pairs.conditions.nbytes) // len(few)
-    return Costs(per_step, read, regression, memory, pair)
+    pair = (pairs.features.nbytes + pairs.conditions.nbytes) // n
+    row = (pairs.features.nbytes + 2 * mean.half().nbytes) // n
+    return Costs(per_step, read, regression, memory, pair, row)
 
 
 def _seconds(step: Callable[[], None], device: torch.device) -> float:
@@ -455,10 +496,9 @@ def _read_plan(path: Path, settings: NewBackboneSettings) -> Plan | None:
     """
     if not path.is_file():
         return None
+    advice = "Remove it, or name another --output."
     plan: Plan = schema.convert(
-        schema.read_json(path, dict[str, Any], "Remove it, or name another --output."),
-        Plan,
-        str(path),
+        schema.read_json(path, dict[str, Any], advice), Plan, str(path), advice
     )
     if (plan.minutes, plan.batch_size) != (settings.minutes, settings.batch_size):
         raise InputError(

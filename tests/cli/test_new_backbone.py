@@ -48,18 +48,22 @@ def pictures(tmp_path: Path) -> Path:
 
 
 def test_a_plan_divides_the_time() -> None:
-    """60 min, a tenth kept: 3240 s. Half of it for the regression at .03 + 5 · .48 / 48 s."""
-    costs = Costs(3.0, 0.03, 0.48, 2**30, pair=2**18)
+    """60 min, a tenth kept: 3240 s. Half of it for .03 s and 5 · .48 / 48 s of each image."""
+    costs = Costs(3.0, 0.03, 0.48, 2**30, pair=2**18, row=2**17)
     plan = Plan.of(60, 24, 100_000, costs)
     assert plan.n_imitated == 16_384  # 4 GiB of pairs
-    assert plan.n_steps == int((3240 - 16_384 * 0.08) / 3)
-    assert "60 minutes buy a regression of the head on 16,384 images (21.8 min), then" in str(plan)
-    assert f"{plan.n_steps * 24:,} images" in str(plan)
-    assert "1.0 GiB" in str(plan)
+    assert plan.n_images == int((1620 - 16_384 * 0.05) / 0.03)  # the rest of the half
+    assert plan.n_steps == int((3240 - plan.n_images * 0.03 - 16_384 * 0.05) / 3)
+    text = str(plan)
+    assert "60 minutes buy about 26,693 images, whose maps take 13.3 min and 3.3 GiB" in text
+    assert "a regression of the head on 16,384 of them (13.7 min), and 540 steps, 0.5 times" in text
+    assert "1.0 GiB of memory" in text
     small = Plan.of(1, 24, 100_000, costs)
-    assert small.n_imitated == int(0.5 * 54 / 0.08)
-    assert Plan.of(60, 24, 40, costs).n_imitated == 0
-    assert "regression" not in str(Plan.of(60, 24, 40, costs))
+    assert small.n_images == small.n_imitated == int(0.5 * 54 / 0.08)
+    few = Plan.of(60, 24, 40, costs)
+    assert (few.n_images, few.n_imitated) == (40, 0)
+    assert "regression" not in str(few)
+    assert Plan.of(0.01, 24, 40, costs).n_images == 24  # a batch must be full
 
 
 def test_figures_below_their_null_are_called_none() -> None:
@@ -76,7 +80,7 @@ def test_a_backbone_of_ones_own_in_little_time(
     done = featinv("new-backbone", own, "--data", pictures, *QUICK, "--trunk-is", "frozen")
     assert done.code == 0, done.err
     assert "0.01 minutes buy" in done.out
-    assert "10 steps on 20 images" in done.out
+    assert "10 steps, " in done.out
     output = Path("outputs/new-backbone")
     figures = json.loads((output / "figures.json").read_text())
     assert figures["n_images"] == 2
@@ -97,6 +101,7 @@ def test_a_backbone_of_ones_own_in_little_time(
     again = featinv("new-backbone", own, "--data", pictures, *QUICK, "--trunk-is", "frozen")
     assert again.code == 0, again.err
     assert (output / "plan.json").read_text() == plan
+    assert not (output / "cache").exists()
     assert json.loads((output / "figures.json").read_text()) == figures
     sampled = featinv(
         "sample",
@@ -149,3 +154,13 @@ def test_a_timm_model_travels_with_the_pipeline(featinv: Featinv, pictures: Path
     assert isinstance(pipeline.controlnet, FeatureControlNet)
     done = featinv("sample", pictures / "a/0.png", "--pipeline", "new/pipeline", "-o", "out")
     assert done.code == 0, done.err
+
+
+def test_a_plan_of_an_earlier_version_says_what_to_do(
+    featinv: Featinv, own: str, pictures: Path
+) -> None:
+    Path("old").mkdir()
+    Path("old/plan.json").write_text('{"minutes": 0.01, "batch_size": 2}')
+    done = featinv("new-backbone", own, "--data", pictures, *QUICK, "-o", "old")
+    assert done.code == 2
+    assert "Remove it, or name another --output" in done.err
