@@ -24,7 +24,6 @@ IN_OTHER_PACKAGE = (
     "efficientnet-lite0",
     "siglip",
     "siglip2",
-    "swin",
 )
 """Members of the tiny family that the package featinv-diffusion-tiny brings; see docs/adr/0019."""
 

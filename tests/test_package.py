@@ -66,11 +66,11 @@ def test_each_asset_is_in_one_of_the_two_wheels_and_both_are_small() -> None:
 def test_a_member_that_is_not_installed_is_named_with_its_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert elsewhere_hint("tiny/swin") == ""  # a checkout has all members
+    assert elsewhere_hint("tiny/convnext-pooled") == ""  # a checkout has all members
     monkeypatch.setattr(errors, "__file__", str(tmp_path / "errors.py"))
-    assert "featinv-diffusion-tiny" in elsewhere_hint("tiny/swin")
+    assert "featinv-diffusion-tiny" in elsewhere_hint("tiny/convnext-pooled")
     assert "featinv-diffusion-tiny" in choices_hint("siglip2/swap", ["tiny/convnext"])
-    assert elsewhere_hint("tiny/convnext") == elsewhere_hint("somebody/swin") == ""
+    assert elsewhere_hint("tiny/convnext") == elsewhere_hint("somebody/detr") == ""
 
 
 def test_the_licence_of_the_bundled_weights_is_named() -> None:

@@ -107,7 +107,7 @@ class NewBackboneSettings:
     split: str = option("train", "Split of the images, or the folder below that holds the classes.")
     layer: str = option("last", "Layer whose map is inverted: last, or a dotted path of a module.")
     minutes: float = option(60.0, "Minutes that all of it may take.", least=0.01, most=100_000)
-    trunk: str = option("tiny/convnext", "Pipeline whose ControlNet is the trunk.")
+    trunk: str = option("tiny/swin", "Pipeline whose ControlNet is the trunk.")
     trunk_is: str = option(
         "adapted",
         "What is trained beside the head: nothing, the trunk's first block and zero convolutions, "

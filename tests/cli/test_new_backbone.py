@@ -14,6 +14,7 @@ from featinv_diffusion.backbones.public_weights import packed_weights
 from featinv_diffusion.diffusion.featinv_controlnet import FeatureControlNet
 from featinv_diffusion.diffusion.hub import load_pipeline
 from featinv_diffusion.training import new_backbone
+from featinv_diffusion.training.config import NewBackboneSettings
 from featinv_diffusion.training.new_backbone import Costs, Plan, describe
 from tests.cli.conftest import Featinv
 
@@ -88,7 +89,7 @@ def test_a_backbone_of_ones_own_in_little_time(
     pipeline = load_pipeline(output / "pipeline")
     assert pipeline.backbone is None
     assert pipeline.config["through"] == 64
-    trunk = load_pipeline("tiny/convnext").controlnet.state_dict()
+    trunk = load_pipeline(NewBackboneSettings().trunk).controlnet.state_dict()
     for name, weight in pipeline.controlnet.state_dict().items():
         if not name.startswith("feature_encoder."):
             assert torch.equal(weight, trunk[name]), name
