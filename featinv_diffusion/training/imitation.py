@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -73,17 +73,15 @@ def read_pairs(
         n: images of all batches.
         size: (h0, w0) of the latents.
     """
-    spec, done = backbone.spec, 0
+    spec, encoder = backbone.spec, cast(Any, other.feature_encoder)
     features = torch.empty(n, spec.channels, *spec.grid, dtype=torch.float16)
-    conditions = torch.empty(0)
+    conditions = torch.empty(n, encoder.conv3.out_channels, *size, dtype=torch.float16)
+    done = 0
     for images, maps in batches:
         images = images.to(backbone.device)
         rows = slice(done, done + len(images))
-        condition = other.encode_condition(other_backbone.features(images), size)
-        if not done:
-            conditions = torch.empty(n, *condition.shape[1:], dtype=torch.float16)
         features[rows] = backbone.features(images).cpu() if maps is None else maps
-        conditions[rows] = condition.cpu()
+        conditions[rows] = other.encode_condition(other_backbone.features(images), size).cpu()
         done += len(images)
     return Pairs(features, conditions)
 
