@@ -70,7 +70,7 @@ def read_pairs(
         other: the ControlNet that is imitated, on the features of `other_backbone`.
         batches: images `[b, 3, height, width]`, and the maps of `backbone`, `[b, c, h, w]`, where
             they are known already.
-        n: images of all batches.
+        n: images of all batches, at most.
         size: (h0, w0) of the latents.
     """
     spec, encoder = backbone.spec, cast(Any, other.feature_encoder)
@@ -83,7 +83,7 @@ def read_pairs(
         features[rows] = backbone.features(images).cpu() if maps is None else maps
         conditions[rows] = other.encode_condition(other_backbone.features(images), size).cpu()
         done += len(images)
-    return Pairs(features, conditions)
+    return Pairs(features[:done], conditions[:done])
 
 
 def imitate(

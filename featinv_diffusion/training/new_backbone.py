@@ -205,7 +205,8 @@ def make_new_backbone(
             n_images = len(open_data(config)[0])  # pyright: ignore[reportArgumentType]
             output.mkdir(parents=True, exist_ok=True)
             room = int(DISK_SHARE * shutil.disk_usage(output).free) // costs.row
-            plan = Plan.of(settings.minutes, settings.batch_size, min(n_images, room), costs)
+            n_images = min(n_images, max(room, settings.batch_size))
+            plan = Plan.of(settings.minutes, settings.batch_size, n_images, costs)
             write_text(output / PLAN, json.dumps(asdict(plan), indent=2) + "\n")
         say(str(plan))
         config = planned(config, plan, settings.trunk)

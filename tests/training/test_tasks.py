@@ -297,7 +297,7 @@ def test_a_feature_encoder_imitates_another(folder: Path, tmp_path: Path) -> Non
     backbone = wrap_model(tiny.make_backbone(), name="tiny/convnext")
     images = torch.cat([tiny.make_images(24), tiny.make_images(24).flip(-1)])
     batches = [(one, None) for one in images.split(20)]
-    pairs = read_pairs(backbone, other, backbone, batches, 48, (8, 8))
+    pairs = read_pairs(backbone, other, backbone, batches, 50, (8, 8))
     assert pairs.conditions.shape == (48, 16, 8, 8)
     new = tiny.make_controlnet(zero=True, feature_projection_channels=24)
     trunk = {k: v.clone() for k, v in new.state_dict().items() if "feature_encoder" not in k}
