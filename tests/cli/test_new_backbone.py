@@ -14,7 +14,6 @@ from featinv_diffusion.backbones.public_weights import packed_weights
 from featinv_diffusion.diffusion.featinv_controlnet import FeatureControlNet
 from featinv_diffusion.diffusion.hub import load_pipeline
 from featinv_diffusion.training import new_backbone
-from featinv_diffusion.training.config import NewBackboneSettings
 from featinv_diffusion.training.new_backbone import Costs, Plan, describe
 from tests.cli.conftest import Featinv
 
@@ -27,7 +26,9 @@ def make():
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 12, 8, 8), torch.nn.Tanh())
     return wrap_module(net, input_size=64, preprocess=((.5,) * 3, (.5,) * 3))
 """
-QUICK = ("--minutes", 0.01, "--batch-size", 2, "--n-evaluated", 2)
+TRUNK = "tiny/convnext"
+"""The only pipeline that these tests have."""
+QUICK = ("--minutes", 0.01, "--batch-size", 2, "--n-evaluated", 2, "--trunk", TRUNK)
 
 
 @pytest.fixture
@@ -89,7 +90,7 @@ def test_a_backbone_of_ones_own_in_little_time(
     pipeline = load_pipeline(output / "pipeline")
     assert pipeline.backbone is None
     assert pipeline.config["through"] == 64
-    trunk = load_pipeline(NewBackboneSettings().trunk).controlnet.state_dict()
+    trunk = load_pipeline(TRUNK).controlnet.state_dict()
     for name, weight in pipeline.controlnet.state_dict().items():
         if not name.startswith("feature_encoder."):
             assert torch.equal(weight, trunk[name]), name
@@ -137,7 +138,7 @@ def test_bad_input_is_a_sentence(
     given = [word.format(own=own) for word in arguments]
     data = () if "--data" in given else ("--data", pictures)
     few = () if "--n-evaluated" in given else ("--n-evaluated", 2)
-    done = featinv("new-backbone", *given, *data, *few)
+    done = featinv("new-backbone", "--trunk", TRUNK, *given, *data, *few)
     assert done.code == 2
     assert done.err.startswith("Error: ")
     assert sentence in done.err
