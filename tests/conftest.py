@@ -25,6 +25,7 @@ install_import_hook("featinv_diffusion", "tests.typechecker.check")
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import UNet2DConditionModel
 from diffusers.utils.logging import disable_progress_bar as disable_diffusers_bar
 from transformers import TimmWrapperForImageClassification
@@ -72,3 +73,11 @@ def saved_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saved") / "tiny-pipeline"
     tiny.make_pipeline().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def fresh_accelerate() -> Iterator[None]:
+    """accelerate keeps the first precision of a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)

@@ -562,7 +562,10 @@ def read_pipeline_pairs(
 def first_batches(
     dataset: CropDataset | StreamedCrops, n: int
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Yields images, and their maps where a cache holds them; never all at once."""
+    """Yields n images `[b, 3, s, s]`, or all, and maps `[b, c, h, w]` where a cache holds them.
+
+    Those of a data set are spread evenly over it, those of a stream are the first.
+    """
     if not isinstance(dataset, CropDataset):
         items = islice(iter(dataset), n)
     else:
@@ -586,9 +589,8 @@ def open_data(config: ControlNetConfig) -> tuple[CropDataset | StreamedCrops, Te
 
 
 def first_images(dataset: CropDataset | StreamedCrops, n: int) -> Tensor:
-    if isinstance(dataset, CropDataset):
-        return stack_images(dataset, n)[0]
-    return to_images(torch.stack([item["pixels"] for item in islice(dataset, n)]))
+    """Returns n images `[n, 3, s, s]` in [0, 1], or all; of a stream the first."""
+    return torch.cat([images for images, _ in first_batches(dataset, n)])
 
 
 def _cached(

@@ -30,7 +30,13 @@ def make_datasets(
 
 
 def read_items(dataset: CropDataset, n: int) -> Iterator[dict[str, Any]]:
-    """Yields n items, or all, that are spread evenly over a data set; notes those replaced."""
+    """Yields n items, or all, that are spread evenly over a data set; notes those replaced.
+
+    Raises:
+        InputError: the data set is empty.
+    """
+    if not len(dataset):
+        raise InputError("Validation images are needed: set data.held_back_per_class to 1 or more.")
     n = min(n, len(dataset))
     replaced = []
     for i in torch.linspace(0, len(dataset) - 1, n).round().long().tolist():
@@ -47,8 +53,6 @@ def stack_items(dataset: CropDataset, n: int | None = None) -> dict[str, Tensor]
     Raises:
         InputError: the data set is empty.
     """
-    if not len(dataset):
-        raise InputError("Validation images are needed: set data.held_back_per_class to 1 or more.")
     return default_collate(list(read_items(dataset, n or len(dataset))))
 
 

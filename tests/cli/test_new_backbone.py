@@ -13,7 +13,7 @@ from PIL import Image
 from featinv_diffusion.backbones.public_weights import packed_weights
 from featinv_diffusion.diffusion.featinv_controlnet import FeatureControlNet
 from featinv_diffusion.diffusion.hub import load_pipeline
-from featinv_diffusion.training import new_backbone
+from featinv_diffusion.training import controlnet, new_backbone
 from featinv_diffusion.training.new_backbone import Costs, Plan, describe
 from tests.cli.conftest import Featinv
 
@@ -82,8 +82,10 @@ def test_a_backbone_of_ones_own_in_little_time(
     done = featinv("new-backbone", own, "--data", pictures, *QUICK, "--trunk-is", "frozen")
     assert done.code == 0, done.err
     assert "0.01 minutes buy" in done.out
-    assert "10 steps, " in done.out
     output = Path("outputs/new-backbone")
+    n_images = json.loads((output / "plan.json").read_text())["n_images"]
+    assert f"about {n_images} images" in done.out
+    assert f"10 steps, {20 / n_images:.1f} times through them" in done.out
     figures = json.loads((output / "figures.json").read_text())
     assert figures["n_images"] == 2
     assert describe(figures) in done.out
@@ -99,11 +101,12 @@ def test_a_backbone_of_ones_own_in_little_time(
     assert describe(figures) in card
     assert str(pictures.parent) not in card
     plan = (output / "plan.json").read_text()
+    assert not (output / "cache").exists()
     monkeypatch.setattr(new_backbone, "measure_costs", None)  # a second call measures nothing
+    monkeypatch.setattr(controlnet, "_cached", None)  # nor does it fill the cache again
     again = featinv("new-backbone", own, "--data", pictures, *QUICK, "--trunk-is", "frozen")
     assert again.code == 0, again.err
     assert (output / "plan.json").read_text() == plan
-    assert not (output / "cache").exists()
     assert json.loads((output / "figures.json").read_text()) == figures
     sampled = featinv(
         "sample",
@@ -166,3 +169,15 @@ def test_a_plan_of_an_earlier_version_says_what_to_do(
     done = featinv("new-backbone", own, "--data", pictures, *QUICK, "-o", "old")
     assert done.code == 2
     assert "Remove it, or name another --output" in done.err
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_the_number_format_is_that_of_the_training(
+    featinv: Featinv, own: str, pictures: Path
+) -> None:
+    done = featinv("new-backbone", own, "--data", pictures, *QUICK, "--mixed-precision", "bf16")
+    assert done.code == 0, done.err
+    checkpoint = sorted(Path("outputs/new-backbone/training/checkpoints").glob("step-*"))[-1]
+    assert "mixed_precision: bf16" in (checkpoint / "config.yaml").read_text()
+    weights = load_pipeline("outputs/new-backbone/pipeline").controlnet.state_dict().values()
+    assert {weight.dtype for weight in weights if weight.is_floating_point()} == {torch.float32}

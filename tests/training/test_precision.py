@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from PIL import Image
 
 from featinv_diffusion.config import load_config
@@ -147,14 +146,6 @@ def test_half_weights_train_as_their_float32_copy(
     files = [path.relative_to(half) for path in half.glob("final/**/*.safetensors")]
     assert files
     assert all((half / name).read_bytes() == (full / name).read_bytes() for name in files)
-
-
-@pytest.fixture
-def fresh_accelerate() -> Iterator[None]:
-    """accelerate keeps the first precision of a process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.usefixtures("fresh_accelerate")
