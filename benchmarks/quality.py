@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python benchmarks/quality.py --data validation.parquet --n-images 200
 
 The same images and noise for every setting, batch by batch, on one device. Per setting: cosine of
-the own backbone, cosine and matches of the outside eye (extra `real`) and of another bundled
-backbone, PSNR, edge energy as a share of the original's, CPU seconds per picture. Intervals are
+the own backbone, cosine and matches of the outside eye (extra `real`; not for its own member) and
+of other bundled backbones, PSNR, edge energy as a share of the original's, CPU seconds per picture. Intervals are
 95 % over images; differences are paired with today's default, ten steps without refinement. Writes
 JSON and a chart, and draws crops of two photos by every setting.
 """
@@ -122,11 +122,12 @@ def words(values: np.ndarray, digits: int) -> str:
     return f"{found.value:.{digits}f} [{found.low:.{digits}f}, {found.high:.{digits}f}]"
 
 
-def draw(results: dict[str, dict[str, np.ndarray]], path: Path) -> None:
-    """Draws what own and outside eye see against seconds."""
+def draw(results: dict[str, dict[str, np.ndarray]], eye: str, path: Path) -> None:
+    """Draws what the own backbone and `eye` see against seconds."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots(1, 2)
-    for one, name, title in zip(axes, ("own", OUTSIDE), ("own cosine", "outside eye"), strict=True):
+    seen = "outside eye" if eye == OUTSIDE else f"cosine, seen by {eye}"
+    for one, name, title in zip(axes, ("own", eye), ("own cosine", seen), strict=True):
         for label, columns in results.items():
             x, y = columns["seconds"].mean(), columns[name].mean()
             one.plot(x, y, "o", color="tab:orange" if set(label) & set("+(") else "tab:blue")
@@ -157,15 +158,17 @@ def main() -> None:
     parser.add_argument("--n-images", type=int, default=200)
     parser.add_argument("--pipeline", default="tiny/convnext")
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
-    parser.add_argument("--other", default="tiny/resnet")
+    parser.add_argument("--other", nargs="+", default=["tiny/resnet"], metavar="BACKBONE")
     parser.add_argument("--output", type=Path, default=Path("outputs/quality"))
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     images = open_images(options.data, "validation", None)
     items = select_items(images, Selection(n_images=options.n_images), 0)
     squares = to_tensor([center_square(images.read(item.index), 64) for item in items])
-    eyes = {name: load_backbone(name) for name in (OUTSIDE, options.other)}
     inverters = {name: open_setting(options.pipeline, name) for name in options.settings}
+    own = next(iter(inverters.values())).require_backbone().name
+    names = [name for name in (OUTSIDE, *options.other) if name != own]
+    eyes = {name: load_backbone(name) for name in names}
     # Batch by batch, so that all settings meet the same load of the machine.
     found: dict[str, dict[str, list[Tensor]]] = {name: {} for name in inverters}
     for rows in batched(range(len(items)), BATCH):
@@ -204,7 +207,7 @@ def main() -> None:
             ],
         )
     )
-    draw(results, options.output / "quality.png")
+    draw(results, names[0], options.output / "quality.png")
     show(inverters, options.output / "pictures.png")
 
 

@@ -377,7 +377,7 @@ def pack_member(config_path: Path, family: Path, name: str, *, replace_base: boo
     )
 
 
-NOT_REFINED = ("resnet", "efficientnet-lite0")
+NOT_REFINED = ("resnet",)
 """Members of whose refinement the outside eye sees nothing, see docs/quality.md."""
 
 
