@@ -4,9 +4,9 @@
 
 The same images and noise for every setting, batch by batch, on one device. Per setting: cosine of
 the own backbone, cosine and matches of the outside eye (extra `real`; not for its own member) and
-of other bundled backbones, PSNR, edge energy as a share of the original's, CPU seconds per picture. Intervals are
-95 % over images; differences are paired with today's default, ten steps without refinement. Writes
-JSON and a chart, and draws crops of two photos by every setting.
+of other bundled backbones, PSNR, edge energy as a share of the original's, CPU seconds per picture.
+Intervals are 95 % over images; differences are paired with today's default, ten steps without
+refinement. Writes JSON and a chart, and draws crops of two photos by every setting.
 """
 
 from __future__ import annotations
