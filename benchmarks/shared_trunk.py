@@ -4,7 +4,8 @@
         --trained .checkpoints/tiny/shared-trunk/final
 
 The same images and noise with the pipeline's own ControlNet, with its head on the mean of the
-trunks before any training, and with what `featinv train shared-trunk` made. Differences are paired
+trunks before any training, and with what `featinv train shared-trunk` made; where `--adapted` holds
+one, also with what configs/tiny/adapted.yaml made of that. Differences are paired
 over images; steps and guidance are the pipeline's own.
 """
 
@@ -39,7 +40,7 @@ from featinv_diffusion.training.shared_trunk import SharedTrunkConfig, mean_of_t
 
 BATCH, SECOND = 10, "tiny/convnext"
 CONFIG = "configs/tiny/shared-trunk.yaml"
-OWN, MEAN, SHARED = "own trunk", "mean of trunks", "shared trunk"
+OWN, MEAN, SHARED, ADAPTED = "own trunk", "mean of trunks", "shared trunk", "shared, adapted"
 
 
 @torch.no_grad()
@@ -62,6 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--data", required=True)
     parser.add_argument("--trained", type=Path, required=True)
+    parser.add_argument("--adapted", type=Path, help="folder with PIPELINE/final/controlnet")
     parser.add_argument("--n-images", type=int, default=200)
     parser.add_argument("--output", type=Path, default=Path("outputs/shared-trunk"))
     options = parser.parse_args()
@@ -81,8 +83,12 @@ def main() -> None:
         on_mean: Any = FeatureControlNet.from_config(own.config)
         on_mean.load_state_dict(own.state_dict() | mean)
         trained = load_controlnet(options.trained / Path(name).name / "controlnet")
+        controlnets = {OWN: own, MEAN: on_mean.eval(), SHARED: trained}
+        if options.adapted and (options.adapted / Path(name).name).exists():
+            folder = options.adapted / Path(name).name / "final" / "controlnet"
+            controlnets[ADAPTED] = load_controlnet(folder)
         found = {}
-        for label, controlnet in ((OWN, own), (MEAN, on_mean.eval()), (SHARED, trained)):
+        for label, controlnet in controlnets.items():
             pipeline.register_modules(controlnet=controlnet)
             found[label] = measure(DiffusionInverter(pipeline), squares, items, eye)
             difference = found[label] - found[OWN]

@@ -121,6 +121,12 @@ class NewBackboneSettings:
         "faster.",
         choices=("fp32", "bf16", "fp16"),
     )
+    features_dtype: str = option(
+        "float16",
+        "Number format in which maps are kept while it runs. float32 takes twice the disk and the "
+        "memory, and holds numbers beyond 65,504.",
+        choices=("float16", "float32"),
+    )
     n_evaluated: int = option(
         64, "Images that are held back for the figures.", least=2, most=10_000
     )

@@ -508,7 +508,8 @@ def train_controlnet(config: ControlNetConfig) -> Path:
     if isinstance(train, CropDataset) and config.cache.folder and not _is_done(config):
         train = _cached(config, parts, train, config.cache.folder, accelerator)
     if config.imitation.pipeline and fresh and not config.run.dry_run:
-        left = imitate_pipeline(controlnet, parts, train, config.imitation, config.seed)
+        dtype = config.cache.features_dtype
+        left = imitate_pipeline(controlnet, parts, train, config.imitation, config.seed, dtype)
         what = f"imitation of {config.imitation.pipeline}"
         accelerator.print(f"{what}: {left:.3f} of the variance left")
     if config.run.gradient_checkpointing:
@@ -531,15 +532,19 @@ def imitate_pipeline(
     dataset: CropDataset | StreamedCrops,
     config: ImitationConfig,
     seed: int = 0,
+    dtype: str = "float16",
 ) -> float:
     """Fits the feature encoder to that of another pipeline, see `imitation.imitate`."""
-    pairs = read_pipeline_pairs(parts, dataset, config)
+    pairs = read_pipeline_pairs(parts, dataset, config, dtype)
     controlnet.to(parts.backbone.device)  # pyright: ignore[reportArgumentType]
     return imitate(controlnet, pairs, config, seed)
 
 
 def read_pipeline_pairs(
-    parts: FrozenParts, dataset: CropDataset | StreamedCrops, config: ImitationConfig
+    parts: FrozenParts,
+    dataset: CropDataset | StreamedCrops,
+    config: ImitationConfig,
+    dtype: str = "float16",
 ) -> Pairs:
     """Returns maps of images, and the conditions that the imitated pipeline makes of its own."""
     assert config.pipeline is not None
@@ -556,7 +561,8 @@ def read_pipeline_pairs(
     if isinstance(dataset, CropDataset):
         n = min(n, len(dataset))
     batches = first_batches(dataset, n)
-    return read_pairs(parts.backbone, other.controlnet.to(device), read, batches, n, (side, side))
+    controlnet = other.controlnet.to(device)
+    return read_pairs(parts.backbone, controlnet, read, batches, n, (side, side), dtype)
 
 
 def first_batches(

@@ -112,14 +112,27 @@ def fill_features(
 
 
 def _to_stored(maps: Tensor, cache: FeatureCache) -> Tensor:
-    largest, limit = float(maps.abs().max()), np.finfo(cache.dtype).max
-    if not largest <= limit:
+    try:
+        return to_number_format(maps, cache.dtype.name)
+    except InputError:
         shutil.rmtree(cache.folder, ignore_errors=True)
+        raise
+
+
+def to_number_format(maps: Tensor, dtype: str) -> Tensor:
+    """Returns maps in `float16` or `float32`.
+
+    Raises:
+        InputError: maps that are not finite, or whose numbers the format cannot hold.
+    """
+    largest, limit = float(maps.abs().max()), np.finfo(dtype).max
+    if not largest <= limit:
         raise InputError(
-            f"The features must be finite numbers that {cache.dtype} holds, up to {limit:.4g}, but "
-            f"reach {largest:.4g}. Set cache.features_dtype=float32, or unset cache.features."
+            f"The features must be finite numbers that {dtype} holds, up to {limit:.4g}, but "
+            f"reach {largest:.4g}. Set cache.features_dtype=float32 (of new-backbone "
+            "--features-dtype float32), or unset cache.features."
         )
-    return maps.half() if cache.dtype == np.float16 else maps
+    return maps.half() if dtype == "float16" else maps.float()
 
 
 class _BatchesOfCrops(Dataset):

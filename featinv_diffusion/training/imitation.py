@@ -21,6 +21,7 @@ from featinv_diffusion.errors import InputError
 from featinv_diffusion.seeds import make_generator
 from featinv_diffusion.settings import Depth, Pictures, Positive, check
 from featinv_diffusion.training.config import OptimConfig
+from featinv_diffusion.training.feature_cache import to_number_format
 from featinv_diffusion.training.loop import learning_rate, make_optimizer
 
 BATCH = 48
@@ -63,8 +64,9 @@ def read_pairs(
     batches: Iterable[tuple[Tensor, Tensor | None]],
     n: int,
     size: tuple[int, int],
+    dtype: str = "float16",
 ) -> Pairs:
-    """Computes, in float16, what is fitted.
+    """Computes what is fitted.
 
     Args:
         other: the ControlNet that is imitated, on the features of `other_backbone`.
@@ -72,15 +74,20 @@ def read_pairs(
             they are known already.
         n: images of all batches, at most.
         size: (h0, w0) of the latents.
+        dtype: of the maps, `float16` or `float32`; the conditions are kept in float16.
+
+    Raises:
+        InputError: maps that the number format cannot hold.
     """
     spec, encoder = backbone.spec, cast(Any, other.feature_encoder)
-    features = torch.empty(n, spec.channels, *spec.grid, dtype=torch.float16)
+    features = torch.empty(n, spec.channels, *spec.grid, dtype=getattr(torch, dtype))
     conditions = torch.empty(n, encoder.conv3.out_channels, *size, dtype=torch.float16)
     done = 0
     for images, maps in batches:
         images = images.to(backbone.device)
         rows = slice(done, done + len(images))
-        features[rows] = backbone.features(images).cpu() if maps is None else maps
+        maps = backbone.features(images).cpu() if maps is None else maps
+        features[rows] = to_number_format(maps, dtype)
         conditions[rows] = other.encode_condition(other_backbone.features(images), size).cpu()
         done += len(images)
     return Pairs(features[:done], conditions[:done])

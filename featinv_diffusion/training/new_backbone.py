@@ -263,7 +263,8 @@ def make_config(name: str, settings: NewBackboneSettings, output: Path) -> Contr
     pipeline = load_pipeline(settings.trunk)
     width = trunk.config["feature_hidden_channels"]
     size = pipeline.unet.config["sample_size"] * pipeline.vae_scale_factor
-    precision: Any = settings.mixed_precision  # one of the choices
+    precision: Any = settings.mixed_precision  # one of the choices, as the next
+    dtype: Any = settings.features_dtype
     validation = ValidationConfig(
         num_inference_steps=pipeline.config["default_num_inference_steps"],
         guidance_scale=pipeline.config["default_guidance_scale"],
@@ -285,7 +286,7 @@ def make_config(name: str, settings: NewBackboneSettings, output: Path) -> Contr
             prompt=pipeline.config["default_prompt"],
         ),
         imitation=ImitationConfig(epochs=EPOCHS),
-        cache=ControlNetCacheConfig(folder=str(output / CACHE), n_crops=1, features=True),
+        cache=ControlNetCacheConfig(str(output / CACHE), 1, features=True, features_dtype=dtype),
         optim=OptimConfig(
             optimizer="muon",
             lr=0.002,
@@ -360,9 +361,11 @@ def measure_costs(config: ControlNetConfig, parts: FrozenParts, trunk: str) -> C
     images, n = to_images(few["pixels"]).to(device), len(few["pixels"])
     set_feature_statistics(controlnet, parts.backbone, images)
     imitation = replace(config.imitation, pipeline=trunk, epochs=1, n_images=n)
-    read_pipeline_pairs(parts, train, replace(imitation, n_images=2))  # loads it, not counted
+    kept_in = config.cache.features_dtype
+    first = replace(imitation, n_images=2)
+    read_pipeline_pairs(parts, train, first, kept_in)  # loads it, not counted
     start = time.perf_counter()
-    pairs = read_pipeline_pairs(parts, train, imitation)
+    pairs = read_pipeline_pairs(parts, train, imitation, kept_in)
     mean, std = encode_posterior(parts.vae, images, parts.image_size)
     read = (time.perf_counter() - start) / n
     start = time.perf_counter()

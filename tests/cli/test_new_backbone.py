@@ -148,6 +148,23 @@ def test_bad_input_is_a_sentence(
     assert not Path("outputs").exists()
 
 
+def test_features_beyond_float16_name_the_flag_that_holds_them(
+    featinv: Featinv, tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(new_backbone, "BATCH", 4)
+    large = "torch.nn.Identity())\n    torch.nn.init.constant_(net[0].bias, 1e5)"
+    (tmp_path / "large.py").write_text(FACTORY.replace("torch.nn.Tanh())", large))
+    command = ("new-backbone", f"{tmp_path / 'large.py'}:make", "--data", pictures, *QUICK)
+    done = featinv(*command)
+    assert done.code == 2
+    assert "reach 1e+05. Set cache.features_dtype=float32" in done.err
+    assert "--features-dtype float32" in done.err
+    done = featinv(*command, "--features-dtype", "float32")
+    assert done.code == 0, done.err
+    row = json.loads(Path("outputs/new-backbone/plan.json").read_text())["costs"]["row"]
+    assert row == 12 * 8 * 8 * 4 + 2 * 4 * 8 * 8 * 2  # maps in float32, latents in float16
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(packed_weights("tf_efficientnet_lite0") is None, reason="needs the extra real")
 def test_a_timm_model_travels_with_the_pipeline(featinv: Featinv, pictures: Path) -> None:
