@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--trained", type=Path, required=True)
     parser.add_argument("--adapted", type=Path, help="folder with PIPELINE/final/controlnet")
+    parser.add_argument("--pipelines", nargs="+", help="of those that share it; all by default")
     parser.add_argument("--n-images", type=int, default=200)
     parser.add_argument("--output", type=Path, default=Path("outputs/shared-trunk"))
     options = parser.parse_args()
@@ -76,7 +77,8 @@ def main() -> None:
     trunks: list[Any] = [pipelines[name].controlnet for name in model.begin_with or pipelines]
     mean = mean_of_trunks(trunks)
     rows, kept = [], {}
-    for name, pipeline in pipelines.items():
+    for name in options.pipelines or pipelines:
+        pipeline = pipelines[name]
         pipeline.set_progress_bar_config(disable=True)
         own: Any = pipeline.controlnet
         eye = load_backbone(SECOND if "efficientnet" in name else OUTSIDE)
