@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -125,12 +126,13 @@ def to_number_format(maps: Tensor, dtype: str) -> Tensor:
     Raises:
         InputError: maps that are not finite, or whose numbers the format cannot hold.
     """
-    largest, limit = float(maps.abs().max()), np.finfo(dtype).max
+    largest, limit = float(maps.abs().max()), float(np.finfo(dtype).max)
     if not largest <= limit:
+        wider = "Set cache.features_dtype=float32, for new-backbone --features-dtype float32."
+        finite = "Check the weights and the preprocessing of the backbone."
         raise InputError(
             f"The features must be finite numbers that {dtype} holds, up to {limit:.4g}, but "
-            f"reach {largest:.4g}. Set cache.features_dtype=float32 (of new-backbone "
-            "--features-dtype float32), or unset cache.features."
+            f"reach {largest:.4g}. {wider if math.isfinite(largest) else finite}"
         )
     return maps.half() if dtype == "float16" else maps.float()
 
