@@ -508,8 +508,7 @@ def train_controlnet(config: ControlNetConfig) -> Path:
     if isinstance(train, CropDataset) and config.cache.folder and not _is_done(config):
         train = _cached(config, parts, train, config.cache.folder, accelerator)
     if config.imitation.pipeline and fresh and not config.run.dry_run:
-        dtype = config.cache.features_dtype
-        left = imitate_pipeline(controlnet, parts, train, config.imitation, config.seed, dtype)
+        left = imitate_pipeline(controlnet, parts, train, config)
         what = f"imitation of {config.imitation.pipeline}"
         accelerator.print(f"{what}: {left:.3f} of the variance left")
     if config.run.gradient_checkpointing:
@@ -530,23 +529,25 @@ def imitate_pipeline(
     controlnet: FeatureControlNet,
     parts: FrozenParts,
     dataset: CropDataset | StreamedCrops,
-    config: ImitationConfig,
-    seed: int = 0,
-    dtype: str = "float16",
+    config: ControlNetConfig,
 ) -> float:
     """Fits the feature encoder to that of another pipeline, see `imitation.imitate`."""
-    pairs = read_pipeline_pairs(parts, dataset, config, dtype)
+    pairs = read_pipeline_pairs(parts, dataset, config.imitation, config.cache.features_dtype)
     controlnet.to(parts.backbone.device)  # pyright: ignore[reportArgumentType]
-    return imitate(controlnet, pairs, config, seed)
+    return imitate(controlnet, pairs, config.imitation, config.seed)
 
 
 def read_pipeline_pairs(
     parts: FrozenParts,
     dataset: CropDataset | StreamedCrops,
     config: ImitationConfig,
-    dtype: str = "float16",
+    dtype: str,
 ) -> Pairs:
-    """Returns maps of images, and the conditions that the imitated pipeline makes of its own."""
+    """Returns maps of images, and the conditions that the imitated pipeline makes of its own.
+
+    Args:
+        dtype: of the maps, see `imitation.read_pairs`.
+    """
     assert config.pipeline is not None
     other = load_pipeline(config.pipeline)
     spec, device = feature_spec_of(other.controlnet), parts.backbone.device

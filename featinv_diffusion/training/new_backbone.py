@@ -362,8 +362,8 @@ def measure_costs(config: ControlNetConfig, parts: FrozenParts, trunk: str) -> C
     set_feature_statistics(controlnet, parts.backbone, images)
     imitation = replace(config.imitation, pipeline=trunk, epochs=1, n_images=n)
     kept_in = config.cache.features_dtype
-    first = replace(imitation, n_images=2)
-    read_pipeline_pairs(parts, train, first, kept_in)  # loads it, not counted
+    two = replace(imitation, n_images=2)
+    read_pipeline_pairs(parts, train, two, kept_in)  # loads the pipeline, not counted
     start = time.perf_counter()
     pairs = read_pipeline_pairs(parts, train, imitation, kept_in)
     mean, std = encode_posterior(parts.vae, images, parts.image_size)

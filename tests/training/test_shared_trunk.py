@@ -15,6 +15,8 @@ from featinv_diffusion.config import load_config
 from featinv_diffusion.diffusion.featinv_controlnet import FeatureControlNet
 from featinv_diffusion.diffusion.hub import load_pipeline
 from featinv_diffusion.errors import InputError
+from featinv_diffusion.training.config import ADAPTED
+from featinv_diffusion.training.controlnet import ControlNetConfig
 from featinv_diffusion.training.shared_trunk import (
     SharedTrunk,
     SharedTrunkConfig,
@@ -157,3 +159,8 @@ def test_bad_settings_are_one_sentence(
     with pytest.raises(InputError, match=said):
         train_shared_trunk(config(folder, tmp_path, text))
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_member_adapts_is_what_new_backbone_adapts() -> None:
+    path = Path(__file__).parents[2] / "configs/tiny/adapted.yaml"
+    assert load_config(ControlNetConfig, str(path)).model.trained == ADAPTED
