@@ -96,6 +96,7 @@ class Costs:
         memory: bytes, of the GPU where there is one, else of the process.
         pair: bytes of memory per image of the regression.
         row: bytes of disk per image.
+        features_dtype: number format of the maps, on which both bytes depend.
     """
 
     step: float
@@ -104,6 +105,7 @@ class Costs:
     memory: int
     pair: int
     row: int
+    features_dtype: str
 
 
 @dataclass(frozen=True)
@@ -394,7 +396,7 @@ def measure_costs(config: ControlNetConfig, parts: FrozenParts, trunk: str) -> C
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     pair = (pairs.features.nbytes + pairs.conditions.nbytes) // n
     row = (pairs.features.nbytes + 2 * mean.half().nbytes) // n
-    return Costs(per_step, read, regression, memory, pair, row)
+    return Costs(per_step, read, regression, memory, pair, row, kept_in)
 
 
 def _seconds(step: Callable[[], None], device: torch.device) -> float:
@@ -496,7 +498,7 @@ def _read_plan(path: Path, settings: NewBackboneSettings) -> Plan | None:
     """Returns the plan of an interrupted run.
 
     Raises:
-        InputError: a plan of another time or batch size.
+        InputError: a plan of another time, batch size or number format.
     """
     if not path.is_file():
         return None
@@ -504,10 +506,12 @@ def _read_plan(path: Path, settings: NewBackboneSettings) -> Plan | None:
     plan: Plan = schema.convert(
         schema.read_json(path, dict[str, Any], advice), Plan, str(path), advice
     )
-    if (plan.minutes, plan.batch_size) != (settings.minutes, settings.batch_size):
+    wanted = settings.minutes, settings.batch_size, settings.features_dtype
+    if (plan.minutes, plan.batch_size, plan.costs.features_dtype) != wanted:
         raise InputError(
             f"{path.parent} holds a run of {plan.minutes:g} minutes in batches of "
-            f"{plan.batch_size}. Go on with these, or name another --output."
+            f"{plan.batch_size} with maps in {plan.costs.features_dtype}. Go on with these, or "
+            "name another --output."
         )
     return plan
 

@@ -51,7 +51,7 @@ def pictures(tmp_path: Path) -> Path:
 
 def test_a_plan_divides_the_time() -> None:
     """60 min, a tenth kept: 3240 s. Half of it for .03 s and 5 · .48 / 48 s of each image."""
-    costs = Costs(3.0, 0.03, 0.48, 2**30, pair=2**18, row=2**17)
+    costs = Costs(3.0, 0.03, 0.48, 2**30, pair=2**18, row=2**17, features_dtype="float16")
     plan = Plan.of(60, 24, 100_000, costs)
     assert plan.n_imitated == 16_384  # 4 GiB of pairs
     assert plan.n_images == int((1620 - 16_384 * 0.05) / 0.03)  # the rest of the half
@@ -163,6 +163,9 @@ def test_features_beyond_float16_name_the_flag_that_holds_them(
     assert done.code == 0, done.err
     row = json.loads(Path("outputs/new-backbone/plan.json").read_text())["costs"]["row"]
     assert row == 12 * 8 * 8 * 4 + 2 * 4 * 8 * 8 * 2  # maps in float32, latents in float16
+    done = featinv(*command)
+    assert done.code == 2
+    assert "with maps in float32. Go on with these" in done.err
 
 
 @pytest.mark.slow
